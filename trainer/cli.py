@@ -1,0 +1,155 @@
+"""The command lines: `train.py` and `python -m trainer`. Owns arguments, exit codes and how errors are shown.
+
+torch is imported only once the config is known to be good, so that `--help` and config errors answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from trainer.config import Config, load_config, schema_text
+from trainer.errors import UserError
+
+EXIT_FINISHED = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_STOPPED = 75
+
+_EXIT_CODES = "exit codes: 0 finished, 2 bad config or usage, 75 stopped early on request (start me again), 1 else"
+
+
+def train(arguments: Sequence[str] | None = None) -> int:
+    """`train.py`: trains what a config file describes. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train the model that a YAML file describes, on one process or many.",
+        epilog=f"Under `accelerate launch`, `torchrun` or plain `python`. {_EXIT_CODES}.",
+    )
+    add_config_arguments(parser)
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and exit")
+    options = parser.parse_intermixed_args(arguments)
+    return run_command(lambda: _train(options))
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds `--config FILE [section.key=value ...]`, the same for every command that reads a config."""
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m trainer`: what can be done with a run's results. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m trainer", epilog=f"{_EXIT_CODES}.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    evaluate = commands.add_parser("evaluate", help="evaluate a run's checkpoint and print its metrics as JSON")
+    export = commands.add_parser("export", help="write a run's weights to one file")
+    for command in (evaluate, export):
+        command.add_argument("run_dir", metavar="RUN_DIR", help="run folder, such as runs/digits")
+        command.add_argument("--best", action="store_true", help="the best checkpoint instead of the newest")
+    export.add_argument("--format", choices=("safetensors", "state_dict"), default="safetensors")
+    export.add_argument("--output", required=True, metavar="FILE", help="file to write")
+    commands.add_parser("schema", help="print the JSON Schema of config files")
+    return run_command(lambda: _run_main(parser.parse_args(arguments)))
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """Runs a command; a UserError becomes one line per problem on stderr and exit code 2."""
+    set_up_logging()
+    # A user's own modules are found from where the command is typed, as under `python -m`.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return command()
+    except UserError as error:
+        show_problems(error)
+        return EXIT_USAGE
+
+
+def set_up_logging() -> None:
+    """Sends our log lines to stdout, from rank 0 only; warnings of other ranks pass."""
+    from tqdm import tqdm
+
+    class BesideProgressBar(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+
+    logger = logging.getLogger("lockstep")
+    if not logger.handlers:
+        logger.addHandler(BesideProgressBar())
+    logger.propagate = False
+    logger.setLevel(logging.INFO if _rank() == 0 else logging.WARNING)
+
+
+def show_problems(error: UserError, config: Config | None = None) -> None:
+    """Writes one line per problem to stderr, with file and line where the config knows them."""
+    for problem in error.problems:
+        sys.stderr.write(f"error: {config.locate(problem) if config else problem}\n")
+    sys.stderr.flush()
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the program. A failed rank of several goes at once: tidy shutdown can wait for peers or abort."""
+    if code in (EXIT_FAILED, EXIT_USAGE) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _train(options: argparse.Namespace) -> int:
+    try:
+        config = load_config(options.config, options.overrides)
+    except UserError:
+        if _rank() == 0:  # every rank reads the same file; one of them says what is wrong with it
+            raise
+        return EXIT_USAGE
+    if options.print_config:
+        sys.stdout.write(config.to_yaml())
+        return EXIT_FINISHED
+    from trainer.loop import Trainer
+
+    trainer: Trainer | None = None
+    try:
+        trainer = Trainer(config)
+        status = trainer.fit()
+    except UserError as error:
+        if _rank() == 0 or not error.agreed:
+            show_problems(error, config)
+        if trainer is not None:
+            trainer.abandon(error)
+        return EXIT_USAGE
+    except BaseException as error:
+        if not isinstance(error, KeyboardInterrupt):
+            traceback.print_exc()
+        if trainer is not None:
+            trainer.abandon(error)
+        return EXIT_FAILED
+    return EXIT_FINISHED if status == "finished" else EXIT_STOPPED
+
+
+def _run_main(options: argparse.Namespace) -> int:
+    if options.command == "schema":
+        sys.stdout.write(schema_text())
+        return EXIT_FINISHED
+    from trainer import results
+
+    run_dir = Path(options.run_dir)
+    if options.command == "export":
+        results.export(run_dir, options.format, Path(options.output), best=options.best)
+    else:
+        metrics = results.evaluate(run_dir, best=options.best)
+        sys.stdout.write(json.dumps(metrics) + "\n")
+    return EXIT_FINISHED

@@ -1,0 +1,408 @@
+"""Every YAML section as a typed, frozen model, and the strict way from a file to a `Config`.
+
+Owns what the keys mean, their defaults and the checks between them. Reading YAML is `trainer.yaml_source`;
+turning component names into objects is `trainer.components`. Imports no torch: `--help` and config errors
+answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PrivateAttr,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from trainer import yaml_source
+from trainer.errors import Problem, UserError, nearest
+
+
+@dataclass(frozen=True)
+class Interval:
+    """How often, or how long: a number of optimizer steps or of passes over the training data."""
+
+    count: int
+    unit: Literal["steps", "epochs"] = "steps"
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """Returns the interval in optimizer steps."""
+        return self.count * (steps_per_epoch if self.unit == "epochs" else 1)
+
+    def __str__(self) -> str:
+        return f"{self.count} {self.unit[:-1] if self.count == 1 else self.unit}"
+
+    @classmethod
+    def parse(cls, value: object) -> Interval:
+        """Reads `200`, `200 steps` or `2 epochs`; raises ValueError on anything else."""
+        if isinstance(value, cls):
+            return value
+        match = re.fullmatch(r"\s*([0-9]+)\s*(?:(step|epoch)s?)?\s*", str(value))
+        if match is None or isinstance(value, bool | float):
+            raise ValueError(f"write a number of steps, or like '2 epochs' (got {value!r})")
+        return cls(int(match[1]), "epochs" if match[2] == "epoch" else "steps")
+
+
+def _positive(interval: Interval) -> Interval:
+    if interval.count < 1:
+        raise ValueError("must be at least 1")
+    return interval
+
+
+_INTERVAL_SCHEMA = WithJsonSchema(
+    {
+        "anyOf": [
+            {"type": "integer", "minimum": 0},
+            {"type": "string", "pattern": r"^\s*[0-9]+\s*(steps?|epochs?)?\s*$"},
+        ]
+    }
+)
+_AS_TEXT = PlainSerializer(lambda i: i.count if i.unit == "steps" else str(i), return_type=int | str)
+Duration = Annotated[Interval, BeforeValidator(Interval.parse), _AS_TEXT, _INTERVAL_SCHEMA]
+Every = Annotated[
+    Interval, BeforeValidator(lambda v: _positive(Interval.parse(v))), _AS_TEXT, _INTERVAL_SCHEMA
+]
+
+# Strict numbers: true is not 1 and "64" is not 64, but 1 is a float.
+PositiveInt = Annotated[int, Field(strict=True, ge=1)]
+NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
+PositiveFloat = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Ratio = Annotated[float, Field(strict=True, ge=0, le=1)]
+Bool = Annotated[bool, Field(strict=True)]
+ComponentName = Annotated[str, Field(min_length=1, pattern=r"^\S+$")]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Component(Section):
+    """Something built by name: a built-in's short name, or `package.module:attribute` of the user's own."""
+
+    name: ComponentName = Field(description="A built-in's short name or an import path `package.module:attribute`.")
+    args: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments that it is called with.")
+
+
+class RunConfig(Section):
+    """Who this run is and where it leaves its files."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        description="Name of the run; also its default folder under `runs/` and its name in trackers."
+    )
+    dir: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="Run folder. Default: `runs/<run.name>`."
+    )
+    seed: NonNegativeInt = Field(
+        0, description="Seed of initial weights, sample order, augmentation and dropout."
+    )
+
+
+class TransformsConfig(Section):
+    """Host-side transforms of a sample's input, in order; random ones differ per sample and epoch."""
+
+    train: tuple[Component, ...] = Field(
+        (), description="For training samples: torchvision.transforms.v2 classes by name, or import paths."
+    )
+    eval: tuple[Component, ...] = Field((), description="The same for evaluation samples.")
+
+
+class NormalizeConfig(Section):
+    """Per-channel normalisation of image batches, on the device."""
+
+    mean: tuple[Annotated[float, Field(strict=True)], ...] = Field(
+        description="Mean per channel, for pixels in [0, 1]."
+    )
+    std: tuple[PositiveFloat, ...] = Field(
+        description="Standard deviation per channel, for pixels in [0, 1]."
+    )
+
+    @model_validator(mode="after")
+    def _same_length(self) -> NormalizeConfig:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} channels and std has {len(self.std)}")
+        return self
+
+
+class DataConfig(Section):
+    """What to train and evaluate on, and how samples reach the device."""
+
+    train: Component = Field(description="Training data set.")
+    eval: Component | None = Field(
+        None, description="Evaluation data set; without one the run never evaluates."
+    )
+    transforms: TransformsConfig = Field(
+        default_factory=TransformsConfig, description="Host-side transforms of a sample's input."
+    )
+    normalize: NormalizeConfig | None = Field(
+        None,
+        description="Normalise image batches on the device: uint8 becomes [0, 1], then (x - mean) / std. Without "
+        "it, built-in image data sets are scaled to [0, 1] and everything else is left untouched.",
+    )
+    workers: NonNegativeInt = Field(
+        4, description="Worker processes per rank that load samples; 0 loads in the training process."
+    )
+    prefetch_factor: PositiveInt = Field(
+        2, description="Micro-batches that each worker keeps ready ahead of the step."
+    )
+    drop_last: Bool = Field(
+        False,
+        description="Leave out the last, smaller batch of an epoch. Off: every sample is seen in every epoch.",
+    )
+
+
+class ModelConfig(Component):
+    """The model: a torchvision.models name, a small built-in, or an import path called with `args` only."""
+
+    weights: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="Start from these weights: a torchvision weights name such as `DEFAULT`, or a .safetensors or "
+        "state-dict file. A final layer of another size keeps its fresh weights.",
+    )
+
+
+class TaskConfig(Component):
+    """What a batch means, how it is scored, and the loss."""
+
+    name: ComponentName = Field("classification", description="`classification` or an import path to a task class.")
+    loss: Component | None = Field(
+        None,
+        description="Loss function: `cross_entropy` (the task's default), or an import path to a callable of "
+        "(outputs, targets) that returns a mean or one value per sample.",
+    )
+
+
+class OptimConfig(Component):
+    """The optimizer and what happens to gradients before it."""
+
+    name: ComponentName = Field("adamw", description="`sgd`, `adamw`, a torch.optim class name or an import path.")
+    lr: PositiveFloat = Field(description="Peak learning rate; the schedule multiplies it.")
+    weight_decay: NonNegativeFloat = Field(0.0, description="Weight decay of every parameter.")
+    clip_norm: PositiveFloat | None = Field(
+        None, description="Clip the global gradient norm to this before each step."
+    )
+
+
+class ScheduleConfig(Component):
+    """Learning rate as a pure function of the step: warm-up, then the named schedule."""
+
+    name: ComponentName = Field(
+        "constant",
+        description="`constant`, `cosine` (args: min_ratio), `linear` (args: end_ratio), `step` (args: every, "
+        "gamma), or an import path to a function of total_steps that returns a function step -> factor.",
+    )
+    warmup: Duration = Field(
+        Interval(0), description="Linear warm-up before the schedule: steps, or like `5 epochs`."
+    )
+    warmup_start: Ratio = Field(0.01, description="Share of the peak rate at the first warm-up step.")
+
+
+class TrainConfig(Section):
+    """How long to train and in what batches."""
+
+    steps: PositiveInt | None = Field(None, description="Optimizer steps to train; set this or `epochs`.")
+    epochs: PositiveInt | None = Field(None, description="Passes over the training data; set this or `steps`.")
+    batch_size: PositiveInt = Field(
+        description="Samples per optimizer step over all devices; the same whatever the hardware."
+    )
+    micro_batch_size: PositiveInt | None = Field(
+        None,
+        description="Most samples that one device holds at once; gradients accumulate until `batch_size` is "
+        "reached. Default: no accumulation.",
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("set either steps or epochs, not both (null unsets one)")
+        if self.steps is None and self.epochs is None:
+            raise ValueError("set steps or epochs")
+        return self
+
+
+class EvalConfig(Section):
+    """When and how to evaluate. The end of training is always evaluated."""
+
+    every: Every = Field(Interval(1, "epochs"), description="Evaluate this often: steps, or like `1 epoch`.")
+    batch_size: PositiveInt | None = Field(
+        None, description="Samples per device and batch in evaluation. Default: the training micro-batch."
+    )
+
+
+class LogConfig(Section):
+    """Reports: the only moments when the host waits for the device."""
+
+    every: Every = Field(Interval(50), description="Report this often: steps, or like `1 epoch`.")
+
+
+class BestConfig(Section):
+    """Which evaluation decides the best checkpoint."""
+
+    metric: str = Field(description="Name of an evaluation metric, without `eval/`; for example `accuracy`.")
+    mode: Literal["max", "min"] = Field(description="Whether larger (`max`) or smaller (`min`) is better.")
+
+
+class CheckpointConfig(Section):
+    """When to save, what to keep, and whether to continue. The end of training is always saved."""
+
+    every: Every = Field(Interval(1, "epochs"), description="Save this often: steps, or like `1 epoch`.")
+    keep: PositiveInt = Field(2, description="Newest checkpoints to keep, besides the best one.")
+    best: BestConfig | None = Field(
+        None, description="What makes a checkpoint the best. Default: the task's own metric."
+    )
+    resume: Literal["auto", "never"] = Field(
+        "auto",
+        description="`auto` continues from the newest checkpoint in the run folder; `never` refuses a run folder "
+        "that holds one.",
+    )
+
+
+class WandbConfig(Section):
+    """Weights & Biases, used when `tracking.trackers` names it."""
+
+    mode: Literal["online", "offline", "disabled"] | None = Field(
+        None, description="Default: WANDB_MODE if set, else online where an API key is found, else offline."
+    )
+    project: str = Field("lockstep", description="Project that the run belongs to.")
+    entity: str | None = Field(None, description="User or team. Default: the account's own.")
+    group: str | None = Field(None, description="Group of runs shown together.")
+    tags: tuple[str, ...] = Field((), description="Tags of the run.")
+    notes: str | None = Field(None, description="A longer description of the run.")
+
+
+class TrackingConfig(Section):
+    """Experiment trackers, through Accelerate, on rank 0 only. `metrics.jsonl` is always written."""
+
+    trackers: tuple[Literal["wandb", "tensorboard"], ...] = Field(
+        ("wandb",), description="Trackers to write to; an empty list for none."
+    )
+    wandb: WandbConfig = Field(default_factory=WandbConfig, description="Weights & Biases settings.")
+
+
+class Config(Section):
+    """A whole run: what `train.py --config FILE` reads and `--print-config` prints."""
+
+    run: RunConfig = Field(description="Name, folder and seed of the run.")
+    data: DataConfig = Field(description="Data sets and loading.")
+    model: ModelConfig = Field(description="The model.")
+    task: TaskConfig = Field(default_factory=TaskConfig, description="What a batch means, and the loss.")
+    optim: OptimConfig = Field(description="The optimizer.")
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="The learning-rate schedule.")
+    precision: Literal["no", "bf16", "fp16"] = Field(
+        "no", description="Mixed precision of forward and backward; weights and optimizer stay float32."
+    )
+    train: TrainConfig = Field(description="Length and batch arithmetic.")
+    eval: EvalConfig = Field(default_factory=EvalConfig, description="When to evaluate.")
+    log: LogConfig = Field(default_factory=LogConfig, description="When to report.")
+    checkpoint: CheckpointConfig = Field(
+        default_factory=CheckpointConfig, description="When to save and what to keep."
+    )
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="Experiment trackers.")
+
+    _source: yaml_source.Source = PrivateAttr(default_factory=yaml_source.Source)
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder: `run.dir`, or `runs/<run.name>`."""
+        return Path(self.run.dir) if self.run.dir else Path("runs") / self.run.name
+
+    def locate(self, problem: Problem) -> Problem:
+        """Adds to a problem the file and line where its dotted path was written."""
+        if problem.origin or not problem.path:
+            return problem
+        keys = tuple(int(k) if k.isdigit() else k for k in problem.path.split("."))
+        return Problem(problem.message, problem.path, self._source.origin(keys))
+
+    def to_yaml(self) -> str:
+        """Returns the resolved config, defaults included, as YAML that reads back to an equal `Config`."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file (and its `base:`), applies `section.key=value` overrides and checks everything.
+
+    Raises:
+        UserError: one problem per mistake, each with file, line, dotted path and the nearest valid name.
+    """
+    source = yaml_source.read(file, overrides)
+    try:
+        config = Config.model_validate(source.values)
+    except ValidationError as error:
+        problems = [_problem(details, source) for details in error.errors()]
+        raise UserError(*dict.fromkeys(problems)) from None
+    config._source = source
+    return config
+
+
+def schema_text() -> str:
+    """Returns the JSON Schema of a config file, for editors; committed as `configs/schema.json`."""
+    schema = Config.model_json_schema()
+    base = {"type": "string", "description": "Another YAML file that this one builds on, relative to this one."}
+    schema["properties"] = {"base": base, **schema["properties"]}
+    # A file with a base may leave out what the base holds; the loader checks the merged whole.
+    schema["anyOf"] = [{"required": ["base"]}, {"required": schema.pop("required")}]
+    full = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    return json.dumps(full, indent=2) + "\n"
+
+
+def _problem(details: ErrorDetails, source: yaml_source.Source) -> Problem:
+    """Puts one pydantic error into our words: where it stands, what is wrong, what was meant."""
+    path, kind, value = details["loc"], details["type"], details["input"]
+    if kind == "extra_forbidden":
+        valid = _keys_at(path[:-1])
+        message = f"unknown key{nearest(str(path[-1]), valid) or '; valid keys: ' + ', '.join(valid)}"
+    elif kind == "missing":
+        message = "required, but not set"
+    elif kind == "literal_error":
+        expected = details["ctx"]["expected"]
+        valid = re.findall(r"'([^']*)'", expected)
+        message = f"must be {expected} (got {value!r}){nearest(str(value), valid)}"
+    elif kind == "value_error":
+        message = str(details["ctx"]["error"])
+    elif kind in ("model_type", "dict_type", "model_attributes_type"):
+        message = f"must be a section of `key: value` lines (got {value!r})"
+    elif kind == "tuple_type":
+        message = f"must be a list (got {value!r})"
+    elif kind == "string_type" and not isinstance(value, dict | list):
+        message = f"must be text; write quotes around it (got {value!r})"
+    else:
+        text = details["msg"].removeprefix("Input should be ").removeprefix("String should ")
+        message = f"must be {text}" if text != details["msg"] else text
+        if not isinstance(value, dict | list):
+            message += f" (got {value!r})"
+    return Problem(message, ".".join(map(str, path)), source.origin(path))
+
+
+def _keys_at(path: tuple[int | str, ...]) -> list[str]:
+    """Returns the valid keys of the section at `path`."""
+    section: type[Section] = Config
+    for key in path:
+        if isinstance(key, int):
+            continue
+        section = _section_type(section.model_fields[key].annotation)
+    return list(section.model_fields)
+
+
+def _section_type(annotation: Any) -> type[Section]:
+    """Returns the one Section class inside an annotation such as `Component | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    found = [_section_type(a) for a in getattr(annotation, "__args__", ()) if a not in (type(None), Ellipsis)]
+    assert len(found) == 1, annotation
+    return found[0]

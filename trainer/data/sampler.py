@@ -1,0 +1,184 @@
+"""Which samples each rank sees in each step: a pure function of (seed, step), with O(1) seeking.
+
+Global batch k of epoch e is `permutation(seed, e)[k*B:(k+1)*B]`, whatever the world size. Owns the order and
+the batch arithmetic; loading the samples is `trainer.data.loader`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import DistributedSampler, Sampler
+
+from trainer.errors import UserError
+
+
+class SampleKey(NamedTuple):
+    """What a loader worker is asked for. The epoch travels along because augmentation depends on it."""
+
+    epoch: int
+    index: int
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The batch arithmetic of a run on this world size. `batch_size` is global, `micro_batch_size` per rank."""
+
+    num_samples: int
+    batch_size: int
+    micro_batch_size: int
+    num_ranks: int
+    drop_last: bool
+
+    @classmethod
+    def split(
+        cls, num_samples: int, batch_size: int, micro_batch_size: int | None, num_ranks: int, drop_last: bool
+    ) -> BatchPlan:
+        """Splits the global batch over ranks and micro-batches.
+
+        Raises:
+            UserError: the batch does not split evenly (the nearest sizes that do are named), or the data
+                holds no whole batch while `drop_last` asks for one.
+        """
+        if batch_size % num_ranks:
+            below, above = batch_size // num_ranks * num_ranks, -(-batch_size // num_ranks) * num_ranks
+            sizes = " and ".join(str(size) for size in (below, above) if size)
+            message = f"{batch_size} samples do not split over {num_ranks} processes; nearest sizes: {sizes}"
+            raise UserError(message, path="train.batch_size")
+        share = batch_size // num_ranks
+        micro = min(micro_batch_size or share, share)
+        if share % micro:
+            fits = [m for m in range(1, share + 1) if share % m == 0]
+            below, above = max(m for m in fits if m < micro), min(m for m in fits if m > micro)
+            unit = micro * num_ranks
+            batches = " and ".join(
+                str(size) for size in (batch_size // unit * unit, -(-batch_size // unit) * unit) if size
+            )
+            message = (
+                f"{share} samples per process do not split into micro-batches of {micro}; nearest sizes: {below} "
+                f"and {above}, or train.batch_size {batches}"
+            )
+            raise UserError(message, path="train.micro_batch_size")
+        if num_samples < 1:
+            raise UserError("the data set is empty", path="data.train")
+        if drop_last and num_samples < batch_size:
+            message = f"drop_last leaves nothing: {num_samples} samples make no batch of {batch_size}"
+            raise UserError(message, path="data.drop_last")
+        return cls(num_samples, batch_size, micro, num_ranks, drop_last)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the data."""
+        if self.drop_last:
+            return self.num_samples // self.batch_size
+        return math.ceil(self.num_samples / self.batch_size)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches that each rank accumulates in a full step."""
+        return self.batch_size // self.num_ranks // self.micro_batch_size
+
+    def step_samples(self, step: int) -> int:
+        """Returns the number of samples of a step over all ranks; the last step of an epoch may have fewer."""
+        start = step % self.steps_per_epoch * self.batch_size
+        return min(self.batch_size, self.num_samples - start)
+
+    def samples_before(self, step: int) -> int:
+        """Returns the number of samples that all steps before `step` saw together."""
+        epochs, steps = divmod(step, self.steps_per_epoch)
+        per_epoch = self.num_samples
+        if self.drop_last:
+            per_epoch = self.steps_per_epoch * self.batch_size
+        return epochs * per_epoch + steps * self.batch_size
+
+
+class StepSampler(DistributedSampler[int]):
+    """torch's `DistributedSampler` with a position: this rank's share of any step, without replaying others.
+
+    Ranks interleave as in the base class: rank r of W takes `batch[r::W]` of every global batch. Unlike there,
+    nothing is padded: in a last, smaller batch some ranks have fewer samples, or none.
+    """
+
+    def __init__(self, plan: BatchPlan, rank: int, seed: int) -> None:
+        super().__init__(
+            range(plan.num_samples),  # type: ignore[arg-type]  # only its length is used
+            num_replicas=plan.num_ranks,
+            rank=rank,
+            shuffle=True,
+            seed=seed,
+            drop_last=plan.drop_last,
+        )
+        self.plan = plan
+        self._permutation: tuple[int, torch.Tensor] | None = None
+
+    def share(self, step: int) -> tuple[int, list[int]]:
+        """Returns the epoch of global step `step`, and the sample indices of this rank in it, in order."""
+        epoch, k = divmod(step, self.plan.steps_per_epoch)
+        start = k * self.plan.batch_size
+        stop = start + self.plan.step_samples(step)
+        return epoch, self._order(epoch)[start + self.rank : stop : self.num_replicas].tolist()
+
+    def _order(self, epoch: int) -> torch.Tensor:
+        if self._permutation is None or self._permutation[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed + epoch)  # as DistributedSampler does
+            self._permutation = epoch, torch.randperm(self.plan.num_samples, generator=generator)
+        return self._permutation[1]
+
+    def __iter__(self) -> Iterator[int]:
+        """Yields this rank's samples of the epoch given to `set_epoch`."""
+        first = self.epoch * self.plan.steps_per_epoch
+        for step in range(first, first + self.plan.steps_per_epoch):
+            yield from self.share(step)[1]
+
+    def __len__(self) -> int:
+        steps = range(self.plan.steps_per_epoch)
+        return sum(len(range(self.rank, self.plan.step_samples(s), self.num_replicas)) for s in steps)
+
+
+class MicroBatchSampler(Sampler[list[SampleKey]]):
+    """The micro-batches of this rank from step `start` up to step `stop`, across epochs without a gap.
+
+    A rank without a sample in an epoch's last batch gets one stand-in sample (the batch's first), so that every
+    rank runs forward and backward in every step; `micro_batch_sizes` counts it as 0 samples, so it has no weight.
+    """
+
+    def __init__(self, sampler: StepSampler, start: int, stop: int) -> None:
+        self.sampler = sampler
+        self.start = start
+        self.stop = stop
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        size = self.sampler.plan.micro_batch_size
+        for step in range(self.start, self.stop):
+            epoch, indices = self.sampler.share(step)
+            if not indices:
+                batch_start = step % self.sampler.plan.steps_per_epoch * self.sampler.plan.batch_size
+                indices = [int(self.sampler._order(epoch)[batch_start])]
+            for first in range(0, len(indices), size):
+                yield [SampleKey(epoch, index) for index in indices[first : first + size]]
+
+    def micro_batch_sizes(self, step: int) -> list[int]:
+        """Returns how many real samples each micro-batch of this rank holds in a step: `[0]` for a stand-in."""
+        plan = self.sampler.plan
+        share = len(range(self.sampler.rank, plan.step_samples(step), plan.num_ranks))
+        firsts = range(0, max(share, 1), plan.micro_batch_size)
+        return [min(plan.micro_batch_size, share - first) for first in firsts]
+
+
+class EvalSampler(Sampler[list[SampleKey]]):
+    """This rank's share of an evaluation set, in batches: every sample on exactly one rank, none padded."""
+
+    def __init__(self, num_samples: int, batch_size: int, rank: int, num_ranks: int) -> None:
+        self.indices = range(rank, num_samples, num_ranks)
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        for first in range(0, len(self.indices), self.batch_size):
+            yield [SampleKey(0, index) for index in self.indices[first : first + self.batch_size]]
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.indices) / self.batch_size)

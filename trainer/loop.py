@@ -1,0 +1,456 @@
+"""The training loop: `Trainer.fit`, one step, evaluation, reports.
+
+Reads as nouns and verbs; how each is done is in the module named after it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from trainer.checkpoint import CheckpointFolder, Identity, Progress
+from trainer.config import Config, Interval
+from trainer.data.datasets import SizedDataset, build_dataset, build_eval_dataset, class_names
+from trainer.data.feed import DeviceFeed, MicroBatch
+from trainer.data.sampler import BatchPlan, StepSampler
+from trainer.errors import UserError, one_line
+from trainer.faults import StopRequests
+from trainer.model import build_model
+from trainer.optim import build_learning_rate, build_optimizer
+from trainer.run_folder import RunFolder
+from trainer.runtime import Runtime, seed_everything
+from trainer.tasks import build_task
+from trainer.telemetry import Clock, peak_memory_bytes
+from trainer.tracking import Trackers, check_trackers
+
+logger = logging.getLogger("lockstep")
+
+
+class Trainer:
+    """One run, from a config to a trained model.
+
+    Args:
+        config: the whole run.
+
+    Raises:
+        UserError: the config cannot be carried out here; on every rank alike.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.clock = Clock()
+        with self.clock.phase("startup"):
+            self.runtime = Runtime(config)
+            self.folder = RunFolder(config)
+            self.checkpoints = CheckpointFolder(config.run_dir / "checkpoints", config.checkpoint.keep)
+            self.stop_requests = StopRequests(self.runtime.host_group)
+            self._build()
+            self.model, self.optimizer = self.runtime.prepare(self.bare_model, self.bare_optimizer)
+        self.progress = Progress()
+        self.trackers: Trackers | None = None
+        self.bar: tqdm[Any] | None = None
+        self._first_step = 0
+
+    def _build(self) -> None:
+        """Builds every component. A problem on any rank is raised on all; nothing is wrapped yet."""
+        config, runtime = self.config, self.runtime
+        runtime.agree(self._check_surroundings)
+        train_set = runtime.agree(lambda: build_dataset(config.data.train, "data.train", runtime))
+        eval_set = runtime.agree(lambda: build_eval_dataset(config.data, train_set, runtime))
+        runtime.agree(lambda: self._build_model_and_order(train_set))
+        self.feed = runtime.agree(lambda: self._feed(train_set, "train"))
+        self.eval_feed = runtime.agree(lambda: self._feed(eval_set, "eval")) if eval_set is not None else None
+
+    def _check_surroundings(self) -> None:
+        check_trackers(self.config)
+        self.folder.create()
+
+    def _build_model_and_order(self, train_set: SizedDataset) -> None:
+        config, num_ranks = self.config, self.runtime.num_ranks
+        train = config.train
+        self.plan = BatchPlan.split(
+            len(train_set), train.batch_size, train.micro_batch_size, num_ranks, config.data.drop_last
+        )
+        self.sampler = StepSampler(self.plan, self.runtime.rank, config.run.seed)
+        self.total_steps = train.steps or (train.epochs or 0) * self.plan.steps_per_epoch
+        self.learning_rate = build_learning_rate(
+            config.optim, config.schedule, self.total_steps, self.plan.steps_per_epoch
+        )
+        num_classes = _num_classes(config, train_set)
+        self.task = build_task(config.task, num_classes)
+        self.best_metric, self.best_mode = self.task.best_metric, self.task.best_mode
+        if config.checkpoint.best is not None:
+            self.best_metric, self.best_mode = config.checkpoint.best.metric, config.checkpoint.best.mode
+        seed_everything(config.run.seed)  # the same initial weights on every rank
+        self.bare_model = build_model(config.model, num_classes)
+        self.bare_optimizer = build_optimizer(config.optim, self.bare_model)
+        seed_everything(config.run.seed + 1 + self.runtime.rank)  # dropout differs per rank
+
+    def _feed(self, dataset: SizedDataset, split: str) -> DeviceFeed:
+        return DeviceFeed(
+            dataset,
+            self.config.data,
+            split,
+            self.runtime.device,
+            self.config.run.seed,
+            self.task.input_key,
+            self.task.check,
+        )
+
+    # ---- the run ------------------------------------------------------------------------------------------
+
+    def fit(self) -> str:
+        """Trains to the end, or until asked to stop. Returns the status: `finished` or `stopped`."""
+        self.restore()
+        if self.complete():
+            logger.info("already finished: %d steps in %s", self.progress.step, self.folder.path)
+            self.close()
+            return "finished"
+        self.start()
+        if self.evaluation_due():  # stopped after a step, before it was evaluated
+            self.evaluate_and_keep_best()
+            self.save()
+        stop = False
+        while self.progress.step < self.total_steps and not stop:
+            self.train_step()
+            stop = self.stop_requests.agreed()
+            if self.due(self.config.log.every):
+                self.report()
+            improved = not stop and self.evaluation_due() and self.evaluate_and_keep_best()
+            if stop or improved or self.due(self.config.checkpoint.every):
+                self.save()
+        return self.finish()
+
+    def train_step(self) -> None:
+        """One optimizer step over the global batch, however it is split over ranks and micro-batches."""
+        step = self.progress.step
+        learning_rate = self.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        # DDP averages gradients over ranks; this makes the average the mean over the global batch.
+        scale = self.runtime.num_ranks / self.plan.step_samples(step)
+        for batch in self.feed.step_batches(step):
+            with self.runtime.accumulate(self.model, batch.is_last):
+                loss_sum = self.loss_sum(batch)
+                self.runtime.backward(loss_sum * scale)
+            self._window.add(loss_sum, batch.num_samples)
+        if self.config.optim.clip_norm is not None:
+            self.runtime.unscale_gradients(self.optimizer)
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            self._window.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.optim.clip_norm)
+        self.optimizer.step()
+        self.progress.skipped_steps += self.runtime.step_was_skipped()
+        self.optimizer.zero_grad()
+        self.progress.step += 1
+
+    def loss_sum(self, batch: MicroBatch) -> torch.Tensor:
+        """Returns the summed loss of a micro-batch; a stand-in keeps this rank in step without weight."""
+        outputs = self.task.forward(self.model, batch.data)
+        loss_sum = self.task.loss_sum(outputs, batch.data)
+        return loss_sum if batch.num_samples else loss_sum * 0.0
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Evaluates every sample of the evaluation set once and returns the task's metrics, on every rank."""
+        assert self.eval_feed is not None
+        # Not the wrapped model: DDP's forward exchanges buffers, and ranks may have uneven batch counts.
+        model = self.bare_model.eval()
+        batch_size = self.config.eval.batch_size or self.plan.micro_batch_size
+        totals: dict[str, torch.Tensor] = {}
+        for batch in self.eval_feed.eval_batches(batch_size, self.runtime.rank, self.runtime.num_ranks):
+            sums = self.task.eval_sums(self.task.forward(model, batch.data), batch.data)
+            totals = {k: totals[k] + v if k in totals else v for k, v in sums.items()}
+        model.train()
+        # A rank without a sample (a tiny evaluation set) has no totals of its own, and adds zeros.
+        names = self.runtime.from_main(lambda: list(totals))
+        zero = torch.zeros(())
+        return self.task.metrics(self.runtime.sum({name: totals.get(name, zero) for name in names}))
+
+    # ---- around the steps ---------------------------------------------------------------------------------
+
+    def due(self, every: Interval) -> bool:
+        """Tells whether something is due after the current step; at the end of training everything is."""
+        step = self.progress.step
+        return step % every.steps(self.plan.steps_per_epoch) == 0 or step == self.total_steps
+
+    def complete(self) -> bool:
+        """Tells whether nothing is left to do."""
+        return self.progress.step >= self.total_steps and not self.evaluation_due()
+
+    def evaluation_due(self) -> bool:
+        """Tells whether the current step still has to be evaluated."""
+        step = self.progress.step
+        if self.eval_feed is None or step == 0 or self.progress.evaluated_step == step:
+            return False
+        return self.due(self.config.eval.every)
+
+    def evaluate_and_keep_best(self) -> bool:
+        """Evaluates, reports, and tells whether this is the best evaluation so far."""
+        with self.clock.phase("evaluation"):
+            metrics = self.evaluate()
+        progress = self.progress
+        progress.evaluated_step, progress.eval_metrics = progress.step, metrics
+        self._publish({f"eval/{k}": v for k, v in metrics.items()})
+        if self.best_metric is None:
+            return False
+        if self.best_metric not in metrics:
+            message = f"evaluation has no metric '{self.best_metric}'; it has: {', '.join(metrics)}"
+            raise UserError(message, path="checkpoint.best.metric")
+        value, best = metrics[self.best_metric], progress.best_value
+        better = best is None or (value > best if self.best_mode == "max" else value < best)
+        if better and not math.isnan(value):
+            progress.best_step, progress.best_value = progress.step, value
+            return True
+        return False
+
+    def report(self) -> None:
+        """Reports the steps since the last report. The only place where training waits for the device."""
+        window, step = self._window, self.progress.step
+        totals = self.runtime.sum({"loss": window.loss_sum, "count": torch.tensor(window.num_samples)})
+        seconds = window.seconds(self.clock, self.feed)
+        record = {
+            "train/loss": totals["loss"] / totals["count"],
+            "train/lr": self.learning_rate(step - 1),
+            "train/samples_per_second": totals["count"] / seconds["train"],
+            "train/data_wait": seconds["data_wait"] / seconds["train"],
+        }
+        if window.grad_norm is not None:
+            record["train/grad_norm"] = float(window.grad_norm)
+        self._publish(record)
+        self._window = _Window(self.runtime.device, self.clock, self.feed)
+        if not math.isfinite(record["train/loss"]):
+            logger.warning("step %d: the loss is %s", step, record["train/loss"])
+
+    def start(self) -> None:
+        """Writes what this run is, starts its trackers and its feed, and takes over the stop signals."""
+        step = self._first_step = self.progress.step
+        with self.clock.phase("startup"):
+            if self.runtime.is_main:
+                self.folder.describe(self.runtime.num_ranks, self.runtime.device)
+                self.folder.cut_metrics(step)
+                self.trackers = Trackers(self.config, self.folder.path, self.progress.wandb_id)
+                self.progress.wandb_id = self.trackers.wandb_id
+                self._announce()
+                if sys.stderr.isatty():
+                    self.bar = tqdm(total=self.total_steps, initial=step, unit="step", dynamic_ncols=True)
+            self.feed.start(self.sampler, step, self.total_steps)
+            self.stop_requests.install()
+        self._window = _Window(self.runtime.device, self.clock, self.feed)
+
+    def finish(self) -> str:
+        """Writes the summary and closes everything. Returns the status."""
+        status = "finished" if self.complete() else "stopped"
+        self.summarise(status)
+        logger.info("%s at step %d of %d: %s", status, self.progress.step, self.total_steps, self.folder.path)
+        self.close()
+        return status
+
+    def abandon(self, error: BaseException) -> None:
+        """Ends a run that failed: leaves a summary and no process behind. Talks to no other rank."""
+        self.summarise("failed", one_line(error))
+        self.feed.close()
+        self.stop_requests.release_signals()
+        self._close_display()
+
+    def close(self) -> None:
+        """Ends workers and trackers, and leaves the process group."""
+        self.feed.close()
+        self.stop_requests.close()
+        self._close_display()
+        del self.model, self.optimizer, self.bare_model, self.bare_optimizer
+        self.runtime.close()
+
+    def _close_display(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.trackers is not None:
+            self.trackers.finish()
+            self.trackers = None
+
+    # ---- state --------------------------------------------------------------------------------------------
+
+    @property
+    def identity(self) -> Identity:
+        """What a resuming run must agree on."""
+        config = self.config
+        return Identity(
+            model=config.model.name,
+            optimizer=config.optim.name,
+            num_samples=self.plan.num_samples,
+            batch_size=self.plan.batch_size,
+            seed=config.run.seed,
+            drop_last=self.plan.drop_last,
+        )
+
+    def save(self) -> None:
+        """Writes a checkpoint of the current step; every rank calls it."""
+        with self.clock.phase("checkpoint"):
+            generators = self.runtime.gather(self.runtime.generator_states())
+            if self.runtime.is_main:
+                scaler = self.runtime.scaler
+                tensors = {
+                    "model": self.bare_model.state_dict(),
+                    "optimizer": self.bare_optimizer.state_dict(),
+                    "scaler": scaler.state_dict() if scaler is not None else {},
+                    "generators": generators,
+                }
+                self.checkpoints.write(self.progress, self.identity, tensors, self.runtime.num_ranks)
+            self.runtime.barrier()
+
+    def restore(self) -> None:
+        """Continues from the newest checkpoint in the run folder, if there is one.
+
+        Raises:
+            UserError: the checkpoint is of another run or model, cannot be read, or may not be resumed.
+        """
+        with self.clock.phase("startup"):
+            steps = self.runtime.from_main(self.checkpoints.steps)
+            if not steps:
+                return
+            if self.config.checkpoint.resume == "never":
+                message = f"'{self.folder.path}' already holds a run; choose another run.dir"
+                raise UserError(message, path="checkpoint.resume")
+            self.runtime.agree(lambda: self.load(steps[-1]))
+        logger.info("continuing from step %d of %s", self.progress.step, self.folder.path)
+
+    def load(self, step: int) -> None:
+        """Loads the checkpoint of a step into model, optimizer, generators and progress."""
+        progress, num_ranks = self.checkpoints.read(step, self.identity)
+        where = self.checkpoints.path(step)
+        try:
+            self.bare_model.load_state_dict(self.checkpoints.load(step, "model"))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"'{where}' is of another model: {reason}", path="run.dir") from error
+        # What the config says of the optimizer wins over what the checkpoint remembers.
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in self.bare_optimizer.param_groups]
+        try:
+            self.bare_optimizer.load_state_dict(self.checkpoints.load(step, "optimizer"))
+        except ValueError as error:
+            raise UserError(f"'{where}' is of another optimizer: {error}", path="run.dir") from error
+        for group, setting in zip(self.bare_optimizer.param_groups, settings, strict=True):
+            group.update(setting)
+        if self.runtime.scaler is not None:
+            self.runtime.scaler.load_state_dict(self.checkpoints.load(step, "scaler"))
+        generators = self.checkpoints.load(step, "generators")
+        if num_ranks == self.runtime.num_ranks:
+            self.runtime.restore_generators(generators[self.runtime.rank])
+        else:
+            logger.info("written by %d processes, read by %d", num_ranks, self.runtime.num_ranks)
+        self.progress = progress
+
+    # ---- what is shown ------------------------------------------------------------------------------------
+
+    def _announce(self) -> None:
+        plan, runtime = self.plan, self.runtime
+        parameters = sum(p.numel() for p in self.bare_model.parameters())
+        accumulation = f" x {plan.num_micro_batches} micro-batches" if plan.num_micro_batches > 1 else ""
+        logger.info("model      %s, %s parameters", self.config.model.name, f"{parameters:,}")
+        logger.info("device     %d x %s, precision %s", runtime.num_ranks, runtime.device.type, self.config.precision)
+        logger.info(
+            "batch      %d = %d processes x %d%s",
+            plan.batch_size,
+            runtime.num_ranks,
+            plan.micro_batch_size,
+            accumulation,
+        )
+        logger.info(
+            "length     %d steps of %d samples (%d steps per epoch)",
+            self.total_steps,
+            plan.batch_size,
+            plan.steps_per_epoch,
+        )
+        logger.info("run folder %s", self.folder.path)
+
+    def _publish(self, values: dict[str, float]) -> None:
+        """Sends values to metrics.jsonl, the trackers and the terminal."""
+        if not self.runtime.is_main:
+            return
+        step = self.progress.step
+        record = {
+            "step": step,
+            "epoch": round(step / self.plan.steps_per_epoch, 6),
+            "samples": self.plan.samples_before(step),
+            **values,
+        }
+        self.folder.log(record)
+        if self.trackers is not None:
+            self.trackers.log({k: v for k, v in record.items() if k != "step"}, step)
+        shown = "  ".join(f"{k.removeprefix('train/')} {v:.4g}" for k, v in values.items())
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+        if self.bar is not None and "train/loss" in values:
+            self.bar.set_postfix_str(shown)
+        else:
+            logger.info("step %d/%d  epoch %.2f  %s", step, self.total_steps, record["epoch"], shown)
+
+    def summarise(self, status: str, error: str | None = None) -> None:
+        """Writes summary.json."""
+        if not self.runtime.is_main:
+            return
+        progress, split = self.progress, self.clock.split()
+        samples = self.plan.samples_before(progress.step)
+        trained = samples - self.plan.samples_before(self._first_step)
+        best = {"step": progress.best_step, "metric": self.best_metric, "value": progress.best_value}
+        self.folder.summarise(
+            {
+                "status": status,
+                "error": error,
+                "step": progress.step,
+                "total_steps": self.total_steps,
+                "epoch": progress.step / self.plan.steps_per_epoch,
+                "samples": samples,
+                "metrics": {f"eval/{k}": v for k, v in progress.eval_metrics.items()},
+                "best": best if progress.best_step is not None else None,
+                "skipped_steps": progress.skipped_steps,
+                "samples_per_second": trained / split["train"],
+                "goodput": split["train"] / split["total"],
+                "peak_memory_bytes": peak_memory_bytes(self.runtime.device),
+                "seconds": {**split, "data_wait": self.feed.data_wait_seconds},
+                "num_processes": self.runtime.num_ranks,
+            }
+        )
+
+
+class _Window:
+    """What happened since the last report; sums stay on the device until then."""
+
+    def __init__(self, device: torch.device, clock: Clock, feed: DeviceFeed) -> None:
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.loss_sum = torch.zeros((), device=device, dtype=dtype)
+        self.num_samples = 0
+        self.grad_norm: torch.Tensor | None = None
+        self._train_seconds = clock.split()["train"]
+        self._data_wait = feed.data_wait_seconds
+
+    def add(self, loss_sum: torch.Tensor, num_samples: int) -> None:
+        self.loss_sum += loss_sum.detach()
+        self.num_samples += num_samples
+
+    def seconds(self, clock: Clock, feed: DeviceFeed) -> dict[str, float]:
+        return {
+            "train": clock.split()["train"] - self._train_seconds,
+            "data_wait": feed.data_wait_seconds - self._data_wait,
+        }
+
+
+def _num_classes(config: Config, train_set: SizedDataset) -> int | None:
+    """Returns how many classes there are: what the model is told, else what the data set knows.
+
+    Raises:
+        UserError: the data set has more classes than the model.
+    """
+    names = class_names(train_set)
+    in_data = len(names) if names is not None else None
+    in_model = config.model.args.get("num_classes")
+    if not isinstance(in_model, int):
+        return in_data
+    if in_data is not None and in_data > in_model:
+        message = f"the model has {in_model} classes, data.train has {in_data}"
+        raise UserError(message, path="model.args.num_classes")
+    return in_model

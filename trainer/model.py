@@ -1,0 +1,130 @@
+"""The model: built by name, started from given weights, its head fitted to the number of classes.
+
+Owns what happens to a model before Accelerate prepares it. Wrapping and precision are `trainer.runtime`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.components import accepts, build, is_import_path, resolve
+from trainer.config import ModelConfig
+from trainer.errors import UserError, nearest, one_line
+
+logger = logging.getLogger("lockstep")
+
+# torchvision models whose training outputs are tuples with auxiliary logits unless told otherwise.
+_PLAIN_OUTPUT = {
+    "googlenet": {"aux_logits": False, "init_weights": True},
+    "inception_v3": {"aux_logits": False, "init_weights": True},
+}
+
+
+def build_model(config: ModelConfig, num_classes: int | None) -> nn.Module:
+    """Builds the model on the host, in float32.
+
+    Args:
+        config: the `model` section.
+        num_classes: number of classes of the data, if known. It becomes the model's `num_classes` where the
+            config sets none; never for a model by import path, which is called with `args` and nothing else.
+
+    Raises:
+        UserError: the model or its weights cannot be built or do not fit.
+    """
+    given: dict[str, Any] = {}
+    if not is_import_path(config.name):
+        given.update(_PLAIN_OUTPUT.get(config.name, {}))
+        target = resolve("model", config.name, "model")
+        if num_classes is not None and (target.__module__.startswith("torchvision.") or accepts(target, "num_classes")):
+            given["num_classes"] = num_classes
+    model = build("model", config, "model", **given)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"'{config.name}' returned a {type(model).__name__}, not a torch.nn.Module", path="model.name")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f"'{config.name}' has no parameter to train", path="model.name")
+    if config.weights is not None:
+        load_weights(model, _read_weights(config), config.weights)
+    return model
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Any], source: str) -> None:
+    """Loads a state dict; a final layer of another size keeps its fresh values, and that is said.
+
+    Raises:
+        UserError: keys are missing or unexpected, or a layer other than the last has another shape.
+    """
+    own = model.state_dict()
+    reshaped = [k for k in own if k in state and state[k].shape != own[k].shape]
+    head = reshaped[0].rpartition(".")[0] if reshaped else None
+    last_layer = [k for k in own if k.rpartition(".")[0] == list(own)[-1].rpartition(".")[0]]
+    if head is not None and any(k not in last_layer for k in reshaped):
+        key = next(k for k in reshaped if k not in last_layer)
+        message = f"'{source}': {key} is {list(state[key].shape)}, the model has {list(own[key].shape)}"
+        raise UserError(message, path="model.weights")
+    # torchvision's auxiliary heads are not part of the model that we build.
+    unexpected = [k for k in state if k not in own and not k.startswith(("aux", "AuxLogits"))]
+    missing = [k for k in own if k not in state]
+    for what, keys in (("lacks", missing), ("has unknown", unexpected)):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            hint = nearest(keys[0], unexpected if what == "lacks" else missing)
+            raise UserError(f"'{source}' {what} {keys[0]}{more}{hint}", path="model.weights")
+    model.load_state_dict({k: v for k, v in state.items() if k in own and k not in reshaped}, strict=False)
+    logger.info("weights %s: %d tensors loaded", source, len(own) - len(reshaped))
+    for key in reshaped:
+        logger.info("weights: %s is new, %s instead of %s", key, list(own[key].shape), list(state[key].shape))
+
+
+def _read_weights(config: ModelConfig) -> Mapping[str, Any]:
+    """Reads the state dict that `model.weights` names: a file, or a torchvision weights name."""
+    assert config.weights is not None
+    file = Path(config.weights)
+    if file.suffix in (".safetensors", ".pt", ".pth", ".bin") or file.exists():
+        return read_state_dict(file)
+    from torchvision import models
+
+    if is_import_path(config.name) or config.name not in models.list_models():
+        message = f"no such file: '{config.weights}' (and '{config.name}' has no named weights)"
+        raise UserError(message, path="model.weights")
+    weights = models.get_model_weights(config.name)
+    names = ["DEFAULT", *(w.name for w in weights)]
+    if config.weights not in names:
+        hint = nearest(config.weights, names) or f"; it has: {', '.join(names)}"
+        raise UserError(f"'{config.name}' has no weights '{config.weights}'{hint}", path="model.weights")
+    try:
+        return weights[config.weights].get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot get '{config.weights}': {one_line(error)}", path="model.weights") from error
+
+
+def read_state_dict(file: Path) -> Mapping[str, Any]:
+    """Reads a .safetensors file, or a state dict that torch.save wrote; never runs code from the file.
+
+    Raises:
+        UserError: the file is missing or is not a state dict.
+    """
+    if not file.is_file():
+        raise UserError(f"no such file: '{file}'", path="model.weights")
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # both libraries raise types of their own for a broken file
+        message = f"cannot read '{file}': {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        raise UserError(message, path="model.weights") from error
+    if isinstance(state, Mapping):
+        for wrapper in ("state_dict", "model"):  # as timm and torchvision's reference save them
+            if isinstance(state.get(wrapper), Mapping):
+                state = state[wrapper]
+        if state and all(isinstance(v, torch.Tensor) for v in state.values()):
+            return state
+    raise UserError(f"'{file}' is not a state dict", path="model.weights")

@@ -1,0 +1,252 @@
+"""The Accelerator from the config, and everything that involves more than one process.
+
+Owns the world (how many processes, and that it is the promised number), the device, precision, wrapping,
+seeds and collectives. Accelerate does the work; this module picks what works and refuses what would silently
+not. Which accelerate setting does what was measured: see the table in `docs/launch.md`.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import nn
+
+from trainer.config import Config
+from trainer.errors import Problem, UserError
+
+logger = logging.getLogger("lockstep")
+
+T = TypeVar("T")
+
+
+class Runtime:
+    """This process among its peers."""
+
+    def __init__(self, config: Config) -> None:
+        promised = promised_processes()
+        _refuse_foreign_plugins()
+        has_accelerator = torch.accelerator.is_available()
+        if not has_accelerator:
+            # Without it accelerate starts no process group on the CPU, and every rank trains alone.
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+        if config.precision == "fp16" and not has_accelerator:
+            raise UserError("fp16 needs a GPU; on the CPU use bf16 or no", path="precision")
+        self.accelerator = Accelerator(
+            mixed_precision=config.precision,
+            cpu=not has_accelerator,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
+        )
+        self.rank: int = self.accelerator.process_index
+        self.local_rank: int = self.accelerator.local_process_index
+        self.num_ranks: int = self.accelerator.num_processes
+        self.device: torch.device = self.accelerator.device
+        self.is_main: bool = self.accelerator.is_main_process
+        if promised != self.num_ranks:
+            raise UserError(_wrong_world(promised, self.num_ranks))
+        # Decisions between hosts travel over gloo, so that agreeing on them never waits for the GPU.
+        self.host_group = dist.new_group(backend="gloo") if self.num_ranks > 1 else None
+
+    # ---- model and optimizer ------------------------------------------------------------------------------
+
+    def prepare(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Places the model on the device and wraps model and optimizer for this world and precision."""
+        prepared = self.accelerator.prepare(model, optimizer)
+        return prepared[0], prepared[1]
+
+    def accumulate(self, model: nn.Module, is_last: bool) -> AbstractContextManager[Any]:
+        """Exchanges gradients only in the last micro-batch of a step."""
+        return nullcontext() if is_last or self.num_ranks == 1 else self.accelerator.no_sync(model)
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The fp16 loss scaler; None in other precisions."""
+        return self.accelerator.scaler
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Runs backward, through the loss scaler where precision is fp16."""
+        # Not accelerator.backward: it looks up installed packages at every call (0.2 ms).
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def unscale_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Takes the loss scale out of the gradients, before they are clipped."""
+        if self.scaler is not None:
+            self.accelerator.unscale_gradients(optimizer)
+
+    def step_was_skipped(self) -> bool:
+        """Tells whether the loss scaler skipped the last optimizer step because of an overflow."""
+        return self.scaler is not None and self.accelerator.optimizer_step_was_skipped
+
+    # ---- collectives --------------------------------------------------------------------------------------
+
+    def sum(self, values: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Sums scalars over all ranks and brings them to the host. Waits for the device."""
+        if not values:
+            return {}
+        # float64 holds every count below 2**53 exactly; Apple's GPUs have none.
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        stacked = torch.stack([v.detach().to(self.device, dtype) for v in values.values()])
+        if self.num_ranks > 1:
+            dist.all_reduce(stacked)
+        return dict(zip(values, stacked.tolist(), strict=True))
+
+    def gather(self, value: T) -> list[T]:
+        """Returns every rank's object, in rank order, on every rank."""
+        if self.num_ranks == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.num_ranks
+        dist.all_gather_object(gathered, value, group=self.host_group)
+        return gathered
+
+    def from_main(self, value: Callable[[], T]) -> T:
+        """Calls `value` on rank 0 and returns its result on every rank."""
+        box = [value() if self.is_main else None]
+        if self.num_ranks > 1:
+            dist.broadcast_object_list(box, src=0, group=self.host_group)
+        return box[0]  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        """Waits until every rank is here."""
+        if self.num_ranks > 1:
+            dist.barrier(group=self.host_group)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Runs the body on rank 0, then on the first rank of every other host, then on the rest."""
+        turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
+        for _ in range(turn):
+            self.barrier()
+        try:
+            yield
+        finally:
+            for _ in range(2 - turn):
+                self.barrier()
+
+    def agree(self, build: Callable[[], T]) -> T:
+        """Calls `build` on every rank; if it raises UserError on any, every rank raises all of them.
+
+        Without this, a problem that only one rank has would leave the others waiting for it.
+        """
+        problems: tuple[Problem, ...] = ()
+        result: T | None = None
+        try:
+            result = build()
+        except UserError as error:
+            problems = error.problems
+        by_rank = self.gather(problems)
+        if not any(by_rank):
+            return result  # type: ignore[return-value]
+        shared = [p for p in by_rank[0] if all(p in others for others in by_rank)]
+        lone = [
+            Problem(f"rank {rank}: {p.message}", p.path, p.origin)
+            for rank, problems in enumerate(by_rank)
+            for p in problems
+            if p not in shared
+        ]
+        raise UserError(*shared, *lone, agreed=True)
+
+    # ---- random state -------------------------------------------------------------------------------------
+
+    def generator_states(self) -> dict[str, Any]:
+        """Returns the state of this rank's global generators, of types that torch.load accepts safely."""
+        name, keys, *rest = np.random.get_state()
+        version, internal, gauss = random.getstate()
+        states = {
+            "torch": torch.get_rng_state(),
+            "numpy": [str(name), torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
+            "python": [version, list(internal), gauss],
+        }
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    def restore_generators(self, states: Mapping[str, Any]) -> None:
+        """Sets this rank's global generators to what `generator_states` returned."""
+        torch.set_rng_state(states["torch"])
+        name, keys, *rest = states["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+        version, internal, gauss = states["python"]
+        random.setstate((version, tuple(internal), gauss))
+        if self.device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], self.device)
+
+    # ---- end ----------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Leaves the process group. Call it when nothing refers to the wrapped model any more."""
+        # A DDP model that is still alive here ends some runs in SIGABRT on gloo.
+        self.accelerator.free_memory()
+        gc.collect()
+        if self.num_ranks > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the global generators of torch (all devices), numpy and random."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def promised_processes() -> int:
+    """Returns how many processes the launcher was asked to start for this job.
+
+    torchrun and our launcher say so in WORLD_SIZE. `accelerate launch --cpu --num_processes 2` starts one
+    process and says nothing; then the launcher's own command line tells.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    try:
+        parent = psutil.Process().parent()
+        command = parent.cmdline() if parent else []
+    except psutil.Error:
+        return 1
+    if not any(re.search(r"(^|[/\\.])accelerate(-launch)?(\.exe)?$|accelerate[./\\]commands", a) for a in command):
+        return 1
+    return max(_option(command, "num[_-]processes"), _option(command, "num[_-]machines"))
+
+
+def _option(command: Sequence[str], name: str) -> int:
+    for argument, following in zip(command, [*command[1:], ""], strict=True):
+        match = re.fullmatch(rf"--{name}(?:=(\d+))?", argument)
+        if match:
+            value = match[1] or following
+            return int(value) if value.isdigit() else 1
+    return 1
+
+
+def _wrong_world(promised: int, actual: int) -> str:
+    command = f"python -m launch local --config FILE --processes {promised}"
+    return (
+        f"{promised} processes were asked for, but this one is alone among {actual}: `accelerate launch` starts "
+        f"several processes only on GPUs. This works: {command}"
+    )
+
+
+def _refuse_foreign_plugins() -> None:
+    """Refuses strategies that an accelerate config file switches on behind the YAML's back."""
+    for variable, what in (
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+    ):
+        if os.environ.get(variable, "false").lower() == "true":
+            message = f"accelerate was launched with {what} ({variable}=true), which Lockstep does not run"
+            raise UserError(f"{message}; launch without it: the YAML file decides how a run is distributed")

@@ -1,0 +1,39 @@
+"""Tasks: what a batch means. Building one by name is here; what one is, in `trainer.tasks.base`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from trainer.components import accepts, build, is_import_path, resolve
+from trainer.config import Component, TaskConfig
+from trainer.errors import UserError
+from trainer.tasks.base import Task
+
+
+def build_task(config: TaskConfig, num_classes: int | None) -> Task:
+    """Builds the task, with `loss=` where the config names one; built-in tasks are given `num_classes`, too.
+
+    Raises:
+        UserError: the task or its loss cannot be built, or is none.
+    """
+    given: dict[str, Any] = {}
+    if config.loss is not None:
+        given["loss"] = _build_loss(config.loss)
+    if not is_import_path(config.name):
+        given["num_classes"] = num_classes
+    task = build("task", config, "task", **given)
+    if not isinstance(task, Task):
+        raise UserError(f"'{config.name}' is not a subclass of trainer.tasks.base.Task", path="task.name")
+    return task
+
+
+def _build_loss(component: Component) -> Callable[..., torch.Tensor]:
+    # One value per sample, where the loss can give it, keeps the mean over the global batch exact.
+    given = {"reduction": "none"} if accepts(resolve("loss", component.name, "task.loss"), "reduction") else {}
+    loss = build("loss", component, "task.loss", **given)
+    if not callable(loss):
+        raise UserError(f"'{component.name}' returned a {type(loss).__name__}, not a callable", path="task.loss")
+    return loss

@@ -1,0 +1,73 @@
+"""What a task is: the meaning of a batch, the loss, and the evaluation metrics.
+
+The loop knows nothing of inputs, targets or classes; it calls these methods. A task of your own subclasses
+`Task` and is named by import path in `task.name`; it is built with `task.args` (and `loss=`, where the config
+has `task.loss`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from trainer.errors import UserError
+
+
+class Task(ABC):
+    """The life of one batch:
+
+    ```
+    task.check(data, sample_ids)             # in host memory, before the device sees it
+    outputs = task.forward(model, data)      # on the device from here on
+    loss_sum = task.loss_sum(outputs, data)  # training: divided by the global batch size by the loop
+    sums = task.eval_sums(outputs, data)     # evaluation: summed over batches and ranks by the loop
+    metrics = task.metrics(sums)             # once, from the totals
+    ```
+    """
+
+    input_key = "input"  # where the input is in samples that are dicts
+    best_metric: str | None = None  # the evaluation metric that decides the best checkpoint
+    best_mode: Literal["max", "min"] = "max"
+
+    def check(self, data: Any, sample_ids: torch.Tensor) -> None:  # noqa: B027  # optional, not abstract
+        """Raises UserError where a batch in host memory cannot be trained on."""
+
+    def inputs(self, data: Any) -> Any:
+        """Returns what the model is called with: the first of a pair, or `input_key` of a dict."""
+        return self.part(data, self.input_key, 0)
+
+    def forward(self, model: nn.Module, data: Any) -> Any:
+        """Runs the model on a batch."""
+        return model(self.inputs(data))
+
+    @abstractmethod
+    def loss_sum(self, outputs: Any, data: Any) -> torch.Tensor:
+        """Returns the loss summed over the samples of the batch, a scalar with gradient."""
+
+    @abstractmethod
+    def eval_sums(self, outputs: Any, data: Any) -> dict[str, torch.Tensor]:
+        """Returns scalars on the device that add up over batches and ranks; the same keys for every batch."""
+
+    @abstractmethod
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Turns the totals of `eval_sums` over the whole evaluation set into named metrics."""
+
+    @staticmethod
+    def part(data: Any, key: str, position: int) -> Any:
+        """Returns `data[key]` of a dict, or `data[position]` of a pair.
+
+        Raises:
+            UserError: the batch has no such part.
+        """
+        if isinstance(data, Mapping):
+            if key not in data:
+                keys = ", ".join(map(str, data))
+                raise UserError(f"samples have no key '{key}' (they have: {keys}); name it in task.args", path="task")
+            return data[key]
+        if isinstance(data, list | tuple) and len(data) > position:
+            return data[position]
+        raise UserError("samples must be (input, target) pairs or dicts", path="data.train")

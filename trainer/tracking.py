@@ -1,0 +1,127 @@
+"""Experiment trackers through Accelerate's classes, on rank 0 only, imported late.
+
+Trackers get what `metrics.jsonl` gets. Owns choosing W&B's mode so that a missing key or network never stops
+or stalls a run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+
+from trainer.config import Config, WandbConfig
+from trainer.errors import UserError
+
+logger = logging.getLogger("lockstep")
+
+
+def check_trackers(config: Config) -> None:
+    """Raises UserError where a tracker is named whose package is not installed."""
+    for i, name in enumerate(config.tracking.trackers):
+        if importlib.util.find_spec(name) is None:
+            message = f"'{name}' is not installed; pip install {name}, or leave it out"
+            raise UserError(message, path=f"tracking.trackers.{i}")
+
+
+class Trackers:
+    """The trackers of one run.
+
+    Args:
+        config: the whole config; trackers store it.
+        run_dir: the run folder, where trackers put their files.
+        wandb_id: W&B id of the run that is being continued, if any.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, wandb_id: str | None) -> None:
+        self.trackers: list[GeneralTracker] = []
+        self.wandb_id = wandb_id
+        values = config.model_dump(mode="json")
+        for name in config.tracking.trackers:
+            if name == "wandb":
+                tracker = self._start_wandb(config, run_dir)
+                tracker.store_init_configuration(values)
+            else:
+                tracker = TensorBoardTracker("tensorboard", run_dir)
+                tracker.start()
+                tracker.store_init_configuration(_flat(values))
+            self.trackers.append(tracker)
+
+    def _start_wandb(self, config: Config, run_dir: Path) -> WandBTracker:
+        import wandb
+
+        settings = config.tracking.wandb
+        mode = _wandb_mode(settings)
+        tracker = WandBTracker(
+            settings.project,
+            id=self.wandb_id,
+            resume="allow" if self.wandb_id else None,
+            name=config.run.name,
+            dir=str(run_dir),
+            mode=mode,
+            entity=settings.entity,
+            group=settings.group,
+            tags=list(settings.tags) or None,
+            notes=settings.notes,
+            settings=wandb.Settings(silent=mode != "online"),
+        )
+        tracker.start()
+        run = tracker.tracker
+        # Our own step: W&B's counter would refuse the steps that a resumed run does again.
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        if mode != "disabled":
+            self.wandb_id = run.id
+        return tracker
+
+    def log(self, record: Mapping[str, Any], step: int) -> None:
+        """Sends one record to every tracker."""
+        for tracker in self.trackers:
+            if tracker.name == "wandb":
+                tracker.log({**record, "step": step})
+            else:
+                tracker.log(dict(record), step=step)
+
+    def finish(self) -> None:
+        """Flushes and closes every tracker."""
+        for tracker in self.trackers:
+            tracker.finish()
+        self.trackers = []
+
+
+def _wandb_mode(config: WandbConfig) -> str:
+    """Returns the mode that works here: asked for, or online with a key, and offline without a network."""
+    mode = config.mode or os.environ.get("WANDB_MODE")
+    if mode is None:
+        import wandb
+
+        mode = "online" if wandb.api.api_key else "offline"
+        if mode == "offline":
+            logger.info("wandb: offline, as no API key was found; `wandb sync` uploads the run later")
+    if mode == "online":
+        address = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+        try:  # wandb.init would wait 90 s before it gives up
+            port = address.port or (443 if address.scheme == "https" else 80)
+            socket.create_connection((address.hostname or "", port), timeout=2).close()
+        except OSError:
+            logger.warning("wandb: offline, as %s cannot be reached; `wandb sync` uploads later", address.hostname)
+            mode = "offline"
+    return mode
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
+    """Flattens nested settings to dotted keys and plain values, as TensorBoard wants them."""
+    flat: dict[str, str | int | float | bool] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value if isinstance(value, str | int | float | bool) else str(value)
+    return flat

@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -98,6 +99,10 @@ def show_problems(error: UserError, config: Config | None = None) -> None:
 
 def leave(code: int) -> NoReturn:
     """Ends the program. A failed rank of several goes at once: tidy shutdown can wait for peers or abort."""
+    if code == EXIT_STOPPED:
+        # A launcher that sees the first rank go ends the others; they are on their way.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     if code in (EXIT_FAILED, EXIT_USAGE) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         sys.stderr.flush()

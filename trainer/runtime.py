@@ -194,7 +194,9 @@ class Runtime:
         # A DDP model that is still alive here ends some runs in SIGABRT on gloo.
         self.accelerator.free_memory()
         gc.collect()
-        if self.num_ranks > 1 and dist.is_initialized():
+        # No rank leaves before rank 0 has closed its trackers: a launcher ends the rest when the first one goes.
+        self.barrier()
+        if self.num_ranks > 1:
             dist.destroy_process_group()
 
 

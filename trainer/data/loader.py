@@ -7,6 +7,7 @@ and in what order, is `trainer.data.sampler`; getting batches onto the device is
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import signal
 import struct
@@ -152,8 +153,10 @@ def _already_collated(batch: LoadedBatch | LoadFailure) -> LoadedBatch | LoadFai
 
 
 def _init_worker(worker_id: int) -> None:
-    # Ctrl-C reaches the whole terminal group; only the training process decides when to stop. Its own SIGTERM
-    # handler, which the worker inherits by fork, would keep the worker from being ended.
+    # A group of its own: Ctrl-C and a launcher's SIGTERM go to the whole group of the training process, which
+    # alone decides when to stop and needs its workers until then.
+    os.setpgid(0, 0)
+    # Inherited by fork, the training process's handler would only set a flag here, and never end the worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)

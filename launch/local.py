@@ -67,9 +67,10 @@ def run(plan: LaunchPlan, run_dir: Path) -> int:
     os.environ.update(plan.environment)
     if plan.command[0] == sys.executable:
         os.execv(sys.executable, plan.command)  # one process needs no launcher; signals and codes are its own
-    # The agent's reports of failed workers repeat what the workers said.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.distributed.run").setLevel(logging.CRITICAL)
+    # The agent's reports of failed workers repeat what the workers said. Each of its loggers has a level.
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     started = time.time()
     try:
         _launch(plan.command)

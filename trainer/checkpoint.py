@@ -78,9 +78,7 @@ class CheckpointFolder:
         """Returns the folder of a step's checkpoint."""
         return self.folder / f"{_PREFIX}{step:08d}"
 
-    def write(
-        self, progress: Progress, identity: Identity, tensors: Mapping[str, Any], num_ranks: int
-    ) -> None:
+    def write(self, progress: Progress, identity: Identity, tensors: Mapping[str, Any], num_ranks: int) -> None:
         """Writes a checkpoint and then prunes old ones. Call on rank 0 only.
 
         Args:

@@ -165,8 +165,8 @@ def _library_names(kind: Kind) -> dict[str, Callable[..., Any]]:
         from torch import nn
         from torchvision.transforms import v2
 
-        classes = {n: v for n, v in vars(v2).items() if inspect.isclass(v) and issubclass(v, nn.Module)}
-        return {n: v for n, v in classes.items() if n != "Transform"}
+        classes = {n: v for n, v in vars(v2).items() if inspect.isclass(v) and n != "Transform"}
+        return {n: v for n, v in classes.items() if issubclass(v, nn.Module)}
     if kind == "optimizer":
         import torch
 

@@ -73,9 +73,7 @@ _INTERVAL_SCHEMA = WithJsonSchema(
 )
 _AS_TEXT = PlainSerializer(lambda i: i.count if i.unit == "steps" else str(i), return_type=int | str)
 Duration = Annotated[Interval, BeforeValidator(Interval.parse), _AS_TEXT, _INTERVAL_SCHEMA]
-Every = Annotated[
-    Interval, BeforeValidator(lambda v: _positive(Interval.parse(v))), _AS_TEXT, _INTERVAL_SCHEMA
-]
+Every = Annotated[Interval, BeforeValidator(lambda v: _positive(Interval.parse(v))), _AS_TEXT, _INTERVAL_SCHEMA]
 
 # Strict numbers: true is not 1 and "64" is not 64, but 1 is a float.
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]
@@ -106,12 +104,8 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
         description="Name of the run; also its default folder under `runs/` and its name in trackers."
     )
-    dir: Annotated[str, Field(min_length=1)] | None = Field(
-        None, description="Run folder. Default: `runs/<run.name>`."
-    )
-    seed: NonNegativeInt = Field(
-        0, description="Seed of initial weights, sample order, augmentation and dropout."
-    )
+    dir: Annotated[str, Field(min_length=1)] | None = Field(None, description="Run folder. Default: `runs/<run.name>`.")
+    seed: NonNegativeInt = Field(0, description="Seed of initial weights, sample order, augmentation and dropout.")
 
 
 class TransformsConfig(Section):
@@ -129,9 +123,7 @@ class NormalizeConfig(Section):
     mean: tuple[Annotated[float, Field(strict=True)], ...] = Field(
         description="Mean per channel, for pixels in [0, 1]."
     )
-    std: tuple[PositiveFloat, ...] = Field(
-        description="Standard deviation per channel, for pixels in [0, 1]."
-    )
+    std: tuple[PositiveFloat, ...] = Field(description="Standard deviation per channel, for pixels in [0, 1].")
 
     @model_validator(mode="after")
     def _same_length(self) -> NormalizeConfig:
@@ -144,9 +136,7 @@ class DataConfig(Section):
     """What to train and evaluate on, and how samples reach the device."""
 
     train: Component = Field(description="Training data set.")
-    eval: Component | None = Field(
-        None, description="Evaluation data set; without one the run never evaluates."
-    )
+    eval: Component | None = Field(None, description="Evaluation data set; without one the run never evaluates.")
     transforms: TransformsConfig = Field(
         default_factory=TransformsConfig, description="Host-side transforms of a sample's input."
     )
@@ -158,9 +148,7 @@ class DataConfig(Section):
     workers: NonNegativeInt = Field(
         4, description="Worker processes per rank that load samples; 0 loads in the training process."
     )
-    prefetch_factor: PositiveInt = Field(
-        2, description="Micro-batches that each worker keeps ready ahead of the step."
-    )
+    prefetch_factor: PositiveInt = Field(2, description="Micro-batches that each worker keeps ready ahead of the step.")
     drop_last: Bool = Field(
         False,
         description="Leave out the last, smaller batch of an epoch. Off: every sample is seen in every epoch.",
@@ -194,9 +182,7 @@ class OptimConfig(Component):
     name: ComponentName = Field("adamw", description="`sgd`, `adamw`, a torch.optim class name or an import path.")
     lr: PositiveFloat = Field(description="Peak learning rate; the schedule multiplies it.")
     weight_decay: NonNegativeFloat = Field(0.0, description="Weight decay of every parameter.")
-    clip_norm: PositiveFloat | None = Field(
-        None, description="Clip the global gradient norm to this before each step."
-    )
+    clip_norm: PositiveFloat | None = Field(None, description="Clip the global gradient norm to this before each step.")
 
 
 class ScheduleConfig(Component):
@@ -207,9 +193,7 @@ class ScheduleConfig(Component):
         description="`constant`, `cosine` (args: min_ratio), `linear` (args: end_ratio), `step` (args: every, "
         "gamma), or an import path to a function of total_steps that returns a function step -> factor.",
     )
-    warmup: Duration = Field(
-        Interval(0), description="Linear warm-up before the schedule: steps, or like `5 epochs`."
-    )
+    warmup: Duration = Field(Interval(0), description="Linear warm-up before the schedule: steps, or like `5 epochs`.")
     warmup_start: Ratio = Field(0.01, description="Share of the peak rate at the first warm-up step.")
 
 
@@ -310,9 +294,7 @@ class Config(Section):
     train: TrainConfig = Field(description="Length and batch arithmetic.")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="When to evaluate.")
     log: LogConfig = Field(default_factory=LogConfig, description="When to report.")
-    checkpoint: CheckpointConfig = Field(
-        default_factory=CheckpointConfig, description="When to save and what to keep."
-    )
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="When to save and what to keep.")
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="Experiment trackers.")
 
     _source: yaml_source.Source = PrivateAttr(default_factory=yaml_source.Source)

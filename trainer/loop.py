@@ -52,6 +52,7 @@ class Trainer:
             self._build()
             self.model, self.optimizer = self.runtime.prepare(self.bare_model, self.bare_optimizer)
         self.progress = Progress()
+        self._window = _Window(self.runtime.device, self.clock, self.feed)
         self.trackers: Trackers | None = None
         self.bar: tqdm[Any] | None = None
         self._first_step = 0

@@ -32,7 +32,9 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimi
     args: dict[str, Any] = {"params": [p for p in model.parameters() if p.requires_grad], "lr": config.lr}
     for key in ("lr", "params", "weight_decay"):
         if key in config.args:
-            raise UserError(f"set it as optim.{key}" if key != "params" else "not yours to set", path=f"optim.args.{key}")
+            raise UserError(
+                f"set it as optim.{key}" if key != "params" else "not yours to set", path=f"optim.args.{key}"
+            )
     if accepts(target, "weight_decay"):
         args["weight_decay"] = config.weight_decay
     elif config.weight_decay:

@@ -81,7 +81,7 @@ class RunFolder:
 
 def _environment(num_ranks: int, device: torch.device) -> dict[str, Any]:
     packages = ("torch", "torchvision", "accelerate", "numpy", "wandb", "lockstep-trainer")
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in packages:
         try:
             versions[package] = importlib.metadata.version(package)

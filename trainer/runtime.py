@@ -12,6 +12,8 @@ import logging
 import os
 import random
 import re
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -60,13 +62,11 @@ class Runtime:
         if promised != self.num_ranks:
             raise UserError(_wrong_world(promised, self.num_ranks))
         # Decisions between hosts travel over gloo, so that agreeing on them never waits for the GPU.
-        self.host_group = dist.new_group(backend="gloo") if self.num_ranks > 1 else None
+        self.host_group = _gloo_group() if self.num_ranks > 1 else None
 
     # ---- model and optimizer ------------------------------------------------------------------------------
 
-    def prepare(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Places the model on the device and wraps model and optimizer for this world and precision."""
         prepared = self.accelerator.prepare(model, optimizer)
         return prepared[0], prepared[1]
@@ -200,6 +200,12 @@ class Runtime:
             dist.destroy_process_group()
 
 
+def _gloo_group() -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)  # every rank is a member
+    return group
+
+
 def seed_everything(seed: int) -> None:
     """Seeds the global generators of torch (all devices), numpy and random."""
     torch.manual_seed(seed)
@@ -235,10 +241,10 @@ def _option(command: Sequence[str], name: str) -> int:
 
 
 def _wrong_world(promised: int, actual: int) -> str:
-    command = f"python -m launch local --config FILE --processes {promised}"
+    command = shlex.join(["python", "-m", "launch", "local", *sys.argv[1:], "--processes", str(promised)])
     return (
-        f"{promised} processes were asked for, but this one is alone among {actual}: `accelerate launch` starts "
-        f"several processes only on GPUs. This works: {command}"
+        f"{promised} processes were asked for and {actual} started: `accelerate launch` starts several processes "
+        f"only on GPUs; this works: {command}"
     )
 
 

@@ -98,15 +98,15 @@ class Trackers:
 
 def _wandb_mode(config: WandbConfig) -> str:
     """Returns the mode that works here: asked for, or online with a key, and offline without a network."""
+    import wandb
+
     mode = config.mode or os.environ.get("WANDB_MODE")
     if mode is None:
-        import wandb
-
-        mode = "online" if wandb.api.api_key else "offline"
+        mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
         if mode == "offline":
             logger.info("wandb: offline, as no API key was found; `wandb sync` uploads the run later")
     if mode == "online":
-        address = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+        address = urlsplit(wandb.setup().settings.base_url)
         try:  # wandb.init would wait 90 s before it gives up
             port = address.port or (443 if address.scheme == "https" else 80)
             socket.create_connection((address.hostname or "", port), timeout=2).close()

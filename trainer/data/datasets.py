@@ -42,7 +42,7 @@ class Digits:
     """The UCI handwritten digits that scikit-learn packages: 1,797 images of 8x8 pixels, 10 classes.
 
     Items are (float32 image (1, 8, 8) in [0, 1], label). The split is fixed and stratified: within each class
-    every fifth image, in the order of the file, is for evaluation (357); the other 1,440 are for training.
+    every fifth image, in the order of the file, is for evaluation (355); the other 1,442 are for training.
 
     Source: https://archive.ics.uci.edu/dataset/80, the part that `sklearn.datasets.load_digits` holds.
     """
@@ -122,13 +122,12 @@ class TorchFile:
         targets: key of the targets in a saved dict.
     """
 
-    def __init__(
-        self, path: str | Mapping[str, str], inputs: str = "inputs", targets: str = "targets"
-    ) -> None:
+    def __init__(self, path: str | Mapping[str, str], inputs: str = "inputs", targets: str = "targets") -> None:
         if isinstance(path, Mapping):
             if set(path) != {"inputs", "targets"}:
                 raise UserError("path must name one file, or have the keys 'inputs' and 'targets'")
-            self.inputs, self.targets = _map_npy(path["inputs"]), _map_npy(path["targets"])
+            self.inputs: Any = _map_npy(path["inputs"])
+            self.targets: Any = _map_npy(path["targets"])
         else:
             self.inputs, self.targets = _map_torch(path, inputs, targets)
         if len(self.inputs) != len(self.targets):

@@ -91,7 +91,8 @@ class DeviceFeed:
 
     def step_batches(self, step: int) -> Iterator[MicroBatch]:
         """Yields the micro-batches of one training step; steps must follow one another."""
-        assert self._batches is not None and self._micro_batches is not None
+        assert self._batches is not None
+        assert self._micro_batches is not None
         sizes = self._micro_batches.micro_batch_sizes(step)
         for i, num_samples in enumerate(sizes):
             batch = next(self._batches)

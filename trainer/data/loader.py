@@ -42,7 +42,7 @@ class LoadFailure(NamedTuple):
 
 def sample_seed(seed: int, key: SampleKey) -> int:
     """Returns the 64-bit seed of one sample: a function of (seed, epoch, index) and of nothing else."""
-    digest = hashlib.blake2b(struct.pack("<QQQ", seed, key.epoch, key.index), digest_size=8).digest()
+    digest = hashlib.blake2b(struct.pack("<Qqq", seed, key.epoch, key.sample), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
@@ -68,9 +68,7 @@ def preserved_generators() -> Iterator[None]:
 class SeededSamples(Dataset[Any]):
     """A data set and its host transform, read by `SampleKey`: every sample under its own random state."""
 
-    def __init__(
-        self, dataset: SizedDataset, transform: Callable[[Any], Any], seed: int, name: str
-    ) -> None:
+    def __init__(self, dataset: SizedDataset, transform: Callable[[Any], Any], seed: int, name: str) -> None:
         self.dataset = dataset
         self.transform = transform
         self.seed = seed
@@ -95,16 +93,16 @@ class SeededSamples(Dataset[Any]):
             data = default_collate(items)
         except (RuntimeError, TypeError, ValueError, KeyError) as error:
             raise UserError(self._explain_collate(items, keys, error), path=self.name) from error
-        return LoadedBatch(torch.tensor([key.index for key in keys]), data)
+        return LoadedBatch(torch.tensor([key.sample for key in keys]), data)
 
     def _read(self, key: SampleKey) -> Any:
         try:
-            return self.transform(self.dataset[key.index])
+            return self.transform(self.dataset[key.sample])
         except (OSError, SyntaxError) as error:  # PIL's errors for a broken file
-            message = f"cannot read {self.describe(key.index)}: {' '.join(str(error).split())}"
+            message = f"cannot read {self.describe(key.sample)}: {' '.join(str(error).split())}"
             raise UserError(message, path=self.name) from error
         except Exception as error:
-            error.add_note(f"while reading {self.describe(key.index)} of {self.name}")
+            error.add_note(f"while reading {self.describe(key.sample)} of {self.name}")
             raise
 
     def describe(self, index: int) -> str:
@@ -119,10 +117,10 @@ class SeededSamples(Dataset[Any]):
             first = inputs[0]
             if isinstance(value, torch.Tensor) and isinstance(first, torch.Tensor) and value.shape != first.shape:
                 return (
-                    f"samples {keys[0].index} and {key.index} differ in shape ({list(first.shape)} and "
+                    f"samples {keys[0].index} and {key.sample} differ in shape ({list(first.shape)} and "
                     f"{list(value.shape)}); add a resize or crop to data.transforms"
                 )
-        return f"samples {[key.index for key in keys][:4]}... do not make a batch: {one_line(error)}"
+        return f"samples {[key.sample for key in keys][:4]}... do not make a batch: {one_line(error)}"
 
 
 def build_loader(
@@ -140,7 +138,7 @@ def build_loader(
         num_workers=num_workers,
         prefetch_factor=prefetch_factor if num_workers else None,
         pin_memory=pin_memory,
-        collate_fn=_already_collated,
+        collate_fn=_already_collated,  # type: ignore[arg-type]  # what __getitems__ returned, not a list
         worker_init_fn=_init_worker,
         # Its own generator: drawing the workers' base seed from the global one would make dropout depend on
         # how often a loader was started, and so a resumed run differ from an uninterrupted one.

@@ -16,12 +16,14 @@ from torch.utils.data import DistributedSampler, Sampler
 
 from trainer.errors import UserError
 
+EVAL_EPOCH = -1  # evaluation samples are the same every time, and never those of a training epoch
+
 
 class SampleKey(NamedTuple):
     """What a loader worker is asked for. The epoch travels along because augmentation depends on it."""
 
     epoch: int
-    index: int
+    sample: int
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ class EvalSampler(Sampler[list[SampleKey]]):
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         for first in range(0, len(self.indices), self.batch_size):
-            yield [SampleKey(0, index) for index in self.indices[first : first + self.batch_size]]
+            yield [SampleKey(EVAL_EPOCH, index) for index in self.indices[first : first + self.batch_size]]
 
     def __len__(self) -> int:
         return math.ceil(len(self.indices) / self.batch_size)

@@ -96,7 +96,9 @@ class Classification(Task):
         """Learns the number of classes from the first outputs and checks that batch (waits for the device)."""
         if outputs.ndim == 2 and targets.ndim == 1 and not targets.is_floating_point():
             self.num_classes = outputs.shape[1]
-            self.check([None, targets.cpu()] if not isinstance(targets, Mapping) else targets, torch.arange(len(targets)))
+            self.check(
+                [None, targets.cpu()] if not isinstance(targets, Mapping) else targets, torch.arange(len(targets))
+            )
 
     def eval_sums(self, outputs: torch.Tensor, data: Any) -> dict[str, torch.Tensor]:
         targets = self.targets(data)

@@ -1,0 +1,1 @@
+"""A user's own package: nothing in it imports or knows Lockstep."""

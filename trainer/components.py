@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from trainer.config import Component
-from trainer.errors import UserError, nearest, one_line
+from trainer.errors import UserError, nearest, one_line, place_at
 
 Kind = Literal["data set", "transform", "model", "task", "loss", "optimizer", "schedule"]
 
@@ -91,7 +91,7 @@ def call(target: Callable[..., Any], args: Mapping[str, Any], name: str, path: s
     try:
         return target(**args)
     except UserError as error:
-        raise UserError(*(p if p.path else type(p)(p.message, path) for p in error.problems)) from None
+        raise place_at(path, error) from None
     except MemoryError:
         raise
     except Exception as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import traceback
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,16 @@ class UserError(Exception):
         super().__init__("\n".join(map(str, self.problems)))
 
 
+def place_at(path: str, error: UserError) -> UserError:
+    """Returns the error with `path` as the config path of every problem that names none."""
+    return UserError(*(p if p.path else replace(p, path=path) for p in error.problems), agreed=error.agreed)
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Returns `; did you mean 'x'?` for the valid name most like `name`, or an empty string."""
-    by_lower = {v.lower(): v for v in valid}
+    by_lower: dict[str, str] = {}
+    for candidate in valid:
+        by_lower.setdefault(candidate.lower(), candidate)
     match = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
     return f"; did you mean '{by_lower[match[0]]}'?" if match else ""
 

@@ -20,7 +20,7 @@ from trainer.data.datasets import SizedDataset, is_image_data
 from trainer.data.loader import LoadedBatch, LoadFailure, SeededSamples, build_loader
 from trainer.data.sampler import EvalSampler, MicroBatchSampler, SampleKey, StepSampler
 from trainer.data.transforms import Normalize, build_host_transform
-from trainer.errors import UserError
+from trainer.errors import UserError, place_at
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class OnDeviceBatches:
 
     def __iter__(self) -> Iterator[LoadedBatch]:
         for keys in self.batches:
-            ids = torch.tensor([key.index for key in keys])
+            ids = torch.tensor([key.sample for key in keys])
             yield LoadedBatch(ids, self.dataset.device_batch(ids, self.device))
 
 
@@ -134,9 +134,15 @@ class DeviceFeed:
             if isinstance(batch, LoadFailure):
                 raise UserError(*batch.problems)
             if not on_device:
-                self.check(batch.data, batch.sample_ids)
+                self._check(batch)
             data = send_to_device(batch.data, self.device, non_blocking=True)
             yield LoadedBatch(batch.sample_ids, self._transform_on_device(data))
+
+    def _check(self, batch: LoadedBatch) -> None:
+        try:
+            self.check(batch.data, batch.sample_ids)
+        except UserError as error:
+            raise place_at(self.samples.name, error) from None
 
     def _transform_on_device(self, data: Any) -> Any:
         if self._device_transform is None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.errors import UserError
+from trainer.errors import UserError, place_at
 from trainer.tasks.base import Task
 
 
@@ -64,17 +64,18 @@ class Classification(Task):
     def check(self, data: Any, sample_ids: torch.Tensor) -> None:
         targets = self.targets(data)
         if not isinstance(targets, torch.Tensor):
-            raise UserError(f"targets must be numbers or tensors (got {type(targets).__name__})", path="task")
+            raise UserError(f"targets must be numbers or tensors (got {type(targets).__name__})")
+        self._check_labels(targets, sample_ids)
+
+    def _check_labels(self, targets: torch.Tensor, sample_ids: torch.Tensor | None) -> None:
         if self.num_classes is None or targets.ndim != 1 or targets.is_floating_point():
             return
-        ignored = getattr(self.loss, "ignore_index", None)
         wrong = (targets < 0) | (targets >= self.num_classes)
-        if ignored is not None:
-            wrong &= targets != ignored
+        wrong &= targets != getattr(self.loss, "ignore_index", -1 - self.num_classes)
         if wrong.any():
             i = int(wrong.nonzero()[0])
-            labels = f"labels are 0 to {self.num_classes - 1}"
-            raise UserError(f"sample {int(sample_ids[i])} has label {int(targets[i])}; {labels}", path="data")
+            sample = f"sample {int(sample_ids[i])}" if sample_ids is not None else "a sample"
+            raise UserError(f"{sample} has label {int(targets[i])}; the model's are 0 to {self.num_classes - 1}")
 
     def targets(self, data: Any) -> Any:
         """Returns the targets of a batch: the second of a pair, or `target_key` of a dict."""
@@ -93,12 +94,13 @@ class Classification(Task):
         return loss.sum() if loss.ndim == 1 else loss.flatten(1).mean(1).sum()
 
     def _learn_num_classes(self, outputs: torch.Tensor, targets: torch.Tensor) -> None:
-        """Learns the number of classes from the first outputs and checks that batch (waits for the device)."""
-        if outputs.ndim == 2 and targets.ndim == 1 and not targets.is_floating_point():
+        """Learns the number of classes from the first outputs; checks that batch late, and waits for the device."""
+        if outputs.ndim == 2:
             self.num_classes = outputs.shape[1]
-            self.check(
-                [None, targets.cpu()] if not isinstance(targets, Mapping) else targets, torch.arange(len(targets))
-            )
+            try:
+                self._check_labels(targets, None)
+            except UserError as error:
+                raise place_at("data.train", error) from None
 
     def eval_sums(self, outputs: torch.Tensor, data: Any) -> dict[str, torch.Tensor]:
         targets = self.targets(data)

@@ -1,0 +1,98 @@
+"""Tiers by folder, and what many tests need: a small config, and the command line run in this process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SUPPORT = Path(__file__).resolve().parent / "support"
+TIERS = ("unit", "dist", "cluster", "gpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        tier = Path(item.fspath).relative_to(REPOSITORY / "tests").parts[0]
+        assert tier in TIERS, f"{item.fspath} is in no tier"
+        item.add_marker(tier)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_process_state() -> Iterator[None]:
+    """Accelerate keeps one process-wide state; every test starts without it."""
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Train = Callable[..., Outcome]
+
+
+@pytest.fixture
+def train(capfd: pytest.CaptureFixture[str]) -> Train:
+    """Runs `train.py` with these arguments in this process."""
+
+    def run(*arguments: str | Path) -> Outcome:
+        from trainer.cli import train as train_command
+
+        try:
+            code = train_command([str(a) for a in arguments])
+        except SystemExit as error:  # argparse
+            code = int(error.code or 0)
+        captured = capfd.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+def tiny_config(run_dir: Path, **changes: Any) -> dict[str, Any]:
+    """A config that trains in a second: 60 vectors of 8 numbers, an MLP with dropout, two epochs."""
+    config: dict[str, Any] = {
+        "run": {"name": "tiny", "dir": str(run_dir)},
+        "data": {
+            "train": {"name": "vectors:Vectors", "args": {"length": 60}},
+            "eval": {"name": "vectors:Vectors", "args": {"length": 23}},
+            "workers": 0,
+        },
+        "model": {"name": "mlp", "args": {"in_features": 8, "hidden": [16], "dropout": 0.2}},
+        "optim": {"name": "adamw", "lr": 0.01},
+        "train": {"epochs": 2, "batch_size": 12},
+        "log": {"every": 1},
+        "tracking": {"trackers": []},
+    }
+    for dotted, value in changes.items():
+        section = config
+        *parents, last = dotted.split("__")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    return config
+
+
+WriteConfig = Callable[..., Path]
+
+
+@pytest.fixture
+def write_config(tmp_path: Path) -> WriteConfig:
+    """Writes `tiny_config` with changes such as `train__epochs=3` and returns the file."""
+
+    def write(name: str = "tiny.yaml", **changes: Any) -> Path:
+        file = tmp_path / name
+        file.write_text(yaml.safe_dump(tiny_config(tmp_path / "run", **changes), sort_keys=False))
+        return file
+
+    return write

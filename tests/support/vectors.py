@@ -1,0 +1,86 @@
+"""Data sets for tests, named by import path as a user's own would be."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class Vectors:
+    """Item i: 8 numbers that depend on i, plus noise from all three global generators; 3 classes."""
+
+    classes = ["a", "b", "c"]
+
+    def __init__(self, length: int, noise: float = 0.1) -> None:
+        self.length = length
+        self.noise = noise
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        clean = torch.sin(torch.arange(8) * (index + 1.0))
+        noise = torch.randn(8) + float(np.random.randn()) + random.gauss(0, 1)
+        return clean + self.noise * noise, index % 3
+
+
+class Dicts(Vectors):
+    """The same as dicts under names of its own, with the index."""
+
+    def __getitem__(self, index: int) -> Any:
+        vector, label = super().__getitem__(index)
+        return {"vector": vector, "kind": label, "index": index}
+
+
+class Streaming(torch.utils.data.IterableDataset[Any]):
+    """A data set without an index, which cannot be trained on exactly."""
+
+    def __iter__(self) -> Any:
+        return iter([])
+
+
+class BadLabel(Vectors):
+    """Sample 7 has a label that does not exist."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return super().__getitem__(index)[0], 3 if index == 7 else index % 3
+
+
+class BadShape(Vectors):
+    """Sample 7 is longer than the others."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.zeros(9 if index == 7 else 8), 0
+
+
+class MissingFile(Vectors):
+    """Sample 7 is on a disk that is gone."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if index == 7:
+            raise FileNotFoundError(2, "No such file or directory", "seven.npy")
+        return super().__getitem__(index)
+
+
+class Buggy(Vectors):
+    """Has a bug, not bad data."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        raise ZeroDivisionError("a bug of the user's")
+
+
+class NotATask:
+    """Named as a task in a config, but not one."""
+
+
+def not_a_model() -> int:
+    """Named as a model in a config, but not one."""
+    return 3
+
+
+def refuses(**kwargs: Any) -> Any:
+    """A component whose construction fails."""
+    raise ValueError("two  of\n these do not go together")

@@ -22,15 +22,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(tier)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_process_state() -> Iterator[None]:
-    """Accelerate keeps one process-wide state; every test starts without it."""
-    yield
+def forget_accelerate() -> None:
+    """Drops the process-wide state that Accelerate keeps of the last run."""
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState, GradientState
 
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_process_state() -> Iterator[None]:
+    yield
+    forget_accelerate()
 
 
 class Outcome(NamedTuple):
@@ -49,6 +53,7 @@ def train(capfd: pytest.CaptureFixture[str]) -> Train:
     def run(*arguments: str | Path) -> Outcome:
         from trainer.cli import train as train_command
 
+        forget_accelerate()
         try:
             code = train_command([str(a) for a in arguments])
         except SystemExit as error:  # argparse

@@ -171,8 +171,8 @@ class TaskConfig(Component):
     name: ComponentName = Field("classification", description="`classification` or an import path to a task class.")
     loss: Component | None = Field(
         None,
-        description="Loss function: `cross_entropy` (the task's default), or an import path to a callable of "
-        "(outputs, targets) that returns a mean or one value per sample.",
+        description="The loss: `cross_entropy` (the task's default), or an import path to a function of "
+        "(outputs, targets), or to a class of such, that returns a mean or one value per sample.",
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from typing import Any
 
 import numpy as np
@@ -84,3 +86,18 @@ def not_a_model() -> int:
 def refuses(**kwargs: Any) -> Any:
     """A component whose construction fails."""
     raise ValueError("two  of\n these do not go together")
+
+
+class Interrupting(Vectors):
+    """Sends its own process SIGTERM while sample number `after` is read."""
+
+    def __init__(self, length: int, after: int) -> None:
+        super().__init__(length)
+        self.after = after
+        self.reads = 0
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.reads += 1
+        if self.reads == self.after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__getitem__(index)

@@ -39,6 +39,10 @@ LOSSES: dict[str, tuple[dict[str, Any], Any]] = {
         lambda o, t: functional.cross_entropy(o, t, weight=torch.arange(1.0, 6.0), reduction="none").mean(),
     ),
     "a function that returns a mean": ({"loss": {"name": "test_classification:mean_loss"}}, functional.cross_entropy),
+    "torch's function": (
+        {"loss": {"name": "torch.nn.functional:cross_entropy", "args": {"label_smoothing": 0.2}}},
+        lambda o, t: functional.cross_entropy(o, t, label_smoothing=0.2),
+    ),
     "torch's by import path": ({"loss": {"name": "torch.nn:CrossEntropyLoss"}}, functional.cross_entropy),
     "several values per sample": (
         {"loss": {"name": "test_classification:OneHotMSE"}},

@@ -38,9 +38,25 @@ def test_scalars_are_those_of_yaml_1_2(tmp_path: Path) -> None:
         "l: .inf\nm: ~\nn:\no: '1'\np: 12_000\nq: 1e3\nr: +7\ns: 0x10\n",
     )
     assert values == {
-        "a": 1e-3, "b": "no", "c": "yes", "d": "on", "e": 10, "f": "1:30", "g": "2024-01-01", "h": True,
-        "i": 1.0, "j": 0.5, "k": -1500.0, "l": float("inf"), "m": None, "n": None, "o": "1", "p": "12_000",
-        "q": 1000.0, "r": 7, "s": "0x10",
+        "a": 1e-3,
+        "b": "no",
+        "c": "yes",
+        "d": "on",
+        "e": 10,
+        "f": "1:30",
+        "g": "2024-01-01",
+        "h": True,
+        "i": 1.0,
+        "j": 0.5,
+        "k": -1500.0,
+        "l": float("inf"),
+        "m": None,
+        "n": None,
+        "o": "1",
+        "p": "12_000",
+        "q": 1000.0,
+        "r": 7,
+        "s": "0x10",
     }
     assert isinstance(values["q"], float)
 

@@ -106,9 +106,9 @@ def test_accumulation() -> None:
 
 
 def test_refusals_name_sizes_that_work() -> None:
-    with pytest.raises(UserError, match="nearest sizes: 99 and 102"):
+    with pytest.raises(UserError, match=r"nearest sizes: 99 and 102"):
         plan(999, 100, 3)
-    with pytest.raises(UserError, match="nearest sizes: 3$"):
+    with pytest.raises(UserError, match=r"nearest sizes: 3$"):
         plan(999, 2, 3)
     with pytest.raises(UserError, match=r"nearest sizes: 4 and 6, or train.batch_size 20 and 30"):
         plan(999, 24, 2, micro=5)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from trainer.components import accepts, build, is_import_path, resolve
+from trainer.components import accepts, build, check_args, is_import_path, resolve
 from trainer.config import Component, TaskConfig
 from trainer.errors import UserError
 from trainer.tasks.base import Task
@@ -31,8 +33,14 @@ def build_task(config: TaskConfig, num_classes: int | None) -> Task:
 
 
 def _build_loss(component: Component) -> Callable[..., torch.Tensor]:
+    """Builds a loss: a class is called with `args`, a function of (outputs, targets) is the loss itself."""
+    target = resolve("loss", component.name, "task.loss")
     # One value per sample, where the loss can give it, keeps the mean over the global batch exact.
-    given = {"reduction": "none"} if accepts(resolve("loss", component.name, "task.loss"), "reduction") else {}
+    given = {"reduction": "none"} if accepts(target, "reduction") else {}
+    if inspect.isfunction(target):
+        outputs_and_targets = dict.fromkeys(list(inspect.signature(target).parameters)[:2])
+        check_args(target, {**outputs_and_targets, **component.args}, component.name, "task.loss")
+        return functools.partial(target, **{**given, **component.args})
     loss = build("loss", component, "task.loss", **given)
     if not callable(loss):
         raise UserError(f"'{component.name}' returned a {type(loss).__name__}, not a callable", path="task.loss")

@@ -1,0 +1,87 @@
+"""The command lines, as programs: what answers without torch, and exit codes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+# Importing torch raises in a program that starts with this.
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; import runpy; "
+CONFIG = "configs/digits.yaml"
+
+
+def program(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "shown"),
+    [
+        (["train.py", "--help"], 0, "--config FILE"),
+        (["train.py", "--config", CONFIG, "--print-config"], 0, "batch_size: 96"),
+        (["train.py", "--config", CONFIG, "optim.lrr=1"], 2, "error: command line: optim.lrr: unknown key"),
+        (["train.py", "--config", "none.yaml"], 2, "error: none.yaml: cannot read"),
+        (["train.py"], 2, "the following arguments are required: --config"),
+    ],
+)
+def test_train_answers_without_torch(arguments: list[str], code: int, shown: str) -> None:
+    done = program(WITHOUT_TORCH + "runpy.run_path(sys.argv[0], run_name='__main__')", *arguments)
+    assert done.returncode == code, done.stderr
+    assert shown in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "code", "shown"),
+    [
+        ("trainer", ["--help"], 0, "evaluate"),
+        ("trainer", ["export", "--help"], 0, "safetensors"),
+        ("trainer", ["schema"], 0, "json-schema.org"),
+        ("trainer", [], 2, "required: command"),
+        ("launch", ["--help"], 0, "local"),
+        ("launch", ["local", "--help"], 0, "--processes"),
+        ("launch", ["locl"], 2, "invalid choice: 'locl'"),
+        ("launch", ["local", "--config", CONFIG, "optim.lr=x"], 2, "error: command line: optim.lr: must be a valid"),
+        ("launch", ["local", "--config", CONFIG, "--processes", "0"], 2, "at least 1"),
+    ],
+)
+def test_modules_answer_without_torch(module: str, arguments: list[str], code: int, shown: str) -> None:
+    done = program(
+        WITHOUT_TORCH + f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)", "x", *arguments
+    )
+    assert done.returncode == code, done.stderr
+    assert shown in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_overrides_may_stand_anywhere() -> None:
+    done = program(
+        WITHOUT_TORCH + "runpy.run_path(sys.argv[0], run_name='__main__')",
+        *["train.py", "optim.lr=0.25", "--config", CONFIG, "train.epochs=7", "--print-config", "run.seed=3"],
+    )
+    assert "lr: 0.25" in done.stdout
+    assert "epochs: 7" in done.stdout
+    assert "seed: 3" in done.stdout
+
+
+def test_dry_run_prints_a_line_that_can_be_typed() -> None:
+    command = ["-m", "launch", "local", "--config", CONFIG, "--processes", "2", "--dry-run", "run.name=a b"]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 2  # a run name has no blank
+    done = subprocess.run(
+        [sys.executable, *command[:-1], "optim.args={betas: [0.8, 0.9]}"],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.stdout == (
+        "ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 "
+        f"{REPOSITORY / 'train.py'} --config {CONFIG} 'optim.args={{betas: [0.8, 0.9]}}'\n"
+    )

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import torch
+import torch.distributed.run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -85,10 +86,7 @@ def run(plan: LaunchPlan, run_dir: Path) -> int:
 
 def _launch(command: Sequence[str]) -> None:
     if command[0] == "torchrun":
-        from torch.distributed.run import parse_args
-        from torch.distributed.run import run as torchrun
-
-        torchrun(parse_args(command[1:]))
+        torchrun.run(torchrun.parse_args(command[1:]))
     else:
         from accelerate.commands.launch import launch_command, launch_command_parser
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping
@@ -64,7 +65,8 @@ def export(run_dir: Path, file_format: str, output: Path, *, best: bool) -> None
             torch.save(state, staged)
         os.replace(staged, output)
     except OSError as error:
-        staged.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            staged.unlink()
         raise UserError(f"cannot write '{output}': {error}") from error
     logger.info("%d tensors of step %d written to %s", len(state), step, output)
 

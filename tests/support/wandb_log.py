@@ -40,7 +40,7 @@ def records(file: Path) -> Iterator[Any]:
         position += _HEADER + length
         pending = bytearray(data) if kind in (_FULL, _FIRST) else pending + data
         if kind in (_FULL, _LAST):
-            record = pb.Record()
+            record = pb.Record()  # type: ignore[attr-defined]  # made when imported
             record.ParseFromString(bytes(pending))
             yield record
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Train, WriteConfig, forget_accelerate
+import yaml
+from conftest import Train, WriteConfig, forget_accelerate, tiny_config
 from safetensors.torch import load_file
 
 from trainer.cli import main
@@ -55,12 +56,10 @@ def test_exported_weights_start_another_run(
 
 
 def test_tied_weights_are_exported_under_every_name(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
-    model = {"name": "tied:Tied", "args": {}}
-    file = write_config(model__name="tied:Tied")
-    file.write_text(
-        file.read_text().replace("args:\n    in_features: 8\n    hidden:\n    - 16\n    dropout: 0.2\n", "args: {}\n")
-    )
-    assert model
+    config = tiny_config(tmp_path / "run")
+    config["model"] = {"name": "tied:Tied"}
+    file = write_config()
+    file.write_text(yaml.safe_dump(config))
     assert train("--config", file).code == 0
     main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "w.safetensors")])
     exported = load_file(tmp_path / "w.safetensors")

@@ -1,0 +1,37 @@
+"""Data sets that are late or absent on one rank, named by import path."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import torch
+from vectors import Vectors
+
+from trainer.errors import UserError
+
+
+class Sleepy(Vectors):
+    """Goes to sleep in sample number `after`, and leaves a file `asleep`."""
+
+    def __init__(self, length: int, after: int) -> None:
+        super().__init__(length)
+        self.after = after
+        self.reads = 0
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.reads += 1
+        if self.reads >= self.after:
+            Path("asleep").touch()
+            time.sleep(100)
+        return super().__getitem__(index)
+
+
+class MissingOnRank1(Vectors):
+    """Cannot be built on rank 1."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        if os.environ.get("RANK") == "1":
+            raise UserError("no such mount")

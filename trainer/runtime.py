@@ -2,7 +2,7 @@
 
 Owns the world (how many processes, and that it is the promised number), the device, precision, wrapping,
 seeds and collectives. Accelerate does the work; this module picks what works and refuses what would silently
-not. Which accelerate setting does what was measured: see the table in `docs/launch.md`.
+not.
 """
 
 from __future__ import annotations

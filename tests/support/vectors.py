@@ -101,3 +101,11 @@ class Interrupting(Vectors):
         if self.reads == self.after:
             os.kill(os.getpid(), signal.SIGTERM)
         return super().__getitem__(index)
+
+
+class Huge(Vectors):
+    """Inputs so large that float16 gradients overflow at the first loss scales."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        vector, label = super().__getitem__(index)
+        return 1e3 * vector, label

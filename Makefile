@@ -1,0 +1,42 @@
+# Every target makes .venv and installs first, where that is missing or pyproject.toml is newer.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install train test test-unit test-gpu lint format schema clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+train: $(INSTALLED)            ## train the handwritten digits
+	$(BIN)/accelerate launch train.py --config configs/digits.yaml
+
+test: $(INSTALLED)             ## every tier that this machine allows; the rest is skipped with a reason
+	$(BIN)/python -m pytest
+
+test-unit: $(INSTALLED)        ## the quick tier
+	$(BIN)/python -m pytest -m unit
+
+test-gpu: $(INSTALLED)         ## the tier that needs a GPU
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(INSTALLED)             ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+schema: $(INSTALLED)           ## write configs/schema.json anew
+	$(BIN)/python -m trainer schema > configs/schema.json
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -1,0 +1,78 @@
+"""What only a GPU shows: no waiting in a step, half precision, pinned copies, equality with the CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Train, WriteConfig, forget_accelerate
+
+from trainer.config import load_config
+from trainer.loop import Trainer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def losses(run: Path) -> list[float]:
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [r["train/loss"] for r in records if "train/loss" in r]
+
+
+def test_a_step_never_waits_for_the_device(write_config: WriteConfig) -> None:
+    config = load_config(str(write_config(optim__clip_norm=1.0, data__workers=2, precision="bf16")))
+    trainer = Trainer(config)
+    trainer.start()
+    for _ in range(3):  # warm-up: allocator, cuBLAS, lazy state
+        trainer.train_step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            trainer.train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    trainer.close()
+
+
+def test_batches_leave_pinned_memory(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = []
+    trainer = Trainer(load_config(str(write_config())))
+    trainer.feed.check = lambda data, ids: pinned.append(data[0].is_pinned())
+    trainer.start()
+    trainer.train_step()
+    trainer.close()
+    assert pinned
+    assert all(pinned)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_losses_are_those_of_the_cpu(
+    precision: str, train: Train, write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain: dict[str, Any] = {"model__args__dropout": 0.0}
+    assert train("--config", write_config(precision=precision, **plain)).code == 0
+    forget_accelerate()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert train("--config", write_config("cpu.yaml", run__dir=str(tmp_path / "cpu"), **plain)).code == 0
+    tolerance = 1e-4 if precision == "no" else 0.03
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "cpu"), rel=tolerance)
+
+
+def test_loss_scale_survives_a_restart(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
+    assert train("--config", write_config(precision="fp16")).code == 0
+    file = tmp_path / "run" / "checkpoints" / "step-00000010" / "scaler.pt"
+    assert torch.load(file, weights_only=True)["scale"] > 0
+    trainer = Trainer(load_config(str(write_config(precision="fp16", train__epochs=3))))
+    trainer.restore()
+    assert trainer.runtime.scaler is not None
+    assert trainer.runtime.scaler.state_dict() == torch.load(file, weights_only=True)
+    trainer.close()
+
+
+def test_overflow_skips_the_step_and_is_counted(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
+    sgd = {"name": "sgd", "lr": 1e-3}
+    file = write_config(precision="fp16", optim=sgd, data__train={"name": "vectors:Huge", "args": {"length": 60}})
+    assert train("--config", file).code == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped_steps"] > 0

@@ -15,7 +15,10 @@ SUPPORT = Path(__file__).resolve().parent / "support"
 TIERS = ("unit", "dist", "cluster", "gpu")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.args == config.getini("testpaths"):  # the whole suite: no file may be passed over
+        collected = {Path(item.fspath) for item in items}
+        assert collected == set((REPOSITORY / "tests").rglob("test_*.py"))
     for item in items:
         tier = Path(item.fspath).relative_to(REPOSITORY / "tests").parts[0]
         assert tier in TIERS, f"{item.fspath} is in no tier"

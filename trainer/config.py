@@ -197,6 +197,16 @@ class ScheduleConfig(Component):
     warmup_start: Ratio = Field(0.01, description="Share of the peak rate at the first warm-up step.")
 
 
+class ParallelConfig(Section):
+    """How several processes train one model: DistributedDataParallel."""
+
+    find_unused_parameters: Bool = Field(
+        False,
+        description="Let steps leave some parameters without a gradient, at the cost of a search in every step. "
+        "Needed only for models that do.",
+    )
+
+
 class TrainConfig(Section):
     """How long to train and in what batches."""
 
@@ -291,6 +301,7 @@ class Config(Section):
     precision: Literal["no", "bf16", "fp16"] = Field(
         "no", description="Mixed precision of forward and backward; weights and optimizer stay float32."
     )
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="How processes train together.")
     train: TrainConfig = Field(description="Length and batch arithmetic.")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="When to evaluate.")
     log: LogConfig = Field(default_factory=LogConfig, description="When to report.")

@@ -23,7 +23,7 @@ from trainer.faults import StopRequests
 from trainer.model import build_model
 from trainer.optim import build_learning_rate, build_optimizer
 from trainer.run_folder import RunFolder
-from trainer.runtime import Runtime, seed_everything
+from trainer.runtime import Runtime, explained_unused_parameters, seed_everything
 from trainer.tasks import build_task
 from trainer.telemetry import Clock, peak_memory_bytes
 from trainer.tracking import Trackers, check_trackers
@@ -52,7 +52,7 @@ class Trainer:
             self._build()
             self.model, self.optimizer = self.runtime.prepare(self.bare_model, self.bare_optimizer)
         self.progress = Progress()
-        self._window = _Window(self.runtime.device, self.clock, self.feed)
+        self._window = _Window(self.runtime, self.clock, self.feed)
         self.trackers: Trackers | None = None
         self.bar: tqdm[Any] | None = None
         self._first_step = 0
@@ -151,7 +151,8 @@ class Trainer:
 
     def loss_sum(self, batch: MicroBatch) -> torch.Tensor:
         """Returns the summed loss of a micro-batch; a stand-in keeps this rank in step without weight."""
-        outputs = self.task.forward(self.model, batch.data)
+        with explained_unused_parameters():
+            outputs = self.task.forward(self.model, batch.data)
         loss_sum = self.task.loss_sum(outputs, batch.data)
         return loss_sum if batch.num_samples else loss_sum * 0.0
 
@@ -165,7 +166,8 @@ class Trainer:
         totals: dict[str, torch.Tensor] = {}
         for batch in self.eval_feed.eval_batches(batch_size, self.runtime.rank, self.runtime.num_ranks):
             sums = self.task.eval_sums(self.task.forward(model, batch.data), batch.data)
-            totals = {k: totals[k] + v if k in totals else v for k, v in sums.items()}
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0) + self.runtime.exact(value)
         model.train()
         # A rank without a sample (a tiny evaluation set) has no totals of its own, and adds zeros.
         names = self.runtime.from_main(lambda: list(totals))
@@ -223,7 +225,7 @@ class Trainer:
         if window.grad_norm is not None:
             record["train/grad_norm"] = float(window.grad_norm)
         self._publish(record)
-        self._window = _Window(self.runtime.device, self.clock, self.feed)
+        self._window = _Window(self.runtime, self.clock, self.feed)
         if not math.isfinite(record["train/loss"]):
             logger.warning("step %d: the loss is %s", step, record["train/loss"])
 
@@ -241,7 +243,7 @@ class Trainer:
                     self.bar = tqdm(total=self.total_steps, initial=step, unit="step", dynamic_ncols=True)
             self.feed.start(self.sampler, step, self.total_steps)
             self.stop_requests.install()
-        self._window = _Window(self.runtime.device, self.clock, self.feed)
+        self._window = _Window(self.runtime, self.clock, self.feed)
 
     def finish(self) -> str:
         """Writes the summary and closes everything. Returns the status."""
@@ -421,9 +423,8 @@ class Trainer:
 class _Window:
     """What happened since the last report; sums stay on the device until then."""
 
-    def __init__(self, device: torch.device, clock: Clock, feed: DeviceFeed) -> None:
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.loss_sum = torch.zeros((), device=device, dtype=dtype)
+    def __init__(self, runtime: Runtime, clock: Clock, feed: DeviceFeed) -> None:
+        self.loss_sum = runtime.exact(torch.zeros(()))
         self.num_samples = 0
         self.grad_norm: torch.Tensor | None = None
         self._train_seconds = clock.split()["train"]

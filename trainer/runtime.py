@@ -39,7 +39,7 @@ class Runtime:
 
     def __init__(self, config: Config) -> None:
         promised = promised_processes()
-        _refuse_foreign_plugins()
+        _refuse_foreign_settings(config.precision)
         has_accelerator = torch.accelerator.is_available()
         if not has_accelerator:
             # Without it accelerate starts no process group on the CPU, and every rank trains alone.
@@ -51,7 +51,10 @@ class Runtime:
             cpu=not has_accelerator,
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                DistributedDataParallelKwargs(
+                    gradient_as_bucket_view=True,
+                    find_unused_parameters=config.parallel.find_unused_parameters,
+                ),
             ],
         )
         self.rank: int = self.accelerator.process_index
@@ -100,12 +103,15 @@ class Runtime:
         """Sums scalars over all ranks and brings them to the host. Waits for the device."""
         if not values:
             return {}
-        # float64 holds every count below 2**53 exactly; Apple's GPUs have none.
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        stacked = torch.stack([v.detach().to(self.device, dtype) for v in values.values()])
+        stacked = torch.stack([self.exact(v) for v in values.values()])
         if self.num_ranks > 1:
             dist.all_reduce(stacked)
         return dict(zip(values, stacked.tolist(), strict=True))
+
+    def exact(self, value: torch.Tensor) -> torch.Tensor:
+        """Returns a scalar on the device, wide enough to add up: float64 holds every count below 2**53 exactly."""
+        # Apple's GPUs have no float64.
+        return value.detach().to(self.device, torch.float32 if self.device.type == "mps" else torch.float64)
 
     def gather(self, value: T) -> list[T]:
         """Returns every rank's object, in rank order, on every rank."""
@@ -206,6 +212,18 @@ def _gloo_group() -> dist.ProcessGroup:
     return group
 
 
+@contextmanager
+def explained_unused_parameters() -> Iterator[None]:
+    """Turns DDP's complaint about parameters without a gradient, which every rank raises, into our key."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "find_unused_parameters" not in str(error):
+            raise
+        message = "the last step left parameters unused (without a gradient); if the model is meant so, set it to true"
+        raise UserError(message, path="parallel.find_unused_parameters", agreed=True) from error
+
+
 def seed_everything(seed: int) -> None:
     """Seeds the global generators of torch (all devices), numpy and random."""
     torch.manual_seed(seed)
@@ -248,8 +266,13 @@ def _wrong_world(promised: int, actual: int) -> str:
     )
 
 
-def _refuse_foreign_plugins() -> None:
-    """Refuses strategies that an accelerate config file switches on behind the YAML's back."""
+def _refuse_foreign_settings(precision: str) -> None:
+    """Refuses what accelerate's flags or config file ask for behind the YAML's back."""
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", precision):
+        raise UserError(
+            f"accelerate was launched with mixed precision {asked}, the config says {precision}", path="precision"
+        )
     for variable, what in (
         ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
         ("ACCELERATE_USE_FSDP", "FSDP"),

@@ -13,3 +13,11 @@ class Linear(nn.Module):
 
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
         return self.layer(vectors)
+
+
+class Unused(Linear):
+    """Has a layer that no output depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(8, 8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -90,6 +90,27 @@ def test_dicts_under_names_of_their_own() -> None:
     t.check(data, torch.arange(12))
     outputs = t.forward(nn.Identity(), data)
     torch.testing.assert_close(t.loss_sum(outputs, data) / 12, functional.cross_entropy(LOGITS, LABELS))
+
+
+def test_outputs_with_logits() -> None:
+    class Output(NamedTuple):
+        logits: torch.Tensor
+        aux: torch.Tensor
+
+    class Model(nn.Module):
+        def forward(self, inputs: torch.Tensor) -> Any:
+            return Output(inputs, inputs)
+
+    assert torch.equal(task().forward(Model(), [LOGITS, LABELS]), LOGITS)
+
+
+def test_outputs_that_are_no_logits() -> None:
+    class Model(nn.Module):
+        def forward(self, inputs: torch.Tensor) -> Any:
+            return {"out": inputs}
+
+    with pytest.raises(UserError, match="the model returned a dict, not logits"):
+        task().forward(Model(), [LOGITS, LABELS])
 
 
 def test_labels_are_checked_before_the_device_sees_them() -> None:

@@ -156,6 +156,17 @@ def test_torch_file(kind: str, tmp_path: Path) -> None:
         assert torch.equal(data[i][1], y[i])
 
 
+@pytest.mark.parametrize(
+    ("inputs", "image"),
+    [(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), True), (torch.zeros(2, 3, 4, 4), False), (torch.zeros(2, 3), False)],
+)
+def test_saved_bytes_are_images(inputs: torch.Tensor, image: bool, tmp_path: Path) -> None:
+    torch.save((inputs, torch.zeros(2)), tmp_path / "d.pt")
+    np.save(tmp_path / "x.npy", inputs.numpy())
+    assert is_image_data(TorchFile(str(tmp_path / "d.pt"))) == image
+    assert is_image_data(TorchFile({"inputs": str(tmp_path / "x.npy"), "targets": str(tmp_path / "x.npy")})) == image
+
+
 def test_torch_file_is_memory_mapped(tmp_path: Path) -> None:
     torch.save(
         (torch.zeros(64 * 2**20, dtype=torch.uint8), torch.zeros(64 * 2**20, dtype=torch.uint8)), tmp_path / "d.pt"

@@ -113,7 +113,8 @@ def _load_rgb(path: str) -> Image.Image:
 class TorchFile:
     """Tensors or arrays saved to disk, memory-mapped: workers share the pages and nothing is read up front.
 
-    Items are (input, target) tensors. Inputs and targets agree in their first dimension.
+    Items are (input, target) tensors. Inputs and targets agree in their first dimension. Inputs of shape
+    (N, C, H, W) and type uint8 are taken for images.
 
     Args:
         path: a file that `torch.save` wrote, holding a pair (inputs, targets) or a dict; or a mapping
@@ -132,6 +133,7 @@ class TorchFile:
             self.inputs, self.targets = _map_torch(path, inputs, targets)
         if len(self.inputs) != len(self.targets):
             raise UserError(f"{len(self.inputs)} inputs but {len(self.targets)} targets in {path}")
+        self.is_image_data = self.inputs.ndim == 4 and str(self.inputs.dtype).endswith("uint8")
 
     def __len__(self) -> int:
         return len(self.inputs)

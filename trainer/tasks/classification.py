@@ -81,6 +81,14 @@ class Classification(Task):
         """Returns the targets of a batch: the second of a pair, or `target_key` of a dict."""
         return self.part(data, self.target_key, 1)
 
+    def forward(self, model: nn.Module, data: Any) -> torch.Tensor:
+        outputs = super().forward(model, data)
+        logits = getattr(outputs, "logits", outputs)  # as Hugging Face's models and torchvision's Inception return them
+        if not isinstance(logits, torch.Tensor):
+            message = f"the model returned a {type(outputs).__name__}, not logits: it needs a task of its own"
+            raise UserError(message, path="task.name")
+        return logits
+
     def loss_sum(self, outputs: torch.Tensor, data: Any) -> torch.Tensor:
         targets = self.targets(data)
         if self.num_classes is None:
@@ -106,7 +114,7 @@ class Classification(Task):
         targets = self.targets(data)
         labels = targets if targets.ndim == 1 else targets.argmax(1)
         return {
-            "loss": self.loss_sum(outputs, data).double(),
+            "loss": self.loss_sum(outputs, data),
             "correct": (outputs.argmax(1) == labels).sum(),
             "count": torch.tensor(len(outputs)),
         }

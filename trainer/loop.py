@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from trainer.checkpoint import CheckpointFolder, Identity, Progress
 from trainer.config import Config, Interval
@@ -22,11 +19,12 @@ from trainer.errors import UserError, one_line
 from trainer.faults import StopRequests
 from trainer.model import build_model
 from trainer.optim import build_learning_rate, build_optimizer
+from trainer.reporting import Reporter
 from trainer.run_folder import RunFolder
 from trainer.runtime import Runtime, explained_unused_parameters, seed_everything
 from trainer.tasks import build_task
-from trainer.telemetry import Clock, peak_memory_bytes
-from trainer.tracking import Trackers, check_trackers
+from trainer.telemetry import Clock
+from trainer.tracking import check_trackers
 
 logger = logging.getLogger("lockstep")
 
@@ -53,9 +51,7 @@ class Trainer:
             self.model, self.optimizer = self.runtime.prepare(self.bare_model, self.bare_optimizer)
         self.progress = Progress()
         self._window = _Window(self.runtime, self.clock, self.feed)
-        self.trackers: Trackers | None = None
-        self.bar: tqdm[Any] | None = None
-        self._first_step = 0
+        self.reporter: Reporter | None = None  # on rank 0, once the run has started
 
     def _build(self) -> None:
         """Builds every component. A problem on any rank is raised on all; nothing is wrapped yet."""
@@ -198,7 +194,8 @@ class Trainer:
             metrics = self.evaluate()
         progress = self.progress
         progress.evaluated_step, progress.eval_metrics = progress.step, metrics
-        self._publish({f"eval/{k}": v for k, v in metrics.items()})
+        if self.reporter is not None:
+            self.reporter.publish(progress.step, {f"eval/{k}": v for k, v in metrics.items()})
         if self.best_metric is None:
             return False
         if self.best_metric not in metrics:
@@ -224,56 +221,58 @@ class Trainer:
         }
         if window.grad_norm is not None:
             record["train/grad_norm"] = float(window.grad_norm)
-        self._publish(record)
+        if self.reporter is not None:
+            self.reporter.publish(step, record)
         self._window = _Window(self.runtime, self.clock, self.feed)
         if not math.isfinite(record["train/loss"]):
             logger.warning("step %d: the loss is %s", step, record["train/loss"])
 
     def start(self) -> None:
         """Writes what this run is, starts its trackers and its feed, and takes over the stop signals."""
-        step = self._first_step = self.progress.step
         with self.clock.phase("startup"):
             if self.runtime.is_main:
-                self.folder.describe(self.runtime.num_ranks, self.runtime.device)
-                self.folder.cut_metrics(step)
-                self.trackers = Trackers(self.config, self.folder.path, self.progress.wandb_id)
-                self.progress.wandb_id = self.trackers.wandb_id
-                self._announce()
-                if sys.stderr.isatty():
-                    self.bar = tqdm(total=self.total_steps, initial=step, unit="step", dynamic_ncols=True)
-            self.feed.start(self.sampler, step, self.total_steps)
+                self.reporter = Reporter(
+                    self.config,
+                    self.runtime,
+                    self.folder,
+                    self.plan,
+                    self.total_steps,
+                    self.progress,
+                    self.bare_model,
+                )
+            self.feed.start(self.sampler, self.progress.step, self.total_steps)
             self.stop_requests.install()
         self._window = _Window(self.runtime, self.clock, self.feed)
 
     def finish(self) -> str:
         """Writes the summary and closes everything. Returns the status."""
         status = "finished" if self.complete() else "stopped"
-        self.summarise(status)
+        self._summarise(status)
         logger.info("%s at step %d of %d: %s", status, self.progress.step, self.total_steps, self.folder.path)
         self.close()
         return status
 
     def abandon(self, error: BaseException) -> None:
         """Ends a run that failed: leaves a summary and no process behind. Talks to no other rank."""
-        self.summarise("failed", one_line(error))
+        self._summarise("failed", one_line(error))
         self.feed.close()
         self.stop_requests.release_signals()
-        self._close_display()
+        if self.reporter is not None:
+            self.reporter.close()
 
     def close(self) -> None:
         """Ends workers and trackers, and leaves the process group."""
         self.feed.close()
         self.stop_requests.close()
-        self._close_display()
+        if self.reporter is not None:
+            self.reporter.close()
         del self.model, self.optimizer, self.bare_model, self.bare_optimizer
         self.runtime.close()
 
-    def _close_display(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        if self.trackers is not None:
-            self.trackers.finish()
-            self.trackers = None
+    def _summarise(self, status: str, error: str | None = None) -> None:
+        if self.reporter is not None:
+            wait = self.feed.data_wait_seconds
+            self.reporter.summarise(status, self.progress, self.best_metric, self.clock, wait, error)
 
     # ---- state --------------------------------------------------------------------------------------------
 
@@ -331,7 +330,8 @@ class Trainer:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"'{where}' is of another model: {reason}", path="run.dir") from error
         # What the config says of the optimizer wins over what the checkpoint remembers.
-        settings = [{k: v for k, v in g.items() if k != "params"} for g in self.bare_optimizer.param_groups]
+        set_here = {"lr", "weight_decay", *self.config.optim.args}
+        settings = [{k: v for k, v in g.items() if k in set_here} for g in self.bare_optimizer.param_groups]
         try:
             self.bare_optimizer.load_state_dict(self.checkpoints.load(step, "optimizer"))
         except ValueError as error:
@@ -346,78 +346,6 @@ class Trainer:
         else:
             logger.info("written by %d processes, read by %d", num_ranks, self.runtime.num_ranks)
         self.progress = progress
-
-    # ---- what is shown ------------------------------------------------------------------------------------
-
-    def _announce(self) -> None:
-        plan, runtime = self.plan, self.runtime
-        parameters = sum(p.numel() for p in self.bare_model.parameters())
-        accumulation = f" x {plan.num_micro_batches} micro-batches" if plan.num_micro_batches > 1 else ""
-        logger.info("model      %s, %s parameters", self.config.model.name, f"{parameters:,}")
-        logger.info("device     %d x %s, precision %s", runtime.num_ranks, runtime.device.type, self.config.precision)
-        logger.info(
-            "batch      %d = %d processes x %d%s",
-            plan.batch_size,
-            runtime.num_ranks,
-            plan.micro_batch_size,
-            accumulation,
-        )
-        logger.info(
-            "length     %d steps of %d samples (%d steps per epoch)",
-            self.total_steps,
-            plan.batch_size,
-            plan.steps_per_epoch,
-        )
-        logger.info("run folder %s", self.folder.path)
-
-    def _publish(self, values: dict[str, float]) -> None:
-        """Sends values to metrics.jsonl, the trackers and the terminal."""
-        if not self.runtime.is_main:
-            return
-        step = self.progress.step
-        record = {
-            "step": step,
-            "epoch": round(step / self.plan.steps_per_epoch, 6),
-            "samples": self.plan.samples_before(step),
-            **values,
-        }
-        self.folder.log(record)
-        if self.trackers is not None:
-            self.trackers.log({k: v for k, v in record.items() if k != "step"}, step)
-        shown = "  ".join(f"{k.removeprefix('train/')} {v:.4g}" for k, v in values.items())
-        if self.bar is not None:
-            self.bar.update(step - self.bar.n)
-        if self.bar is not None and "train/loss" in values:
-            self.bar.set_postfix_str(shown)
-        else:
-            logger.info("step %d/%d  epoch %.2f  %s", step, self.total_steps, record["epoch"], shown)
-
-    def summarise(self, status: str, error: str | None = None) -> None:
-        """Writes summary.json."""
-        if not self.runtime.is_main:
-            return
-        progress, split = self.progress, self.clock.split()
-        samples = self.plan.samples_before(progress.step)
-        trained = samples - self.plan.samples_before(self._first_step)
-        best = {"step": progress.best_step, "metric": self.best_metric, "value": progress.best_value}
-        self.folder.summarise(
-            {
-                "status": status,
-                "error": error,
-                "step": progress.step,
-                "total_steps": self.total_steps,
-                "epoch": progress.step / self.plan.steps_per_epoch,
-                "samples": samples,
-                "metrics": {f"eval/{k}": v for k, v in progress.eval_metrics.items()},
-                "best": best if progress.best_step is not None else None,
-                "skipped_steps": progress.skipped_steps,
-                "samples_per_second": trained / split["train"],
-                "goodput": split["train"] / split["total"],
-                "peak_memory_bytes": peak_memory_bytes(self.runtime.device),
-                "seconds": {**split, "data_wait": self.feed.data_wait_seconds},
-                "num_processes": self.runtime.num_ranks,
-            }
-        )
 
 
 class _Window:

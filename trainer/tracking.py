@@ -93,7 +93,6 @@ class Trackers:
         """Flushes and closes every tracker."""
         for tracker in self.trackers:
             tracker.finish()
-        self.trackers = []
 
 
 def _wandb_mode(config: WandbConfig) -> str:

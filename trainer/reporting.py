@@ -1,0 +1,127 @@
+"""What a run shows and writes while it runs: the banner, reports, the progress bar, trackers, `summary.json`.
+
+Exists on rank 0 only. What is measured and when a report is due is the loop's business.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from trainer.checkpoint import Progress
+from trainer.config import Config
+from trainer.data.sampler import BatchPlan
+from trainer.run_folder import RunFolder
+from trainer.runtime import Runtime
+from trainer.telemetry import Clock, peak_memory_bytes
+from trainer.tracking import Trackers
+
+logger = logging.getLogger("lockstep")
+
+
+class Reporter:
+    """The voice of one attempt at a run, from the step it starts at.
+
+    Args:
+        config: the whole run.
+        runtime: for the world and the device.
+        folder: where files go.
+        plan: the batch arithmetic.
+        total_steps: where the run ends.
+        progress: where this attempt starts; its W&B id is filled in.
+        model: the bare model, for its size.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        folder: RunFolder,
+        plan: BatchPlan,
+        total_steps: int,
+        progress: Progress,
+        model: nn.Module,
+    ) -> None:
+        self.config = config
+        self.runtime = runtime
+        self.folder = folder
+        self.plan = plan
+        self.total_steps = total_steps
+        self.first_step = progress.step
+        folder.describe(runtime.num_ranks, runtime.device)
+        folder.cut_metrics(progress.step)
+        self.trackers = Trackers(config, folder.path, progress.wandb_id)
+        progress.wandb_id = self.trackers.wandb_id
+        self._announce(model)
+        self.bar: tqdm[Any] | None = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=total_steps, initial=progress.step, unit="step", dynamic_ncols=True)
+
+    def _announce(self, model: nn.Module) -> None:
+        plan, ranks = self.plan, self.runtime.num_ranks
+        split = f"{ranks} processes x {plan.micro_batch_size}"
+        if plan.num_micro_batches > 1:
+            split += f" x {plan.num_micro_batches} micro-batches"
+        parameters = sum(p.numel() for p in model.parameters())
+        logger.info("model      %s, %s parameters", self.config.model.name, f"{parameters:,}")
+        logger.info("device     %d x %s, precision %s", ranks, self.runtime.device.type, self.config.precision)
+        logger.info("batch      %d = %s", plan.batch_size, split)
+        logger.info("length     %d steps, %d per epoch", self.total_steps, plan.steps_per_epoch)
+        logger.info("run folder %s", self.folder.path)
+
+    def publish(self, step: int, values: Mapping[str, float]) -> None:
+        """Sends values of a step to metrics.jsonl, the trackers and the terminal."""
+        position = {"epoch": round(step / self.plan.steps_per_epoch, 6), "samples": self.plan.samples_before(step)}
+        self.folder.log({"step": step, **position, **values})
+        self.trackers.log({**position, **values}, step)
+        shown = "  ".join(f"{k.removeprefix('train/')} {v:.4g}" for k, v in values.items())
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+        if self.bar is not None and "train/loss" in values:
+            self.bar.set_postfix_str(shown)
+        else:
+            logger.info("step %d/%d  epoch %.2f  %s", step, self.total_steps, position["epoch"], shown)
+
+    def summarise(
+        self,
+        status: str,
+        progress: Progress,
+        best_metric: str | None,
+        clock: Clock,
+        data_wait_seconds: float,
+        error: str | None = None,
+    ) -> None:
+        """Writes summary.json: the run so far, and the time and throughput of this attempt."""
+        split = clock.split()
+        samples = self.plan.samples_before(progress.step)
+        trained = samples - self.plan.samples_before(self.first_step)
+        best = {"step": progress.best_step, "metric": best_metric, "value": progress.best_value}
+        self.folder.summarise(
+            {
+                "status": status,
+                "error": error,
+                "step": progress.step,
+                "total_steps": self.total_steps,
+                "epoch": progress.step / self.plan.steps_per_epoch,
+                "samples": samples,
+                "metrics": {f"eval/{k}": v for k, v in progress.eval_metrics.items()},
+                "best": best if progress.best_step is not None else None,
+                "skipped_steps": progress.skipped_steps,
+                "samples_per_second": trained / split["train"],
+                "goodput": split["train"] / split["total"],
+                "peak_memory_bytes": peak_memory_bytes(self.runtime.device),
+                "seconds": {**split, "data_wait": data_wait_seconds},
+                "num_processes": self.runtime.num_ranks,
+            }
+        )
+
+    def close(self) -> None:
+        """Closes the progress bar and the trackers."""
+        if self.bar is not None:
+            self.bar.close()
+        self.trackers.finish()

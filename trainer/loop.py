@@ -156,7 +156,9 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Evaluates every sample of the evaluation set once and returns the task's metrics, on every rank."""
         assert self.eval_feed is not None
-        # Not the wrapped model: DDP's forward exchanges buffers, and ranks may have uneven batch counts.
+        # Not the wrapped model: its forward exchanges buffers, and ranks may have uneven batch counts. Each rank's
+        # BatchNorm statistics are its own until the next training step, so all evaluate with rank 0's, as saved.
+        self.runtime.broadcast_buffers(self.bare_model)
         model = self.bare_model.eval()
         batch_size = self.config.eval.batch_size or self.plan.micro_batch_size
         totals: dict[str, torch.Tensor] = {}

@@ -113,6 +113,12 @@ class Runtime:
         # Apple's GPUs have no float64.
         return value.detach().to(self.device, torch.float32 if self.device.type == "mps" else torch.float64)
 
+    def broadcast_buffers(self, model: nn.Module) -> None:
+        """Gives every rank the buffers of rank 0, as DDP does before a training step's forward."""
+        if self.num_ranks > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
     def gather(self, value: T) -> list[T]:
         """Returns every rank's object, in rank order, on every rank."""
         if self.num_ranks == 1:

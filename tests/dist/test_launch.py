@@ -18,6 +18,8 @@ import yaml
 from conftest import REPOSITORY, WriteConfig
 from launching import Job, alive, local, run
 
+from trainer.cli import main
+
 TRAIN = str(REPOSITORY / "train.py")
 BIN = Path(sys.executable).parent
 LAUNCH = [sys.executable, "-m", "launch", "local"]
@@ -161,13 +163,14 @@ def test_two_ctrl_c_end_at_once_and_leave_no_process(write_config: WriteConfig, 
 
 
 def test_interrupted_on_two_ranks_equals_uninterrupted(write_config: WriteConfig, tmp_path: Path) -> None:
-    """SIGTERM in mid-epoch, workers and dropout included, then the same command again: bit for bit the same."""
+    """SIGTERM in mid-epoch, then the same command again: bit for bit the same, with workers, dropout, BatchNorm."""
     changes = {
         "data__train__args__length": 600,
         "data__workers": 1,
         "train": {"epochs": 3, "batch_size": 12},
         "log": {"every": 1},
         "schedule": {"name": "cosine"},
+        "model": {"name": "vectors_model:Normed", "args": {"dropout": 0.2}},
     }
     whole = write_config("whole.yaml", run__dir=str(tmp_path / "whole"), **changes)
     assert local(whole, 2).returncode == 0
@@ -186,6 +189,22 @@ def test_interrupted_on_two_ranks_equals_uninterrupted(write_config: WriteConfig
     ours, theirs = weights(tmp_path / "run", 150), weights(tmp_path / "whole", 150)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_evaluation_is_that_of_the_saved_model(
+    write_config: WriteConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """BatchNorm's statistics differ between ranks after a step; the checkpoint holds those of rank 0."""
+    file = write_config()
+    config = yaml.safe_load(file.read_text())
+    config["model"] = {"name": "vectors_model:Normed", "args": {"dropout": 0.2}}
+    file.write_text(yaml.safe_dump(config))
+    assert local(file, 2).returncode == 0
+    during = summary(tmp_path / "run")["metrics"]
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    after = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert after["loss"] == pytest.approx(during["eval/loss"], rel=1e-6)
+    assert after["accuracy"] == during["eval/accuracy"]
 
 
 def test_another_number_of_processes_may_continue(write_config: WriteConfig, tmp_path: Path) -> None:

@@ -21,3 +21,16 @@ class Unused(Linear):
     def __init__(self) -> None:
         super().__init__()
         self.unused = nn.Linear(8, 8)
+
+
+class Normed(nn.Module):
+    """Has what makes an exact resume hard: BatchNorm's statistics and dropout."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 3)
+        )
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        return self.layers(vectors)

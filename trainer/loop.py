@@ -250,8 +250,8 @@ class Trainer:
         """Writes the summary and closes everything. Returns the status."""
         status = "finished" if self.complete() else "stopped"
         self._summarise(status)
-        logger.info("%s at step %d of %d: %s", status, self.progress.step, self.total_steps, self.folder.path)
         self.close()
+        logger.info("%s at step %d of %d: %s", status, self.progress.step, self.total_steps, self.folder.path)
         return status
 
     def abandon(self, error: BaseException) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
 import re
 import shutil
 import signal
+import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +21,7 @@ import torch
 import wandb_log
 import yaml
 from conftest import REPOSITORY, WriteConfig
-from launching import Job, alive, local, run
+from launching import Job, alive, environment, local, run
 
 from trainer.cli import main
 
@@ -94,6 +99,29 @@ def test_parameters_without_a_gradient(find: bool, write_config: WriteConfig) ->
     assert done.returncode == (0 if find else 2), done.stderr
     if not find:
         assert re.search("error: .*: parallel.find_unused_parameters: .* unused .* set it to true", done.stderr)
+
+
+def test_rank_0_downloads_first(write_config: WriteConfig, tmp_path: Path) -> None:
+    data = {"name": "slow:Downloads", "args": {"length": 60, "folder": str(tmp_path)}}
+    assert local(write_config(data__train=data), 3).returncode == 0
+    assert (tmp_path / "fetched-by").read_text() == "0"
+
+
+def test_progress_bar_on_a_terminal(write_config: WriteConfig, tmp_path: Path) -> None:
+    terminal, its_end = pty.openpty()
+    termios.tcsetwinsize(its_end, (24, 150))
+    command = [sys.executable, TRAIN, "--config", str(write_config())]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=its_end, stderr=its_end)
+    os.close(its_end)
+    shown = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other end was closed
+        while chunk := os.read(terminal, 4096):
+            shown += chunk
+    os.close(terminal)
+    assert process.wait(60) == 0
+    assert re.search(rb"100%.*10/10 .*loss [\d.]+", shown), shown
+    assert re.search(rb"step 10/10 .*eval/accuracy", shown)  # evaluations stay on the screen
+    assert not re.search(rb"step \d+/10 .* lr ", shown)  # reports do not
 
 
 def long_config(write_config: WriteConfig, **changes: Any) -> Path:

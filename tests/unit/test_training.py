@@ -249,6 +249,12 @@ def test_tensorboard(train: Train, write_config: WriteConfig, tmp_path: Path) ->
     assert curve == pytest.approx(losses(tmp_path / "run"), rel=1e-6)
 
 
+def test_wandb_disabled_writes_nothing(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
+    tracking = {"trackers": ["wandb"], "wandb": {"mode": "disabled"}}
+    assert train("--config", write_config(tracking=tracking)).code == 0
+    assert not (tmp_path / "run" / "wandb").exists()
+
+
 def test_a_failed_run_says_so(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
     train("--config", write_config())
     code, _, _ = train("--config", write_config(train__epochs=3, data__train__name="vectors:BadLabel"))

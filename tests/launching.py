@@ -72,7 +72,10 @@ class Job:
 
     def family(self) -> list[psutil.Process]:
         """Returns the processes below the job's first one."""
-        return psutil.Process(self.process.pid).children(recursive=True)
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
 
     def signal(self, number: signal.Signals, group: bool = False) -> None:
         """Sends a signal to the first process, or to its whole group as a terminal's Ctrl-C does."""

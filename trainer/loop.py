@@ -265,11 +265,12 @@ class Trainer:
     def close(self) -> None:
         """Ends workers and trackers, and leaves the process group."""
         self.feed.close()
-        self.stop_requests.close()
         if self.reporter is not None:
             self.reporter.close()
+        self.stop_requests.drain()
         del self.model, self.optimizer, self.bare_model, self.bare_optimizer
         self.runtime.close()
+        self.stop_requests.release_signals()
 
     def _summarise(self, status: str, error: str | None = None) -> None:
         if self.reporter is not None:

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import wandb_log
@@ -188,6 +189,32 @@ def test_two_ctrl_c_end_at_once_and_leave_no_process(write_config: WriteConfig, 
     job.signal(signal.SIGINT)
     assert job.end() == 1
     assert alive(family) == []
+
+
+def test_a_second_ctrl_c_ends_one_process_at_once(write_config: WriteConfig, tmp_path: Path) -> None:
+    config = long_config(write_config, data__train={"name": "slow:Sleepy", "args": {"length": 4800, "after": 200}})
+    job = Job([*LAUNCH, "--config", str(config), "--processes", "1"], tmp_path)
+    job.wait_for(lambda output: (tmp_path / "asleep").exists())
+    job.signal(signal.SIGINT)
+    job.signal(signal.SIGINT)  # the same request, delivered twice
+    time.sleep(1.5)
+    assert job.process.poll() is None
+    job.signal(signal.SIGINT)
+    assert job.end() == -signal.SIGINT
+
+
+def test_workers_of_a_failed_job_do_not_outlive_it(write_config: WriteConfig, tmp_path: Path) -> None:
+    data = {"name": "slow:BuggyWhileOthersSleep", "args": {"length": 40}}
+    config = write_config(data__eval=data, data__workers=2, eval={"batch_size": 1})
+    job = Job([*LAUNCH, "--config", str(config), "--processes", "2"], tmp_path)
+    family: dict[int, psutil.Process] = {}
+    while job.process.poll() is None:
+        family.update({p.pid: p for p in job.family()})
+        time.sleep(0.05)
+    assert job.end() == 1
+    assert "a bug of the user's" in job.output()
+    assert len(family) >= 2 + 2 * 2
+    assert alive(list(family.values()), within=3) == []
 
 
 def test_interrupted_on_two_ranks_equals_uninterrupted(write_config: WriteConfig, tmp_path: Path) -> None:

@@ -28,6 +28,16 @@ class Sleepy(Vectors):
         return super().__getitem__(index)
 
 
+class BuggyWhileOthersSleep(Vectors):
+    """Has a bug in sample 1 while other workers are in a read that takes long."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if index == 1:
+            raise ZeroDivisionError("a bug of the user's")
+        time.sleep(60)
+        return super().__getitem__(index)
+
+
 class MissingOnRank1(Vectors):
     """Cannot be built on rank 1."""
 

@@ -6,11 +6,13 @@ and in what order, is `trainer.data.sampler`; getting batches onto the device is
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import random
 import signal
 import struct
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -22,6 +24,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_
 from trainer.data.datasets import SizedDataset
 from trainer.data.sampler import SampleKey
 from trainer.errors import Problem, UserError, one_line
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class LoadedBatch(NamedTuple):
@@ -158,3 +162,6 @@ def _init_worker(worker_id: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
+    if sys.platform == "linux":
+        # Nobody ends the workers of a training process that was killed: the kernel does, with its SIGKILL.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,7 +1,7 @@
 """Checkpoints: written under a temporary name and renamed, so that a reader never sees half of one.
 
-A checkpoint is `checkpoints/step-00001000/` with `model.pt`, `optimizer.pt`, `generators.pt` and
-`progress.json`. Rank 0 writes all of it; every rank reads it. Owns the folder's layout, what is kept, and
+A checkpoint is `checkpoints/step-00001000/` with `model.pt`, `optimizer.pt`, `generators.pt`, `progress.json` and,
+with fp16, `scaler.pt`. Rank 0 writes all of it; every rank reads it. Owns the folder's layout, what is kept, and
 refusing a checkpoint of another run. What is in the state is the loop's business.
 """
 
@@ -33,6 +33,7 @@ class Progress:
     best_value: float | None = None
     eval_metrics: dict[str, float] = field(default_factory=dict)  # of `evaluated_step`
     skipped_steps: int = 0  # steps that the fp16 loss scaler skipped
+    best_of: str | None = None  # what `best_value` is a value of, such as `max accuracy`
     wandb_id: str | None = None
 
 
@@ -89,6 +90,13 @@ class CheckpointFolder:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
+        published = self.path(progress.step)
+        if published.exists():
+            # A run that was stopped before its evaluation went on: only the progress is new.
+            record = json.loads((published / "progress.json").read_text(encoding="utf-8"))
+            self._write_record(published, {**record, "progress": asdict(progress)})
+            self._after_publishing(progress.best_step)
+            return
         staging = self.folder / f"{_STAGING}{_PREFIX}{progress.step:08d}"
         staging.mkdir()
         for stem, state in tensors.items():
@@ -96,18 +104,23 @@ class CheckpointFolder:
                 torch.save(state, file)
                 os.fsync(file.fileno())
         record = {"progress": asdict(progress), "identity": asdict(identity), "num_ranks": num_ranks}
-        with open(staging / "progress.json", "w", encoding="utf-8") as text:
-            json.dump(record, text, indent=2)
-            text.flush()
-            os.fsync(text.fileno())
-        published = self.path(progress.step)
-        if published.exists():  # the same step again: a run that was stopped before its evaluation went on
-            os.rename(published, self.folder / f"{_STAGING}old-{progress.step:08d}")
+        self._write_record(staging, record)
         os.rename(staging, published)
         sync_folder(self.folder)
-        if progress.best_step is not None and self.path(progress.best_step).exists():
-            self._point("best", progress.best_step)
-        self._prune(progress.best_step)
+        self._after_publishing(progress.best_step)
+
+    @staticmethod
+    def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
+        with open(folder / ".progress.json.new", "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(folder / ".progress.json.new", folder / "progress.json")
+
+    def _after_publishing(self, best_step: int | None) -> None:
+        if best_step is not None and self.path(best_step).exists():
+            self._point("best", best_step)
+        self._prune(best_step)
 
     def read(self, step: int, identity: Identity) -> tuple[Progress, int]:
         """Reads a checkpoint's progress, and the number of ranks that wrote it.
@@ -130,6 +143,10 @@ class CheckpointFolder:
                 )
                 raise UserError(message, path=Identity.CONFIG_PATHS[name])
         return progress, num_ranks
+
+    def has(self, step: int, stem: str) -> bool:
+        """Tells whether a checkpoint has `<stem>.pt`."""
+        return (self.path(step) / f"{stem}.pt").is_file()
 
     def load(self, step: int, stem: str) -> Any:
         """Loads `<stem>.pt` of a checkpoint into host memory; never runs code from it."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from trainer.config import Config, load_config, schema_text
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
@@ -58,12 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export.add_argument("--format", choices=("safetensors", "state_dict"), default="safetensors")
     export.add_argument("--output", required=True, metavar="FILE", help="file to write")
     commands.add_parser("schema", help="print the JSON Schema of config files")
-    return run_command(lambda: _run_main(parser.parse_args(arguments)))
+    options = parser.parse_args(arguments)
+    return run_command(lambda: _run_main(options), log_to_stderr=True)  # stdout is the result
 
 
-def run_command(command: Callable[[], int]) -> int:
+def run_command(command: Callable[[], int], log_to_stderr: bool = False) -> int:
     """Runs a command; a UserError becomes one line per problem on stderr and exit code 2."""
-    set_up_logging()
+    set_up_logging(log_to_stderr)
     # A user's own modules are found from where the command is typed, as under `python -m`.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -74,18 +75,18 @@ def run_command(command: Callable[[], int]) -> int:
         return EXIT_USAGE
 
 
-def set_up_logging() -> None:
-    """Sends our log lines to stdout, from rank 0 only; warnings of other ranks pass."""
+def set_up_logging(to_stderr: bool) -> None:
+    """Sends our log lines to stdout or stderr, from rank 0 only; warnings of other ranks pass."""
     from tqdm import tqdm
 
     class BesideProgressBar(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            tqdm.write(self.format(record), file=sys.stdout)
-            sys.stdout.flush()
+            stream = sys.stderr if to_stderr else sys.stdout
+            tqdm.write(self.format(record), file=stream)
+            stream.flush()
 
     logger = logging.getLogger("lockstep")
-    if not logger.handlers:
-        logger.addHandler(BesideProgressBar())
+    logger.handlers = [BesideProgressBar()]
     logger.propagate = False
     logger.setLevel(logging.INFO if _rank() == 0 else logging.WARNING)
 
@@ -108,6 +109,16 @@ def leave(code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _is_lost_peer(error: BaseException) -> bool:
+    """Tells whether a collective failed because another rank is gone, which is never the reason itself."""
+    from torch import distributed as dist
+
+    text = str(error)
+    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Read error", "Write error")
+    is_collective = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and is_collective and any(part in text for part in lost)
 
 
 def _rank() -> int:
@@ -137,7 +148,9 @@ def _train(options: argparse.Namespace) -> int:
             trainer.abandon(error)
         return EXIT_USAGE
     except BaseException as error:
-        if not isinstance(error, KeyboardInterrupt):
+        if _is_lost_peer(error):
+            sys.stderr.write(f"rank {_rank()}: another rank has ended, and said why: {one_line(error)[:160]}\n")
+        elif not isinstance(error, KeyboardInterrupt):
             traceback.print_exc()
         if trainer is not None:
             trainer.abandon(error)

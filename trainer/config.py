@@ -105,7 +105,9 @@ class RunConfig(Section):
         description="Name of the run; also its default folder under `runs/` and its name in trackers."
     )
     dir: Annotated[str, Field(min_length=1)] | None = Field(None, description="Run folder. Default: `runs/<run.name>`.")
-    seed: NonNegativeInt = Field(0, description="Seed of initial weights, sample order, augmentation and dropout.")
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = Field(
+        0, description="Seed of initial weights, sample order, augmentation and dropout."
+    )
 
 
 class TransformsConfig(Section):
@@ -313,7 +315,7 @@ class Config(Section):
     @property
     def run_dir(self) -> Path:
         """The run folder: `run.dir`, or `runs/<run.name>`."""
-        return Path(self.run.dir) if self.run.dir else Path("runs") / self.run.name
+        return Path(self.run.dir).expanduser() if self.run.dir else Path("runs") / self.run.name
 
     def locate(self, problem: Problem) -> Problem:
         """Adds to a problem the file and line where its dotted path was written."""
@@ -340,6 +342,9 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
         problems = [_problem(details, source) for details in error.errors()]
         raise UserError(*dict.fromkeys(problems)) from None
     config._source = source
+    if config.checkpoint.best is not None and config.data.eval is None:
+        problem = Problem("without data.eval nothing is ever the best", "checkpoint.best")
+        raise UserError(config.locate(problem))
     return config
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 
@@ -21,7 +23,7 @@ from trainer.model import build_model
 from trainer.optim import build_learning_rate, build_optimizer
 from trainer.reporting import Reporter
 from trainer.run_folder import RunFolder
-from trainer.runtime import Runtime, explained_unused_parameters, seed_everything
+from trainer.runtime import Runtime, explained_model_errors, seed_everything
 from trainer.tasks import build_task
 from trainer.telemetry import Clock
 from trainer.tracking import check_trackers
@@ -49,6 +51,7 @@ class Trainer:
             self.stop_requests = StopRequests(self.runtime.host_group)
             self._build()
             self.model, self.optimizer = self.runtime.prepare(self.bare_model, self.bare_optimizer)
+            self.model.train()
         self.progress = Progress()
         self._window = _Window(self.runtime, self.clock, self.feed)
         self.reporter: Reporter | None = None  # on rank 0, once the run has started
@@ -59,7 +62,9 @@ class Trainer:
         runtime.agree(self._check_surroundings)
         train_set = runtime.agree(lambda: build_dataset(config.data.train, "data.train", runtime))
         eval_set = runtime.agree(lambda: build_eval_dataset(config.data, train_set, runtime))
-        runtime.agree(lambda: self._build_model_and_order(train_set))
+        num_classes = runtime.agree(lambda: _num_classes(config, train_set))
+        runtime.agree(lambda: self._build_order_and_task(train_set, num_classes))
+        runtime.agree(lambda: self._build_model(num_classes))
         self.feed = runtime.agree(lambda: self._feed(train_set, "train"))
         self.eval_feed = runtime.agree(lambda: self._feed(eval_set, "eval")) if eval_set is not None else None
 
@@ -67,7 +72,7 @@ class Trainer:
         check_trackers(self.config)
         self.folder.create()
 
-    def _build_model_and_order(self, train_set: SizedDataset) -> None:
+    def _build_order_and_task(self, train_set: SizedDataset, num_classes: int | None) -> None:
         config, num_ranks = self.config, self.runtime.num_ranks
         train = config.train
         self.plan = BatchPlan.split(
@@ -78,13 +83,19 @@ class Trainer:
         self.learning_rate = build_learning_rate(
             config.optim, config.schedule, self.total_steps, self.plan.steps_per_epoch
         )
-        num_classes = _num_classes(config, train_set)
         self.task = build_task(config.task, num_classes)
-        self.best_metric, self.best_mode = self.task.best_metric, self.task.best_mode
+        self.task.to(self.runtime.device)
+        self.best_metric, best_mode = self.task.best_metric, self.task.best_mode
         if config.checkpoint.best is not None:
-            self.best_metric, self.best_mode = config.checkpoint.best.metric, config.checkpoint.best.mode
+            self.best_metric, best_mode = config.checkpoint.best.metric, config.checkpoint.best.mode
+        self.best_mode = best_mode
+        self.best_of = f"{best_mode} {self.best_metric}"
+
+    def _build_model(self, num_classes: int | None) -> None:
+        config = self.config
         seed_everything(config.run.seed)  # the same initial weights on every rank
-        self.bare_model = build_model(config.model, num_classes)
+        with self.runtime.main_first() if config.model.weights else nullcontext():  # weights may be downloaded
+            self.bare_model = build_model(config.model, num_classes)
         self.bare_optimizer = build_optimizer(config.optim, self.bare_model)
         seed_everything(config.run.seed + 1 + self.runtime.rank)  # dropout differs per rank
 
@@ -147,7 +158,7 @@ class Trainer:
 
     def loss_sum(self, batch: MicroBatch) -> torch.Tensor:
         """Returns the summed loss of a micro-batch; a stand-in keeps this rank in step without weight."""
-        with explained_unused_parameters():
+        with explained_model_errors():
             outputs = self.task.forward(self.model, batch.data)
         loss_sum = self.task.loss_sum(outputs, batch.data)
         return loss_sum if batch.num_samples else loss_sum * 0.0
@@ -159,14 +170,17 @@ class Trainer:
         # Not the wrapped model: its forward exchanges buffers, and ranks may have uneven batch counts. Each rank's
         # BatchNorm statistics are its own until the next training step, so all evaluate with rank 0's, as saved.
         self.runtime.broadcast_buffers(self.bare_model)
-        model = self.bare_model.eval()
+        model = self.bare_model
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
         batch_size = self.config.eval.batch_size or self.plan.micro_batch_size
         totals: dict[str, torch.Tensor] = {}
         for batch in self.eval_feed.eval_batches(batch_size, self.runtime.rank, self.runtime.num_ranks):
             sums = self.task.eval_sums(self.task.forward(model, batch.data), batch.data)
             for name, value in sums.items():
-                totals[name] = totals.get(name, 0) + self.runtime.exact(value)
-        model.train()
+                totals[name] = totals.get(name, 0) + self.runtime.exact(value)  # on its device: nobody waits
+        for module, mode in modes.items():  # a part that the user keeps in eval mode stays in it
+            module.training = mode
         # A rank without a sample (a tiny evaluation set) has no totals of its own, and adds zeros.
         names = self.runtime.from_main(lambda: list(totals))
         zero = torch.zeros(())
@@ -201,12 +215,15 @@ class Trainer:
         if self.best_metric is None:
             return False
         if self.best_metric not in metrics:
+            self.save()
             message = f"evaluation has no metric '{self.best_metric}'; it has: {', '.join(metrics)}"
-            raise UserError(message, path="checkpoint.best.metric")
+            path = "checkpoint.best.metric" if self.config.checkpoint.best is not None else "task.name"
+            raise UserError(message, path=path, agreed=True)
         value, best = metrics[self.best_metric], progress.best_value
         better = best is None or (value > best if self.best_mode == "max" else value < best)
         if better and not math.isnan(value):
             progress.best_step, progress.best_value = progress.step, value
+            progress.best_of = self.best_of
             return True
         return False
 
@@ -226,7 +243,7 @@ class Trainer:
         if self.reporter is not None:
             self.reporter.publish(step, record)
         self._window = _Window(self.runtime, self.clock, self.feed)
-        if not math.isfinite(record["train/loss"]):
+        if self.reporter is not None and not math.isfinite(record["train/loss"]):
             logger.warning("step %d: the loss is %s", step, record["train/loss"])
 
     def start(self) -> None:
@@ -256,11 +273,14 @@ class Trainer:
 
     def abandon(self, error: BaseException) -> None:
         """Ends a run that failed: leaves a summary and no process behind. Talks to no other rank."""
-        self._summarise("failed", one_line(error))
+        try:
+            self._summarise("failed", one_line(error))
+        except OSError:  # the disk may be what failed
+            logger.exception("cannot write the summary")
         self.feed.close()
         self.stop_requests.release_signals()
         if self.reporter is not None:
-            self.reporter.close()
+            self.reporter.close(failed=True)
 
     def close(self) -> None:
         """Ends workers and trackers, and leaves the process group."""
@@ -297,13 +317,13 @@ class Trainer:
         with self.clock.phase("checkpoint"):
             generators = self.runtime.gather(self.runtime.generator_states())
             if self.runtime.is_main:
-                scaler = self.runtime.scaler
-                tensors = {
+                tensors: dict[str, Any] = {
                     "model": self.bare_model.state_dict(),
                     "optimizer": self.bare_optimizer.state_dict(),
-                    "scaler": scaler.state_dict() if scaler is not None else {},
                     "generators": generators,
                 }
+                if self.runtime.scaler is not None:
+                    tensors["scaler"] = self.runtime.scaler.state_dict()
                 self.checkpoints.write(self.progress, self.identity, tensors, self.runtime.num_ranks)
             self.runtime.barrier()
 
@@ -319,9 +339,11 @@ class Trainer:
                 return
             if self.config.checkpoint.resume == "never":
                 message = f"'{self.folder.path}' already holds a run; choose another run.dir"
-                raise UserError(message, path="checkpoint.resume")
+                raise UserError(message, path="checkpoint.resume", agreed=True)
             self.runtime.agree(lambda: self.load(steps[-1]))
         logger.info("continuing from step %d of %s", self.progress.step, self.folder.path)
+        for change in self.folder.config_changes():
+            logger.info("changed    %s", change)
 
     def load(self, step: int) -> None:
         """Loads the checkpoint of a step into model, optimizer, generators and progress."""
@@ -341,13 +363,15 @@ class Trainer:
             raise UserError(f"'{where}' is of another optimizer: {error}", path="run.dir") from error
         for group, setting in zip(self.bare_optimizer.param_groups, settings, strict=True):
             group.update(setting)
-        if self.runtime.scaler is not None:
+        if self.runtime.scaler is not None and self.checkpoints.has(step, "scaler"):
             self.runtime.scaler.load_state_dict(self.checkpoints.load(step, "scaler"))
         generators = self.checkpoints.load(step, "generators")
         if num_ranks == self.runtime.num_ranks:
             self.runtime.restore_generators(generators[self.runtime.rank])
         else:
             logger.info("written by %d processes, read by %d", num_ranks, self.runtime.num_ranks)
+        if progress.best_of != self.best_of:  # values of another metric do not compare
+            progress.best_step = progress.best_value = None
         self.progress = progress
 
 
@@ -355,7 +379,7 @@ class _Window:
     """What happened since the last report; sums stay on the device until then."""
 
     def __init__(self, runtime: Runtime, clock: Clock, feed: DeviceFeed) -> None:
-        self.loss_sum = runtime.exact(torch.zeros(()))
+        self.loss_sum = runtime.exact(torch.zeros((), device=runtime.device))
         self.num_samples = 0
         self.grad_norm: torch.Tensor | None = None
         self._train_seconds = clock.split()["train"]

@@ -15,7 +15,7 @@ from torch import nn
 
 from trainer.components import accepts, build, call, resolve
 from trainer.config import Interval, OptimConfig, ScheduleConfig
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 
 Factor = Callable[[int], float]
 """step -> factor of the peak rate. Schedules are called with `total_steps`, and `steps_per_epoch` where they take
@@ -60,6 +60,13 @@ def build_learning_rate(
     if accepts(resolve("schedule", config.name, "schedule"), "steps_per_epoch"):
         given["steps_per_epoch"] = steps_per_epoch
     factor = build("schedule", config, "schedule", **given)
+    for step in (0, 1, total_steps - warmup - 1):  # tried here, not an hour into the run
+        try:
+            tried = float(factor(step))
+        except Exception as error:
+            raise UserError(f"'{config.name}' raised {one_line(error)} for step {step}", path="schedule") from error
+        if not math.isfinite(tried):
+            raise UserError(f"'{config.name}' gives {tried} for step {step}", path="schedule")
 
     def learning_rate(step: int) -> float:
         if step < warmup:

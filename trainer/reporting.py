@@ -120,8 +120,8 @@ class Reporter:
             }
         )
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Closes the progress bar and the trackers."""
         if self.bar is not None:
             self.bar.close()
-        self.trackers.finish()
+        self.trackers.finish(failed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -27,6 +28,10 @@ def evaluate(run_dir: Path, *, best: bool) -> dict[str, float]:
     from trainer.loop import Trainer
 
     config = _read_config(run_dir)
+    train = config.train
+    # On this one process, however many trained: no accumulation to fit, the same evaluation batches.
+    eval_batch = config.eval.batch_size or train.micro_batch_size or train.batch_size
+    config = _read_config(run_dir, "train.micro_batch_size=null", f"eval.batch_size={eval_batch}")
     if config.data.eval is None:
         raise UserError(f"the run in '{run_dir}' has no evaluation data", path="data.eval")
     step = _choose(_checkpoints(run_dir, config), best)
@@ -71,12 +76,12 @@ def export(run_dir: Path, file_format: str, output: Path, *, best: bool) -> None
     logger.info("%d tensors of step %d written to %s", len(state), step, output)
 
 
-def _read_config(run_dir: Path) -> Config:
+def _read_config(run_dir: Path, *overrides: str) -> Config:
     file = run_dir / "config.yaml"
     if not file.is_file():
         raise UserError(f"'{run_dir}' is not a run folder: it has no config.yaml")
     # The folder may have been moved or be named from elsewhere.
-    return load_config(str(file), [f"run.dir={run_dir}"])
+    return load_config(str(file), [f"run.dir={json.dumps(str(run_dir))}", *overrides])
 
 
 def _checkpoints(run_dir: Path, config: Config) -> CheckpointFolder:

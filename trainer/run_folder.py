@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import socket
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from trainer.config import Config
 from trainer.errors import UserError
@@ -50,6 +52,18 @@ class RunFolder:
         self._write("config.yaml", self.config.to_yaml())
         self._write("environment.json", json.dumps(_environment(num_ranks, device), indent=2))
 
+    def config_changes(self) -> list[str]:
+        """Returns what this config says other than the one that the run was last started with."""
+        file = self.path / "config.yaml"
+        if not file.is_file():
+            return []
+        before, now = (
+            _flat(yaml.safe_load(file.read_text(encoding="utf-8"))),
+            _flat(yaml.safe_load(self.config.to_yaml())),
+        )
+        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        return [f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys]
+
     def cut_metrics(self, step: int) -> None:
         """Drops records after `step`, which a resumed run is about to write again."""
         if not self.metrics_file.exists():
@@ -66,16 +80,30 @@ class RunFolder:
     def log(self, record: Mapping[str, Any]) -> None:
         """Appends a record to `metrics.jsonl` and flushes it."""
         with open(self.metrics_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
+            file.write(json.dumps(_finite({**record, "time": round(time.time(), 3)})) + "\n")
 
     def summarise(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json`."""
-        self._write("summary.json", json.dumps(summary, indent=2))
+        self._write("summary.json", json.dumps(_finite(summary), indent=2))
 
     def _write(self, name: str, text: str) -> None:
         staged = self.path / f".{name}.new"
         staged.write_text(text, encoding="utf-8")
         os.replace(staged, self.path / name)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Flattens nested mappings to dotted keys."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}".lstrip(".")).items()}
+
+
+def _finite(value: Any) -> Any:
+    """Replaces NaN and infinities, which JSON does not have, by null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _environment(num_ranks: int, device: torch.device) -> dict[str, Any]:

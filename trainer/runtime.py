@@ -24,6 +24,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import patch_environment
 from torch import nn
 
 from trainer.config import Config
@@ -41,26 +42,26 @@ class Runtime:
         promised = promised_processes()
         _refuse_foreign_settings(config.precision)
         has_accelerator = torch.accelerator.is_available()
-        if not has_accelerator:
-            # Without it accelerate starts no process group on the CPU, and every rank trains alone.
-            os.environ["ACCELERATE_USE_CPU"] = "true"
         if config.precision == "fp16" and not has_accelerator:
             raise UserError("fp16 needs a GPU; on the CPU use bf16 or no", path="precision")
-        self.accelerator = Accelerator(
-            mixed_precision=config.precision,
-            cpu=not has_accelerator,
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
-                DistributedDataParallelKwargs(
-                    gradient_as_bucket_view=True,
-                    find_unused_parameters=config.parallel.find_unused_parameters,
-                ),
-            ],
-        )
+        # Without the variable accelerate starts no process group on the CPU, and every rank trains alone.
+        with patch_environment(ACCELERATE_USE_CPU=str(not has_accelerator).lower()):
+            self.accelerator = Accelerator(
+                mixed_precision=config.precision,
+                cpu=not has_accelerator,
+                kwargs_handlers=[
+                    InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
+                    DistributedDataParallelKwargs(
+                        gradient_as_bucket_view=True,
+                        find_unused_parameters=config.parallel.find_unused_parameters,
+                    ),
+                ],
+            )
         self.rank: int = self.accelerator.process_index
         self.local_rank: int = self.accelerator.local_process_index
         self.num_ranks: int = self.accelerator.num_processes
-        self.device: torch.device = self.accelerator.device
+        # With its index: accelerate says `cuda` on a single GPU, and tensors there say `cuda:0`.
+        self.device: torch.device = torch.empty(0, device=self.accelerator.device).device
         self.is_main: bool = self.accelerator.is_main_process
         if promised != self.num_ranks:
             raise UserError(_wrong_world(promised, self.num_ranks))
@@ -103,15 +104,15 @@ class Runtime:
         """Sums scalars over all ranks and brings them to the host. Waits for the device."""
         if not values:
             return {}
-        stacked = torch.stack([self.exact(v) for v in values.values()])
+        stacked = torch.stack([self.exact(v).to(self.device) for v in values.values()])
         if self.num_ranks > 1:
             dist.all_reduce(stacked)
         return dict(zip(values, stacked.tolist(), strict=True))
 
     def exact(self, value: torch.Tensor) -> torch.Tensor:
-        """Returns a scalar on the device, wide enough to add up: float64 holds every count below 2**53 exactly."""
+        """Returns a scalar, where it is, wide enough to add up: float64 holds every count below 2**53 exactly."""
         # Apple's GPUs have no float64.
-        return value.detach().to(self.device, torch.float32 if self.device.type == "mps" else torch.float64)
+        return value.detach().to(torch.float32 if self.device.type == "mps" else torch.float64)
 
     def broadcast_buffers(self, model: nn.Module) -> None:
         """Gives every rank the buffers of rank 0, as DDP does before a training step's forward."""
@@ -219,10 +220,17 @@ def _gloo_group() -> dist.ProcessGroup:
 
 
 @contextmanager
-def explained_unused_parameters() -> Iterator[None]:
-    """Turns DDP's complaint about parameters without a gradient, which every rank raises, into our key."""
+def explained_model_errors() -> Iterator[None]:
+    """Turns two errors of a model's forward that a key mends into one line that names the key."""
     try:
         yield
+    except ValueError as error:
+        if "Expected more than 1 value per channel when training" not in str(error):
+            raise
+        message = (
+            "BatchNorm needs more than one sample: leave the last, small batch of the epoch out, or train larger ones"
+        )
+        raise UserError(message, path="data.drop_last") from error
     except RuntimeError as error:
         if "find_unused_parameters" not in str(error):
             raise
@@ -252,16 +260,27 @@ def promised_processes() -> int:
         return 1
     if not any(re.search(r"(^|[/\\.])accelerate(-launch)?(\.exe)?$|accelerate[./\\]commands", a) for a in command):
         return 1
-    return max(_option(command, "num[_-]processes"), _option(command, "num[_-]machines"))
+    asked = _option(command, "num[_-]processes")
+    if asked is None:
+        asked = _processes_in_accelerate_config(_option(command, "config[_-]file"), "--cpu" in command)
+    return int(asked) if asked.isdigit() else 1
 
 
-def _option(command: Sequence[str], name: str) -> int:
+def _option(command: Sequence[str], name: str) -> str | None:
     for argument, following in zip(command, [*command[1:], ""], strict=True):
-        match = re.fullmatch(rf"--{name}(?:=(\d+))?", argument)
+        match = re.fullmatch(rf"--{name}(?:=(.*))?", argument)
         if match:
-            value = match[1] or following
-            return int(value) if value.isdigit() else 1
-    return 1
+            return match[1] or following
+    return None
+
+
+def _processes_in_accelerate_config(file: str | None, on_cpu: bool) -> str:
+    """Returns `num_processes` of the config file that `accelerate launch` reads, as it chooses it."""
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+
+    if file is None and (on_cpu or not os.path.isfile(default_config_file)):
+        return "1"
+    return str(load_config_from_file(file).num_processes)
 
 
 def _wrong_world(promised: int, actual: int) -> str:
@@ -279,6 +298,8 @@ def _refuse_foreign_settings(precision: str) -> None:
         raise UserError(
             f"accelerate was launched with mixed precision {asked}, the config says {precision}", path="precision"
         )
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise UserError("accelerate was launched with a dynamo backend, which the config does not ask for")
     for variable, what in (
         ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
         ("ACCELERATE_USE_FSDP", "FSDP"),

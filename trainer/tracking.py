@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import socket
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,16 @@ from urllib.parse import urlsplit
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
 from trainer.config import Config, WandbConfig
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 
 logger = logging.getLogger("lockstep")
 
 
 def check_trackers(config: Config) -> None:
     """Raises UserError where a tracker is named whose package is not installed."""
+    mode = os.environ.get("WANDB_MODE")
+    if "wandb" in config.tracking.trackers and mode not in (None, "online", "offline", "disabled"):
+        raise UserError(f"WANDB_MODE={mode} in the environment; it must be online, offline or disabled")
     for i, name in enumerate(config.tracking.trackers):
         if importlib.util.find_spec(name) is None:
             message = f"'{name}' is not installed; pip install {name}, or leave it out"
@@ -46,7 +50,7 @@ class Trackers:
         values = config.model_dump(mode="json")
         for name in config.tracking.trackers:
             if name == "wandb":
-                tracker = self._start_wandb(config, run_dir)
+                tracker = self._start_wandb(config, run_dir, _wandb_mode(config.tracking.wandb))
                 tracker.store_init_configuration(values)
             else:
                 tracker = TensorBoardTracker("tensorboard", run_dir)
@@ -54,11 +58,10 @@ class Trackers:
                 tracker.store_init_configuration(_flat(values))
             self.trackers.append(tracker)
 
-    def _start_wandb(self, config: Config, run_dir: Path) -> WandBTracker:
+    def _start_wandb(self, config: Config, run_dir: Path, mode: str) -> WandBTracker:
         import wandb
 
         settings = config.tracking.wandb
-        mode = _wandb_mode(settings)
         tracker = WandBTracker(
             settings.project,
             id=self.wandb_id,
@@ -72,7 +75,13 @@ class Trackers:
             notes=settings.notes,
             settings=wandb.Settings(silent=mode != "online"),
         )
-        tracker.start()
+        try:
+            tracker.start()
+        except Exception as error:  # no key, a key that the server refuses, a server that does not answer, ...
+            if mode != "online":
+                raise
+            logger.warning("wandb: offline, as it cannot start online: %s", " ".join(str(error).split()))
+            return self._start_wandb(config, run_dir, "offline")
         run = tracker.tracker
         # Our own step: W&B's counter would refuse the steps that a resumed run does again.
         run.define_metric("step")
@@ -83,16 +92,23 @@ class Trackers:
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
         """Sends one record to every tracker."""
-        for tracker in self.trackers:
-            if tracker.name == "wandb":
-                tracker.log({**record, "step": step})
-            else:
-                tracker.log(dict(record), step=step)
+        for tracker in list(self.trackers):
+            try:
+                if tracker.name == "wandb":
+                    tracker.log({**record, "step": step})
+                else:
+                    tracker.log(dict(record), step=step)
+            except Exception as error:  # a tracker that fails must not end the training
+                logger.warning("%s fails and is left out from here on: %s", tracker.name, one_line(error))
+                self.trackers.remove(tracker)
 
-    def finish(self) -> None:
-        """Flushes and closes every tracker."""
+    def finish(self, failed: bool) -> None:
+        """Flushes and closes every tracker; W&B shows a failed run as such."""
         for tracker in self.trackers:
-            tracker.finish()
+            if tracker.name == "wandb" and failed:
+                tracker.tracker.finish(exit_code=1)
+            else:
+                tracker.finish()
 
 
 def _wandb_mode(config: WandbConfig) -> str:
@@ -104,7 +120,7 @@ def _wandb_mode(config: WandbConfig) -> str:
         mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
         if mode == "offline":
             logger.info("wandb: offline, as no API key was found; `wandb sync` uploads the run later")
-    if mode == "online":
+    if mode == "online" and not urllib.request.getproxies():  # a proxy reaches more than we do
         address = urlsplit(wandb.setup().settings.base_url)
         try:  # wandb.init would wait 90 s before it gives up
             port = address.port or (443 if address.scheme == "https" else 80)

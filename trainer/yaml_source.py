@@ -73,6 +73,8 @@ def _construct(loader: yaml.SafeLoader, node: yaml.Node, path: KeyPath, file: st
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
             key, key_line = key_node.value, key_node.start_mark.line + 1
+            if not isinstance(key, str):
+                raise UserError(Problem("a key must be plain text", ".".join(map(str, path)), f"{file}:{key_line}"))
             if key in first_lines:
                 dotted = ".".join(map(str, (*path, key)))
                 message = f"duplicate key; it is already set on line {first_lines[key]}"
@@ -101,6 +103,8 @@ def _parse(text: str, file: str) -> tuple[Any, Source]:
         mark = error.problem_mark or error.context_mark
         origin = f"{file}:{mark.line + 1}" if mark else file
         raise UserError(Problem(f"not valid YAML: {error.problem or error.context}", "", origin)) from None
+    except RecursionError:
+        raise UserError(Problem("not valid YAML: an alias inside what it names", "", file)) from None
     except (yaml.YAMLError, ValueError) as error:  # e.g. a control character, a number past all limits
         raise UserError(Problem(f"not valid YAML: {' '.join(str(error).split())}", "", file)) from None
     finally:
@@ -116,7 +120,7 @@ def _merge(under: Source, over: Source) -> Source:
     merged = Source(dict(under.values), {**under.origins})
 
     def lay(target: dict[str, Any], values: dict[str, Any], path: KeyPath) -> None:
-        if "name" in values and "args" in target and values["name"] != target.get("name"):
+        if "name" in values and "name" in target and values["name"] != target["name"] and "args" in target:
             forget((*path, "args"))
             del target["args"]
         for key, value in values.items():
@@ -181,6 +185,7 @@ def read(file: str, overrides: Sequence[str] = ()) -> Source:
         UserError: as `read_file`, or an override without `=`, without a key, or whose value is not YAML.
     """
     source = read_file(file)
+    given = Source()
     for override in overrides:
         dotted, equals, text = override.partition("=")
         keys = dotted.strip().split(".")
@@ -191,5 +196,6 @@ def read(file: str, overrides: Sequence[str] = ()) -> Source:
             value = {key: value}
         path: KeyPath = tuple(keys)
         new = {path[:n]: "command line" for n in range(1, len(path)) if path[:n] not in source.origins}
-        source = _merge(source, Source(value, {**new, path: "command line"}))
-    return source
+        given = _merge(given, Source(value, {**new, path: "command line"}))
+    # All at once: whether a name comes before or after the args that belong to it makes no difference.
+    return _merge(source, given)

@@ -75,6 +75,17 @@ def test_a_launcher_that_starts_too_few_is_refused(flags: list[str], write_confi
     assert summary(tmp_path / "run")["num_processes"] == 2
 
 
+def test_too_few_processes_of_an_accelerate_config_file(write_config: WriteConfig, tmp_path: Path) -> None:
+    file = tmp_path / "accelerate.yaml"
+    file.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\n"
+        "num_machines: 1\nmachine_rank: 0\nmixed_precision: 'no'\n"
+    )
+    launcher = [str(BIN / "accelerate"), "launch", "--config_file", str(file)]
+    done = run([*launcher, TRAIN, "--config", str(write_config())], tmp_path)
+    assert "error: 2 processes were asked for and 1 started" in done.stderr
+
+
 def test_accelerate_config_with_foreign_plugin_is_refused(write_config: WriteConfig, tmp_path: Path) -> None:
     command = [sys.executable, TRAIN, "--config", str(write_config())]
     done = run(command, tmp_path, ACCELERATE_USE_DEEPSPEED="true")
@@ -309,7 +320,8 @@ def test_bad_input_on_two_processes(name: str, write_config: WriteConfig, tmp_pa
     assert len(problems) == len(expected), done.stderr
     for problem, pattern in zip(problems, expected, strict=True):
         assert re.match(pattern, problem)
-    if name != "a sample":  # in mid-run the other rank reports that it lost its peer
+    assert "Traceback" not in done.stderr
+    if name != "a sample":  # in mid-run the other rank says that it lost its peer
         assert done.stderr.splitlines() == problems
 
 

@@ -56,6 +56,9 @@ def test_losses_are_those_of_the_cpu(
     forget_accelerate()
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert train("--config", write_config("cpu.yaml", run__dir=str(tmp_path / "cpu"), **plain)).code == 0
+    devices = [json.loads((tmp_path / d / "environment.json").read_text())["device"] for d in ("run", "cpu")]
+    assert devices[0] != "cpu"
+    assert devices[1] == "cpu"
     tolerance = 1e-4 if precision == "no" else 0.03
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "cpu"), rel=tolerance)
 
@@ -69,6 +72,24 @@ def test_loss_scale_survives_a_restart(train: Train, write_config: WriteConfig, 
     assert trainer.runtime.scaler is not None
     assert trainer.runtime.scaler.state_dict() == torch.load(file, weights_only=True)
     trainer.close()
+
+
+def test_synthetic_data_stays_on_the_device(write_config: WriteConfig) -> None:
+    data = {"train": {"name": "synthetic", "args": {"num_samples": 64, "shape": [8], "num_classes": 3}}}
+    trainer = Trainer(load_config(str(write_config(data=data))))
+    trainer.start()
+    trainer.train_step()
+    dataset: Any = trainer.feed.samples.dataset
+    images = dataset._images
+    trainer.train_step()
+    assert images.is_cuda
+    assert dataset._images is images
+    trainer.close()
+
+
+def test_class_weights_are_on_the_device(train: Train, write_config: WriteConfig) -> None:
+    loss = {"name": "cross_entropy", "args": {"weight": [1.0, 2.0, 3.0]}}
+    assert train("--config", write_config(task={"loss": loss})).code == 0
 
 
 def test_overflow_skips_the_step_and_is_counted(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:

@@ -74,6 +74,19 @@ class Buggy(Vectors):
         raise ZeroDivisionError("a bug of the user's")
 
 
+class Arrays(Vectors):
+    """Items whose inputs are numpy arrays."""
+
+    def __getitem__(self, index: int) -> Any:
+        vector, label = super().__getitem__(index)
+        return vector.numpy(), label
+
+
+def no_schedule(total_steps: int) -> Any:
+    """A schedule that gives nothing."""
+    return lambda step: None
+
+
 class NotATask:
     """Named as a task in a config, but not one."""
 

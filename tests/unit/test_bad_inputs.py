@@ -125,6 +125,86 @@ CASES = [
     Case("dict keys", {"data__train": component("vectors:Dicts", length=60)}, "task", "vector, kind, index"),
     Case("no such metric", {"checkpoint__best": {"metric": "f1", "mode": "max"}}, "checkpoint.best.metric", "accuracy"),
     Case("unwritable run folder", {"run__dir": "/dev/null/run"}, "run.dir", "cannot write to"),
+    Case(
+        "best without evaluation",
+        {"data__eval": None, "checkpoint": {"best": {"metric": "loss", "mode": "min"}}},
+        "checkpoint.best",
+        "without data.eval",
+    ),
+    Case("seed too large", {"run__seed": 2**64}, "run.seed", "less than 4294967296"),
+    Case(
+        "schedule that cannot be computed", {"schedule": component("cosine", min_ratio="abc")}, "schedule", "TypeError"
+    ),
+    Case("schedule that gives nothing", {"schedule": component("vectors:no_schedule")}, "schedule", "TypeError"),
+    Case(
+        "length that is no number", {"data__train": component("vectors:Vectors", length="abc")}, "data.train", "length"
+    ),
+    Case(
+        "shape that is none",
+        {"data__train": component("synthetic", num_samples=9, shape=[3, -2])},
+        "data.train",
+        "shape",
+    ),
+    Case("too few logits", {"model": component("torch.nn:Linear", in_features=8, out_features=2)}, "model", "2 logits"),
+    Case(
+        "one logit", {"model": component("torch.nn:Linear", in_features=8, out_features=1)}, "model", "(batch, classes)"
+    ),
+    Case(
+        "class weights",
+        {"task": {"loss": component("cross_entropy", weight=[1.0])}},
+        "task.loss.args.weight",
+        "1 class",
+    ),
+    Case(
+        "a sum for a loss",
+        {"task": {"loss": component("torch.nn:CrossEntropyLoss", reduction="sum")}},
+        "task.loss.args.reduction",
+        "not a sum",
+    ),
+    Case(
+        "a loss to train",
+        {"task": {"loss": component("torch.nn:Bilinear", in1_features=3, in2_features=1, out_features=1)}},
+        "task.loss",
+        "only the model is trained",
+    ),
+    Case(
+        "a task without a loss",
+        {"task": {"name": "regression:Regression", "loss": component("cross_entropy")}},
+        "task.loss",
+        "takes no loss",
+    ),
+    Case(
+        "normalising what is no image", {"data__normalize": {"mean": [0.5], "std": [1.0]}}, "data.normalize", "images"
+    ),
+    Case(
+        "transforms of numpy arrays",
+        {
+            "data__train": component("vectors:Arrays", length=60),
+            "data__transforms": {"train": [component("RandomHorizontalFlip")]},
+        },
+        "data.train",
+        "numpy arrays",
+    ),
+    Case(
+        "transforms of data on the device",
+        {
+            "data": {
+                "train": component("synthetic", num_samples=9, shape=[8]),
+                "transforms": {"train": [component("Resize", size=3)]},
+            }
+        },
+        "data.transforms.train",
+        "made on the device",
+    ),
+    Case(
+        "one sample for BatchNorm",
+        {
+            "model": component("vectors_model:Normed", dropout=0.1),
+            "data__train": component("vectors:Vectors", length=25),
+        },
+        "data.drop_last",
+        "more than one sample",
+    ),
     Case("fp16 on a CPU", {"precision": "fp16"}, "precision", "fp16 needs a GPU"),
 ]
 
@@ -159,6 +239,8 @@ FILES: dict[str, tuple[str, str]] = {
     "duplicate key": ("run: {{name: x}}\noptim:\n  lr: 1\n  lr: 2\n", r"{file}:4: optim.lr: duplicate key; .* line 3"),
     "no such base": ("base: none.yaml\n", r"{file}:1: base: cannot read '.*none.yaml'"),
     "its own base": ("base: bad.yaml\n", r".*bad.yaml: base: files build on each other in a circle"),
+    "a key that is a list": ("? [a, b]\n: 1\n", r"{file}:1: a key must be plain text"),
+    "an alias of itself": ("a: &a {{b: *a}}\n", r"{file}: not valid YAML: an alias inside what it names"),
     "base is a list": ("base: [a, b]\n", r"{file}:1: base: names one YAML file"),
 }
 
@@ -246,8 +328,8 @@ FOLDERS: list[tuple[Callable[[Path], None], int, str]] = [
     (unreadable_image, 0, r"cannot read sample 9 \('.*dog/3.png'\): cannot identify image file"),
     (unreadable_image, 2, r"cannot read sample 9 \('.*dog/3.png'\): cannot identify image file"),
     (truncated_image, 0, r"cannot read sample 9 \('.*dog/3.png'\): .*truncated"),
-    (odd_sizes, 0, r"differ in shape .* add a resize or crop"),
-    (odd_sizes, 2, r"differ in shape .* add a resize or crop"),
+    (odd_sizes, 0, r"samples \d+ and \d+ differ in shape .* resize or crop"),
+    (odd_sizes, 2, r"samples \d+ and \d+ differ in shape .* resize or crop"),
     (empty_class, 0, r"no valid file for the classes bird"),
     (no_class, 0, r"find any class folder"),
 ]

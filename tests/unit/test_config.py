@@ -78,6 +78,13 @@ def test_another_name_drops_the_args_of_the_base(tmp_path: Path) -> None:
     assert read(tmp_path, "base: base.yaml\n", "model.name=b", "model.args.q=2")["model"]["args"] == {"q": 2}
 
 
+def test_order_of_overrides_makes_no_difference(tmp_path: Path) -> None:
+    base, name, arg = "optim: {name: sgd, args: {p: 1}}\n", "optim.name=adamw", "optim.args.q=2"
+    for overrides in ([name, arg], [arg, name]):
+        assert read(tmp_path, base, *overrides) == {"optim": {"name": "adamw", "args": {"q": 2}}}
+    assert read(tmp_path, "task: {args: {p: 1}}\n", "task.name=x") == {"task": {"name": "x", "args": {"p": 1}}}
+
+
 def test_origins_follow_the_layers(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("a: 1\nb:\n  x: 1\n  y: 2\n")
     (tmp_path / "x.yaml").write_text("base: base.yaml\nb:\n  y: 3\n")

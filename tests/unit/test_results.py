@@ -80,6 +80,19 @@ def test_evaluate_repeats_the_runs_own_evaluation(run_dir: Path, capfd: pytest.C
     assert json.loads(capfd.readouterr().out)["step"] == 5
 
 
+def test_evaluate_needs_no_split_of_the_batch(
+    train: Train, write_config: WriteConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train("--config", write_config(train__micro_batch_size=4))
+    text = (tmp_path / "run" / "config.yaml").read_text()  # as a run on three processes would have left it
+    (tmp_path / "run" / "config.yaml").write_text(text.replace("micro_batch_size: 4", "micro_batch_size: 5"))
+    moved = (tmp_path / "run").rename(tmp_path / "2024")
+    forget_accelerate()
+    capfd.readouterr()
+    assert main(["evaluate", str(moved)]) == 0
+    assert json.loads(capfd.readouterr().out)["step"] == 10
+
+
 def test_what_is_not_there(run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     output = ["--output", str(tmp_path / "w")]
     capfd.readouterr()

@@ -12,6 +12,7 @@ import torch
 import yaml
 from conftest import Train, WriteConfig
 
+from trainer.checkpoint import CheckpointFolder, Identity, Progress
 from trainer.config import load_config
 from trainer.loop import Trainer
 
@@ -237,6 +238,70 @@ def test_synthetic_data(train: Train, write_config: WriteConfig, tmp_path: Path)
     code, _, err = train("--config", write_config(data=data))
     assert (code, err) == (0, "")
     assert summary(tmp_path / "run")["samples"] == 128
+
+
+def with_model(file: Path, name: str, **args: Any) -> Path:
+    config = yaml.safe_load(file.read_text())
+    config["model"] = {"name": name, "args": args}
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def test_train_and_eval_modes(
+    train: Train, write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    changes: dict[str, Any] = {"eval": {"every": 4, "batch_size": 23}}
+    assert train("--config", with_model(write_config(**changes), "vectors_model:Frozen")).code == 0
+    train_steps, evaluation = ["01"] * 4, ["00"]
+    expected = train_steps + evaluation + train_steps + evaluation + train_steps[:2] + evaluation
+    assert (tmp_path / "modes").read_text().split() == expected
+
+
+def test_best_of_another_metric_starts_anew(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
+    train("--config", write_config())
+    best = {"metric": "loss", "mode": "max"}
+    train("--config", write_config(train__epochs=4, checkpoint={"best": best}))
+    evaluations = {r["step"]: r["eval/loss"] for r in records(tmp_path / "run") if "eval/loss" in r}
+    worst = max((15, 20), key=evaluations.__getitem__)
+    assert summary(tmp_path / "run")["best"] == {"step": worst, "metric": "loss", "value": evaluations[worst]}
+
+
+def test_an_unknown_best_metric_loses_no_step(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
+    code, _, err = train("--config", write_config(checkpoint={"best": {"metric": "acc", "mode": "max"}}))
+    assert code == 2
+    assert "it has: loss, accuracy" in err
+    assert (tmp_path / "run" / "checkpoints" / "step-00000005").is_dir()
+
+
+def test_what_changed_is_said(train: Train, write_config: WriteConfig) -> None:
+    train("--config", write_config())
+    _, out, _ = train("--config", write_config(train__epochs=3, optim__lr=0.02))
+    assert "changed    optim.lr: 0.01 -> 0.02" in out
+    assert "changed    train.epochs: 2 -> 3" in out
+    assert out.count("\nchanged    ") == 2
+
+
+def test_a_users_pil_images_become_floats(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
+    data = {"train": {"name": "pictures:Pictures"}, "workers": 0}
+    assert train("--config", with_model(write_config(data=data), "small_cnn", num_classes=2)).code == 0
+
+
+def test_saving_a_step_again_changes_its_progress_alone(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=1)
+    identity = Identity("m", "o", 1, 1, 0, False)
+    folder.write(Progress(step=5), identity, {"model": {"w": torch.ones(1)}}, 3)
+    folder.write(Progress(step=5, evaluated_step=5, best_step=5), identity, {"model": {}}, 1)
+    progress, num_ranks = folder.read(5, identity)
+    assert (progress.evaluated_step, num_ranks) == (5, 3)
+    assert folder.load(5, "model")["w"] == 1
+    assert folder.best() == 5
+
+
+def test_metrics_are_json_even_where_they_are_nan(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
+    train("--config", write_config(optim={"name": "sgd", "lr": 1e30}))
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert losses(tmp_path / "run")[10] is None
 
 
 def test_tensorboard(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:

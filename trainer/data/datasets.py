@@ -22,7 +22,7 @@ from torchvision import datasets as torchvision_datasets
 
 from trainer.components import accepts, call, is_import_path, resolve
 from trainer.config import Component, DataConfig
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line
 
 
 class SizedDataset(Protocol):
@@ -81,6 +81,7 @@ class ImageFolder(torchvision_datasets.ImageFolder):
     is_image_data = True
 
     def __init__(self, root: str, classes: Sequence[str] | None = None) -> None:
+        root = str(Path(root).expanduser())
         if not Path(root).is_dir():
             raise UserError(f"no such folder: '{root}'")
         self._given_classes = list(classes) if classes is not None else None
@@ -100,14 +101,13 @@ class ImageFolder(torchvision_datasets.ImageFolder):
             raise UserError(f"'{directory}' has class folders that are not in training: {', '.join(sorted(unknown))}")
         return self._given_classes, {name: label for label, name in enumerate(self._given_classes)}
 
-    def describe(self, index: int) -> str:
-        """Names a sample in error messages."""
-        return self.samples[index][0]
-
 
 def _load_rgb(path: str) -> Image.Image:
     with open(path, "rb") as file:
-        return Image.open(file).convert("RGB")
+        image = Image.open(file)
+        if image.mode.startswith(("I", "F")):
+            raise OSError(f"{image.mode} image: convert it to 8 bits per channel first")  # PIL would clip it
+        return image.convert("RGB")
 
 
 class TorchFile:
@@ -149,7 +149,7 @@ def _copy(value: Any) -> torch.Tensor:
 
 def _map_npy(file: str) -> np.ndarray:
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        array = np.load(Path(file).expanduser(), mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read '{file}': {' '.join(str(error).split())}") from None
     if not isinstance(array, np.ndarray) or array.ndim == 0:
@@ -159,7 +159,7 @@ def _map_npy(file: str) -> np.ndarray:
 
 def _map_torch(file: str, inputs: str, targets: str) -> tuple[torch.Tensor, torch.Tensor]:
     try:
-        saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        saved = torch.load(Path(file).expanduser(), map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no such file: '{file}'") from None
     except Exception as error:  # torch.load raises many types for files that are not its own
@@ -193,6 +193,8 @@ class Synthetic:
         for name, value in (("num_samples", num_samples), ("num_classes", num_classes), ("pool", pool)):
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"{name} must be a positive whole number (got {value!r})")
+        if not shape or not all(isinstance(size, int) and size > 0 for size in shape):
+            raise UserError(f"shape must be positive whole numbers (got {list(shape)})")
         self.num_samples = num_samples
         self.shape = tuple(shape)
         self.num_classes = num_classes
@@ -226,13 +228,18 @@ def build_dataset(component: Component, path: str, order: RankOrder) -> SizedDat
         target = resolve("data set", component.name, path)
         args = dict(component.args)
         is_torchvision = not is_import_path(component.name) and target.__module__.startswith("torchvision.")
-        if is_torchvision and accepts(target, "download"):
+        # EMNIST and QMNIST pass `download` on to the class below them.
+        if is_torchvision and any(accepts(c, "download") for c in getattr(target, "__mro__", ())):
             args.setdefault("download", True)
         dataset = call(target, args, component.name, path)
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         message = f"'{component.name}' must have __len__ and __getitem__: exact order and resume need an index"
         raise UserError(message, path=path)
-    if len(dataset) == 0:
+    try:
+        length = len(dataset)
+    except Exception as error:
+        raise UserError(f"the length of '{component.name}' raised {one_line(error)}", path=path) from error
+    if length == 0:
         raise UserError(f"'{component.name}' is empty", path=path)
     return dataset
 

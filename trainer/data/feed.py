@@ -71,14 +71,16 @@ class DeviceFeed:
         check: Callable[[Any, torch.Tensor], None],
     ) -> None:
         components = config.transforms.train if split == "train" else config.transforms.eval
-        transform = build_host_transform(components, f"data.transforms.{split}", input_key)
+        if components and hasattr(dataset, "device_batch"):
+            raise UserError("data that is made on the device has no host transforms", path=f"data.transforms.{split}")
+        convert = config.normalize is not None or is_image_data(dataset)
+        transform = build_host_transform(components, f"data.transforms.{split}", input_key, as_bytes=convert)
         self.samples = SeededSamples(dataset, transform, seed, f"data.{split}")
         self.config = config
         self.device = device
         self.input_key = input_key
         self.check = check
         self.data_wait_seconds = 0.0
-        convert = config.normalize is not None or is_image_data(dataset)
         self._device_transform = Normalize(config.normalize) if convert else None
         self._batches: Iterator[LoadedBatch] | None = None
         self._micro_batches: MicroBatchSampler | None = None
@@ -147,6 +149,10 @@ class DeviceFeed:
     def _transform_on_device(self, data: Any) -> Any:
         if self._device_transform is None:
             return data
+        if isinstance(data, torch.Tensor):
+            return self._device_transform(data)
         if isinstance(data, Mapping):
+            if self.input_key not in data:
+                raise UserError(f"samples have no key '{self.input_key}' to normalise", path="data.normalize")
             return {**data, self.input_key: self._device_transform(data[self.input_key])}
         return [self._device_transform(data[0]), *data[1:]]

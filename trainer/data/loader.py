@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_
 
 from trainer.data.datasets import SizedDataset
 from trainer.data.sampler import SampleKey
-from trainer.errors import Problem, UserError, one_line
+from trainer.errors import Problem, UserError, one_line, place_at
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -86,7 +86,7 @@ class SeededSamples(Dataset[Any]):
             with preserved_generators():
                 return self._load(keys)
         except UserError as error:
-            return LoadFailure(error.problems)
+            return LoadFailure(place_at(self.name, error).problems)
 
     def _load(self, keys: Sequence[SampleKey]) -> LoadedBatch:
         items = []
@@ -121,8 +121,8 @@ class SeededSamples(Dataset[Any]):
             first = inputs[0]
             if isinstance(value, torch.Tensor) and isinstance(first, torch.Tensor) and value.shape != first.shape:
                 return (
-                    f"samples {keys[0].index} and {key.sample} differ in shape ({list(first.shape)} and "
-                    f"{list(value.shape)}); add a resize or crop to data.transforms"
+                    f"samples {keys[0].sample} and {key.sample} differ in shape ({list(first.shape)} and "
+                    f"{list(value.shape)}); make them equal, for images with a resize or crop in data.transforms"
                 )
         return f"samples {[key.sample for key in keys][:4]}... do not make a batch: {one_line(error)}"
 

@@ -54,7 +54,8 @@ class BatchPlan:
         share = batch_size // num_ranks
         micro = min(micro_batch_size or share, share)
         if share % micro:
-            fits = [m for m in range(1, share + 1) if share % m == 0]
+            low = [d for d in range(1, math.isqrt(share) + 1) if share % d == 0]
+            fits = sorted({*low, *(share // d for d in low)})
             below, above = max(m for m in fits if m < micro), min(m for m in fits if m > micro)
             unit = micro * num_ranks
             batches = " and ".join(
@@ -124,6 +125,11 @@ class StepSampler(DistributedSampler[int]):
         stop = start + self.plan.step_samples(step)
         return epoch, self._order(epoch)[start + self.rank : stop : self.num_replicas].tolist()
 
+    def first(self, step: int) -> int:
+        """Returns the first sample of a step's global batch."""
+        epoch, k = divmod(step, self.plan.steps_per_epoch)
+        return int(self._order(epoch)[k * self.plan.batch_size])
+
     def _order(self, epoch: int) -> torch.Tensor:
         if self._permutation is None or self._permutation[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed + epoch)  # as DistributedSampler does
@@ -157,9 +163,7 @@ class MicroBatchSampler(Sampler[list[SampleKey]]):
         size = self.sampler.plan.micro_batch_size
         for step in range(self.start, self.stop):
             epoch, indices = self.sampler.share(step)
-            if not indices:
-                batch_start = step % self.sampler.plan.steps_per_epoch * self.sampler.plan.batch_size
-                indices = [int(self.sampler._order(epoch)[batch_start])]
+            indices = indices or [self.sampler.first(step)]
             for first in range(0, len(indices), size):
                 yield [SampleKey(epoch, index) for index in indices[first : first + size]]
 

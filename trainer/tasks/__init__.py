@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from trainer.components import accepts, build, check_args, is_import_path, resolve
 from trainer.config import Component, TaskConfig
@@ -23,6 +24,8 @@ def build_task(config: TaskConfig, num_classes: int | None) -> Task:
     """
     given: dict[str, Any] = {}
     if config.loss is not None:
+        if not accepts(resolve("task", config.name, "task"), "loss"):
+            raise UserError(f"'{config.name}' takes no loss", path="task.loss")
         given["loss"] = _build_loss(config.loss)
     if not is_import_path(config.name):
         given["num_classes"] = num_classes
@@ -33,15 +36,19 @@ def build_task(config: TaskConfig, num_classes: int | None) -> Task:
 
 
 def _build_loss(component: Component) -> Callable[..., torch.Tensor]:
-    """Builds a loss: a class is called with `args`, a function of (outputs, targets) is the loss itself."""
+    """Builds a loss: a class is called with `args`; any other callable of (outputs, targets) is the loss itself."""
     target = resolve("loss", component.name, "task.loss")
     # One value per sample, where the loss can give it, keeps the mean over the global batch exact.
     given = {"reduction": "none"} if accepts(target, "reduction") else {}
-    if inspect.isfunction(target):
+    if component.args.get("reduction") == "sum":
+        raise UserError("a loss is a mean or a value per sample, not a sum", path="task.loss.args.reduction")
+    if not inspect.isclass(target):
         outputs_and_targets = dict.fromkeys(list(inspect.signature(target).parameters)[:2])
         check_args(target, {**outputs_and_targets, **component.args}, component.name, "task.loss")
         return functools.partial(target, **{**given, **component.args})
     loss = build("loss", component, "task.loss", **given)
     if not callable(loss):
         raise UserError(f"'{component.name}' returned a {type(loss).__name__}, not a callable", path="task.loss")
+    if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
+        raise UserError(f"'{component.name}' has parameters of its own; only the model is trained", path="task.loss")
     return loss

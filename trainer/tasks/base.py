@@ -33,6 +33,12 @@ class Task(ABC):
     best_metric: str | None = None  # the evaluation metric that decides the best checkpoint
     best_mode: Literal["max", "min"] = "max"
 
+    def to(self, device: torch.device) -> None:
+        """Moves the modules of the task, such as a loss with class weights, to the device."""
+        for value in vars(self).values():
+            if isinstance(value, nn.Module):
+                value.to(device)
+
     def check(self, data: Any, sample_ids: torch.Tensor) -> None:  # noqa: B027  # optional, not abstract
         """Raises UserError where a batch in host memory cannot be trained on."""
 
@@ -70,4 +76,4 @@ class Task(ABC):
             return data[key]
         if isinstance(data, list | tuple) and len(data) > position:
             return data[position]
-        raise UserError("samples must be (input, target) pairs or dicts", path="data.train")
+        raise UserError("samples must be (input, target) pairs or dicts")

@@ -57,6 +57,10 @@ class Classification(Task):
         target_key: str = "target",
     ) -> None:
         self.loss = loss or CrossEntropy()
+        weight = getattr(self.loss, "weight", None)
+        if isinstance(self.loss, CrossEntropy) and weight is not None and num_classes not in (None, len(weight)):
+            raise UserError(f"{len(weight)} class weights for {num_classes} classes", path="task.loss.args.weight")
+        self._outputs_checked = False
         self.num_classes = num_classes
         self.input_key = input_key
         self.target_key = target_key
@@ -78,8 +82,10 @@ class Classification(Task):
             raise UserError(f"{sample} has label {int(targets[i])}; the model's are 0 to {self.num_classes - 1}")
 
     def targets(self, data: Any) -> Any:
-        """Returns the targets of a batch: the second of a pair, or `target_key` of a dict."""
-        return self.part(data, self.target_key, 1)
+        """Returns the targets of a batch: the second of a pair, or `target_key` of a dict; labels as int64."""
+        targets = self.part(data, self.target_key, 1)
+        is_label = isinstance(targets, torch.Tensor) and not targets.is_floating_point()
+        return targets.long() if is_label else targets
 
     def forward(self, model: nn.Module, data: Any) -> torch.Tensor:
         outputs = super().forward(model, data)
@@ -91,8 +97,9 @@ class Classification(Task):
 
     def loss_sum(self, outputs: torch.Tensor, data: Any) -> torch.Tensor:
         targets = self.targets(data)
-        if self.num_classes is None:
-            self._learn_num_classes(outputs, targets)
+        if not self._outputs_checked:
+            self._check_outputs(outputs, targets)
+            self._outputs_checked = True
         loss = self.loss(outputs, targets)
         if loss.ndim == 0:  # a mean over the batch
             return loss * len(outputs)
@@ -101,14 +108,22 @@ class Classification(Task):
             raise UserError(f"{message}; expected a mean or one value per sample", path="task.loss")
         return loss.sum() if loss.ndim == 1 else loss.flatten(1).mean(1).sum()
 
-    def _learn_num_classes(self, outputs: torch.Tensor, targets: torch.Tensor) -> None:
-        """Learns the number of classes from the first outputs; checks that batch late, and waits for the device."""
-        if outputs.ndim == 2:
-            self.num_classes = outputs.shape[1]
+    def _check_outputs(self, outputs: torch.Tensor, targets: torch.Tensor) -> None:
+        """Compares the first outputs with the classes; where these were unknown, waits once for the device."""
+        if targets.ndim != 1 or targets.is_floating_point():
+            return
+        if outputs.ndim != 2 or outputs.shape[1] < 2:
+            message = f"labels need logits of shape (batch, classes); the model returned {list(outputs.shape)}"
+            raise UserError(message, path="model", agreed=True)
+        known, self.num_classes = self.num_classes, outputs.shape[1]
+        if known is None:
             try:
                 self._check_labels(targets, None)
             except UserError as error:
                 raise place_at("data.train", error) from None
+        elif known > self.num_classes:
+            message = f"the model returns {self.num_classes} logits, the data has {known} classes"
+            raise UserError(message, path="model", agreed=True)
 
     def eval_sums(self, outputs: torch.Tensor, data: Any) -> dict[str, torch.Tensor]:
         targets = self.targets(data)
@@ -116,7 +131,7 @@ class Classification(Task):
         return {
             "loss": self.loss_sum(outputs, data),
             "correct": (outputs.argmax(1) == labels).sum(),
-            "count": torch.tensor(len(outputs)),
+            "count": torch.tensor(len(outputs)),  # on the host
         }
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import json
 import os
 import pty
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -375,6 +377,27 @@ def test_wandb_online_without_a_network_goes_offline(write_config: WriteConfig, 
     assert done.returncode == 0, done.stderr
     assert "wandb: offline, as 127.0.0.1 cannot be reached" in done.stdout
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 1
+
+
+def test_wandb_online_without_a_key_goes_offline(write_config: WriteConfig, tmp_path: Path) -> None:
+    """A server answers, but there is nothing to log in with."""
+    (tmp_path / "home").mkdir()
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    tracking = {"trackers": ["wandb"], "wandb": {"mode": "online"}}
+    variables = {"HOME": str(tmp_path / "home"), "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}"}
+    done = local(write_config(tracking=tracking), 1, **variables)
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 0, done.stderr
+    assert "wandb: offline, as it cannot start online" in done.stdout
+    assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 1
+
+
+def test_wandb_mode_of_the_environment_is_checked(write_config: WriteConfig, tmp_path: Path) -> None:
+    done = local(write_config(tracking={"trackers": ["wandb"]}), 1, WANDB_MODE="foo")
+    assert done.returncode == 2
+    assert done.stderr == "error: WANDB_MODE=foo in the environment; it must be online, offline or disabled\n"
 
 
 def test_digits_config_is_the_shipped_one() -> None:

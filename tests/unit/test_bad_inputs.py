@@ -312,6 +312,10 @@ def truncated_image(root: Path) -> None:
     file.write_bytes(file.read_bytes()[:600])
 
 
+def sixteen_bit_image(root: Path) -> None:
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(image_tree(root) / "dog" / "3.png")
+
+
 def empty_class(root: Path) -> None:
     (image_tree(root) / "bird").mkdir()
 
@@ -328,6 +332,7 @@ FOLDERS: list[tuple[Callable[[Path], None], int, str]] = [
     (unreadable_image, 0, r"cannot read sample 9 \('.*dog/3.png'\): cannot identify image file"),
     (unreadable_image, 2, r"cannot read sample 9 \('.*dog/3.png'\): cannot identify image file"),
     (truncated_image, 0, r"cannot read sample 9 \('.*dog/3.png'\): .*truncated"),
+    (sixteen_bit_image, 0, r"cannot read sample 9 .*convert it to 8 bits"),
     (odd_sizes, 0, r"samples \d+ and \d+ differ in shape .* resize or crop"),
     (odd_sizes, 2, r"samples \d+ and \d+ differ in shape .* resize or crop"),
     (empty_class, 0, r"no valid file for the classes bird"),

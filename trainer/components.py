@@ -118,12 +118,13 @@ def check_args(target: Callable[..., Any], args: Mapping[str, Any], name: str, p
             raise UserError(f"'{name}' needs the argument '{p.name}'", path=f"{path}.args")
 
 
-def accepts(target: Callable[..., Any], argument: str) -> bool:
-    """Tells whether `target` has a parameter of this name (a bare `**kwargs` does not count)."""
+def accepts(target: Callable[..., Any], argument: str, count_kwargs: bool = False) -> bool:
+    """Tells whether `target` has a parameter of this name; `**kwargs` counts only where asked."""
     try:
-        return argument in inspect.signature(target).parameters
+        parameters = inspect.signature(target).parameters
     except (TypeError, ValueError):
         return False
+    return argument in parameters or (count_kwargs and any(p.kind is p.VAR_KEYWORD for p in parameters.values()))
 
 
 def _import(target: str, path: str) -> Any:

@@ -24,7 +24,7 @@ def build_task(config: TaskConfig, num_classes: int | None) -> Task:
     """
     given: dict[str, Any] = {}
     if config.loss is not None:
-        if not accepts(resolve("task", config.name, "task"), "loss"):
+        if not accepts(resolve("task", config.name, "task"), "loss", count_kwargs=True):
             raise UserError(f"'{config.name}' takes no loss", path="task.loss")
         given["loss"] = _build_loss(config.loss)
     if not is_import_path(config.name):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -346,6 +346,14 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
         problem = Problem("without data.eval nothing is ever the best", "checkpoint.best")
         raise UserError(config.locate(problem))
     return config
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested settings by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return flat
 
 
 def schema_text() -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.components import accepts, build, is_import_path, resolve
+from trainer.components import accepts, call, is_import_path, resolve
 from trainer.config import ModelConfig
 from trainer.errors import UserError, nearest, one_line
 
@@ -38,12 +38,12 @@ def build_model(config: ModelConfig, num_classes: int | None) -> nn.Module:
         UserError: the model or its weights cannot be built or do not fit.
     """
     given: dict[str, Any] = {}
+    target = resolve("model", config.name, "model")
     if not is_import_path(config.name):
         given.update(_PLAIN_OUTPUT.get(config.name, {}))
-        target = resolve("model", config.name, "model")
         if num_classes is not None and (target.__module__.startswith("torchvision.") or accepts(target, "num_classes")):
             given["num_classes"] = num_classes
-    model = build("model", config, "model", **given)
+    model = call(target, {**given, **config.args}, config.name, "model")
     if not isinstance(model, nn.Module):
         raise UserError(f"'{config.name}' returned a {type(model).__name__}, not a torch.nn.Module", path="model.name")
     if not any(p.requires_grad for p in model.parameters()):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.components import accepts, build, call, resolve
+from trainer.components import accepts, call, resolve
 from trainer.config import Interval, OptimConfig, ScheduleConfig
 from trainer.errors import UserError, one_line
 
@@ -57,9 +57,10 @@ def build_learning_rate(
     if warmup >= total_steps:
         raise UserError(f"{warmup} steps of warm-up in a run of {total_steps}", path="schedule.warmup")
     given: dict[str, int] = {"total_steps": total_steps - warmup}
-    if accepts(resolve("schedule", config.name, "schedule"), "steps_per_epoch"):
+    target = resolve("schedule", config.name, "schedule")
+    if accepts(target, "steps_per_epoch"):
         given["steps_per_epoch"] = steps_per_epoch
-    factor = build("schedule", config, "schedule", **given)
+    factor = call(target, {**given, **config.args}, config.name, "schedule")
     for step in (0, 1, total_steps - warmup - 1):  # tried here, not an hour into the run
         try:
             tried = float(factor(step))

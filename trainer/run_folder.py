@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import yaml
 
-from trainer.config import Config
+from trainer.config import Config, flatten
 from trainer.errors import UserError
 
 
@@ -33,7 +33,6 @@ class RunFolder:
         self.path = config.run_dir
         self.config = config
         self.metrics_file = self.path / "metrics.jsonl"
-        self.summary_file = self.path / "summary.json"
 
     def create(self) -> None:
         """Makes the folder and checks that it can be written to.
@@ -57,10 +56,8 @@ class RunFolder:
         file = self.path / "config.yaml"
         if not file.is_file():
             return []
-        before, now = (
-            _flat(yaml.safe_load(file.read_text(encoding="utf-8"))),
-            _flat(yaml.safe_load(self.config.to_yaml())),
-        )
+        before = flatten(yaml.safe_load(file.read_text(encoding="utf-8")))
+        now = flatten(self.config.model_dump(mode="json"))
         keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         return [f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys]
 
@@ -90,13 +87,6 @@ class RunFolder:
         staged = self.path / f".{name}.new"
         staged.write_text(text, encoding="utf-8")
         os.replace(staged, self.path / name)
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Flattens nested mappings to dotted keys."""
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}".lstrip(".")).items()}
 
 
 def _finite(value: Any) -> Any:

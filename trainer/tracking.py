@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
-from trainer.config import Config, WandbConfig
+from trainer.config import Config, WandbConfig, flatten
 from trainer.errors import UserError, one_line
 
 logger = logging.getLogger("lockstep")
@@ -55,7 +55,7 @@ class Trackers:
             else:
                 tracker = TensorBoardTracker("tensorboard", run_dir)
                 tracker.start()
-                tracker.store_init_configuration(_flat(values))
+                tracker.store_init_configuration(_plain(values))
             self.trackers.append(tracker)
 
     def _start_wandb(self, config: Config, run_dir: Path, mode: str) -> WandBTracker:
@@ -131,12 +131,7 @@ def _wandb_mode(config: WandbConfig) -> str:
     return mode
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
-    """Flattens nested settings to dotted keys and plain values, as TensorBoard wants them."""
-    flat: dict[str, str | int | float | bool] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value if isinstance(value, str | int | float | bool) else str(value)
-    return flat
+def _plain(settings: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
+    """Returns settings by dotted key as the plain values that TensorBoard takes."""
+    flat = flatten(settings)
+    return {key: value if isinstance(value, str | int | float | bool) else str(value) for key, value in flat.items()}

@@ -1,4 +1,4 @@
-"""The digits as dicts with their index, and a network of our own for them, named by import path."""
+"""The digits as dicts with their index, named by import path."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.components import accepts, build, check_args, is_import_path, resolve
+from trainer.components import accepts, call, check_args, is_import_path, resolve
 from trainer.config import Component, TaskConfig
 from trainer.errors import UserError
 from trainer.tasks.base import Task
@@ -23,13 +23,14 @@ def build_task(config: TaskConfig, num_classes: int | None) -> Task:
         UserError: the task or its loss cannot be built, or is none.
     """
     given: dict[str, Any] = {}
+    target = resolve("task", config.name, "task")
     if config.loss is not None:
-        if not accepts(resolve("task", config.name, "task"), "loss", count_kwargs=True):
+        if not accepts(target, "loss", count_kwargs=True):
             raise UserError(f"'{config.name}' takes no loss", path="task.loss")
         given["loss"] = _build_loss(config.loss)
     if not is_import_path(config.name):
         given["num_classes"] = num_classes
-    task = build("task", config, "task", **given)
+    task = call(target, {**given, **config.args}, config.name, "task")
     if not isinstance(task, Task):
         raise UserError(f"'{config.name}' is not a subclass of trainer.tasks.base.Task", path="task.name")
     return task
@@ -46,7 +47,7 @@ def _build_loss(component: Component) -> Callable[..., torch.Tensor]:
         outputs_and_targets = dict.fromkeys(list(inspect.signature(target).parameters)[:2])
         check_args(target, {**outputs_and_targets, **component.args}, component.name, "task.loss")
         return functools.partial(target, **{**given, **component.args})
-    loss = build("loss", component, "task.loss", **given)
+    loss = call(target, {**given, **component.args}, component.name, "task.loss")
     if not callable(loss):
         raise UserError(f"'{component.name}' returned a {type(loss).__name__}, not a callable", path="task.loss")
     if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):

@@ -7,25 +7,17 @@ import time
 from pathlib import Path
 
 import torch
-from vectors import Vectors
+from vectors import Counting, Vectors
 
 from trainer.errors import UserError
 
 
-class Sleepy(Vectors):
+class Sleepy(Counting):
     """Goes to sleep in sample number `after`, and leaves a file `asleep`."""
 
-    def __init__(self, length: int, after: int) -> None:
-        super().__init__(length)
-        self.after = after
-        self.reads = 0
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        self.reads += 1
-        if self.reads >= self.after:
-            Path("asleep").touch()
-            time.sleep(100)
-        return super().__getitem__(index)
+    def reached(self) -> None:
+        Path("asleep").touch()
+        time.sleep(100)
 
 
 class BuggyWhileOthersSleep(Vectors):

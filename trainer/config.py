@@ -134,6 +134,47 @@ class NormalizeConfig(Section):
         return self
 
 
+class AugmentConfig(Section):
+    """Augmentation of whole training batches on the device, after `transforms` and before normalisation ends."""
+
+    mixup: NonNegativeFloat = Field(
+        0.0, description="Mix pairs of images and their labels with a share from Beta(mixup, mixup); 0 is off."
+    )
+    cutmix: NonNegativeFloat = Field(
+        0.0, description="Paste a box of the pair's other image, its area from Beta(cutmix, cutmix); 0 is off."
+    )
+    mix_probability: Ratio = Field(1.0, description="Share of the pairs that mixup or cutmix change.")
+    cutmix_share: Ratio = Field(
+        0.5, description="Where mixup and cutmix are both on: share of the changed pairs that cutmix changes."
+    )
+    erase: Ratio = Field(0.0, description="Share of the images in which a random box is erased.")
+    erase_with: Literal["zero", "noise"] = Field(
+        "zero", description="What erased pixels become, after normalisation: 0 (the mean), or normal noise."
+    )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether pairs of samples are mixed."""
+        return (self.mixup > 0 or self.cutmix > 0) and self.mix_probability > 0
+
+
+class CacheConfig(Section):
+    """A packed copy of an image folder: few large files, smaller pictures, read memory-mapped."""
+
+    path: Annotated[str, Field(min_length=1)] = Field(
+        description="Folder for packed copies; each source and setting has a folder of its own in it."
+    )
+    max_size: PositiveInt | None = Field(
+        400, description="Shrink pictures so that the shorter side is at most this many pixels; null keeps them."
+    )
+    encoding: Literal["jpeg", "raw", "mixed"] = Field(
+        "jpeg",
+        description="`jpeg` re-encodes, `raw` stores pixels (no decoding, most space), `mixed` stores every second "
+        "picture raw.",
+    )
+    quality: Annotated[int, Field(strict=True, ge=1, le=100)] = Field(90, description="JPEG quality.")
+
+
 class DataConfig(Section):
     """What to train and evaluate on, and how samples reach the device."""
 

@@ -1,0 +1,190 @@
+"""Encoded pictures -> the pixels of a box, resized, on the host: decodes no more than the crop needs.
+
+JPEGs go through nvImageCodec's CPU decoder (libjpeg-turbo), which decodes only the box; its pixels are bitwise
+those of PIL's full decode. A crop that shrinks at least twofold is decoded at a half, a quarter or an eighth of
+the size by PIL (`draft`). Whatever else there is (other formats, broken files, a machine without nvImageCodec),
+PIL decodes in full, and its errors are the ones that users see.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+Pixels = NDArray[np.uint8]  # (height, width, 3), RGB
+Encoded = bytes | memoryview | Pixels  # a file's bytes, or pixels that need no decoding
+
+_CPU_ONLY = -99999  # NVIMGCODEC_DEVICE_CPU_ONLY of its C header
+_JPEG = b"\xff\xd8"
+_END_OF_JPEG = b"\xff\xd9"
+_FILTER_PIXELS = 2  # what the triangle filter reaches beyond a box, per source pixel of one output pixel, and rounding
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts to 8-bit RGB; raises OSError on deeper pixels, which PIL would clip."""
+    if image.mode.startswith(("I", "F")):
+        raise OSError(f"{image.mode} image: convert it to 8 bits per channel first")
+    return image.convert("RGB")
+
+
+def read_size(encoded: Encoded) -> tuple[int, int]:
+    """Returns (height, width) from the header; raises OSError where it is no picture."""
+    if isinstance(encoded, np.ndarray):
+        return encoded.shape[0], encoded.shape[1]
+    codec = _codec()
+    if codec is not None and bytes(encoded[:2]) == _JPEG:
+        try:
+            stream = codec.CodeStream(bytes(encoded))
+            return stream.height, stream.width
+        except RuntimeError:
+            pass  # PIL knows better, or says what is wrong
+    with Image.open(io.BytesIO(encoded)) as image:
+        return image.height, image.width
+
+
+def decode(encoded: Encoded) -> Image.Image:
+    """Decodes a whole picture.
+
+    Raises:
+        OSError, SyntaxError: PIL cannot read it.
+    """
+    if isinstance(encoded, np.ndarray):
+        return Image.fromarray(encoded)
+    return to_rgb(Image.open(io.BytesIO(encoded)))
+
+
+def crop_and_resize(encoded: Encoded, box: NDArray[np.float64], size: tuple[int, int]) -> Pixels:
+    """Returns the box (top, left, height, width; inside the picture) of a picture, resized with antialiasing.
+
+    Args:
+        encoded: a file's bytes or decoded pixels.
+        box: float64 (4,) in source pixels, whole or not.
+        size: height and width of the result.
+
+    Raises:
+        OSError, SyntaxError: it cannot be decoded.
+    """
+    if isinstance(encoded, np.ndarray):
+        return _resample(encoded, box, size)
+    if bytes(encoded[:2]) == _JPEG:
+        if min(box[2] / size[0], box[3] / size[1]) >= 2:
+            return _decode_reduced(encoded, box, size)
+        margin = np.ceil(_FILTER_PIXELS * np.maximum(box[2:] / size, 1)) if _has_fraction(box) else np.zeros(2)
+        region = _decode_region(encoded, box, margin)
+        if region is not None:
+            pixels, corner = region
+            return _resample(pixels, np.concatenate([box[:2] - corner, box[2:]]), size)
+    return _resample(np.asarray(decode(encoded)), box, size)
+
+
+def _decode_region(
+    encoded: bytes | memoryview, box: NDArray[np.float64], margin: NDArray[np.float64]
+) -> tuple[Pixels, NDArray[np.float64]] | None:
+    """Returns the decoded pixels around a box and their (top, left); None where PIL must do it."""
+    codec = _codec()
+    # A file without its end is cut off: PIL reports it, the codec would on standard error.
+    if codec is None or bytes(encoded[-2:]) != _END_OF_JPEG:
+        return None
+    try:
+        stream = codec.CodeStream(bytes(encoded))
+        top, left = (int(v) for v in np.maximum(np.floor(box[:2] - margin), 0))
+        bottom = min(int(np.ceil(box[0] + box[2] + margin[0])), stream.height)
+        right = min(int(np.ceil(box[1] + box[3] + margin[1])), stream.width)
+        region = stream.get_sub_code_stream(region=codec.Region(top, left, bottom, right))
+        image = _decoder().decode(region, params=_decode_params())
+    except RuntimeError:
+        return None
+    if image is None:
+        return None
+    return np.asarray(image), np.array([top, left], dtype=np.float64)
+
+
+def _decode_reduced(encoded: bytes | memoryview, box: NDArray[np.float64], size: tuple[int, int]) -> Pixels:
+    image = Image.open(io.BytesIO(encoded))
+    height, width = image.height, image.width
+    # PIL picks the smallest scale that is not below what is asked for.
+    image.draft("RGB", (int(np.ceil(width * size[1] / box[3])), int(np.ceil(height * size[0] / box[2]))))
+    scale = np.array([image.height / height, image.width / width] * 2)
+    return _resample(np.asarray(to_rgb(image)), box * scale, size)
+
+
+def _resample(pixels: Pixels, box: NDArray[np.float64], size: tuple[int, int]) -> Pixels:
+    height, width = pixels.shape[:2]
+    if not _has_fraction(box):
+        top, left, h, w = (int(v) for v in box)
+        part = pixels[top : top + h, left : left + w]
+        if (h, w) == size:
+            return part
+        # As a channels_last batch of one: torch then reads and writes pixels in place, without reordering them.
+        batch = torch.from_numpy(np.require(part, requirements="CW"))[None].permute(0, 3, 1, 2)
+        resized = torch.nn.functional.interpolate(batch, size, mode="bilinear", antialias=True)
+        return resized.permute(0, 2, 3, 1)[0].numpy()
+    left, top = max(box[1], 0.0), max(box[0], 0.0)
+    right, bottom = min(box[1] + box[3], float(width)), min(box[0] + box[2], float(height))
+    image = Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+    return np.asarray(image)
+
+
+def _has_fraction(box: NDArray[np.float64]) -> bool:
+    return bool((box != np.floor(box)).any())
+
+
+@functools.cache
+def _codec() -> Any:
+    """Returns the nvImageCodec module, or None where it is not installed."""
+    try:
+        package = find_spec("nvidia.nvimgcodec")
+    except ModuleNotFoundError:
+        package = None
+    if package is None or not package.submodule_search_locations:
+        return None
+    libraries = Path(package.submodule_search_locations[0])
+    # Given all its extensions, it reports on standard error which of NVIDIA's libraries are not installed.
+    names = ["libjpeg_turbo_ext.so*"]
+    if any(libraries.parent.glob("*/lib/libnvjpeg.so*")):
+        names.append("libnvjpeg_ext.so*")
+    variable = "NVIMGCODEC_EXTENSIONS_PATH"
+    given = os.environ.get(variable)
+    with tempfile.TemporaryDirectory() as folder:
+        for library in (path for name in names for path in (libraries / "extensions").glob(name)):
+            (Path(folder) / library.name).symlink_to(library)
+        os.environ[variable] = given or folder
+        try:
+            from nvidia import nvimgcodec
+
+            nvimgcodec.Decoder(device_id=_CPU_ONLY, max_num_cpu_threads=1)  # loads the extensions
+        except (ImportError, OSError, RuntimeError):
+            return None
+        finally:
+            os.environ.pop(variable)
+            if given is not None:
+                os.environ[variable] = given
+    return nvimgcodec
+
+
+def _decoder() -> Any:
+    """Returns this process's decoder: its threads do not survive a fork."""
+    return _decoder_of(os.getpid())
+
+
+@functools.lru_cache(maxsize=1)
+def _decoder_of(process: int) -> Any:
+    codec = _codec()
+    backends = [codec.Backend(codec.BackendKind.CPU_ONLY)]
+    return codec.Decoder(device_id=_CPU_ONLY, backends=backends, max_num_cpu_threads=1)
+
+
+@functools.cache
+def _decode_params() -> Any:
+    # torchvision's ImageFolder does not turn pictures by their EXIF orientation either.
+    return _codec().DecodeParams(apply_exif_orientation=False)

@@ -85,6 +85,15 @@ Bool = Annotated[bool, Field(strict=True)]
 ComponentName = Annotated[str, Field(min_length=1, pattern=r"^\S+$")]
 
 
+def _workers(value: object) -> object:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise ValueError(f"must be auto, or a whole number greater than or equal to 0 (got {value!r})")
+
+
+Workers = Annotated[int | Literal["auto"], BeforeValidator(_workers)]
+
+
 class Section(BaseModel):
     """Base of every section: frozen, and unknown keys are errors."""
 
@@ -111,7 +120,11 @@ class RunConfig(Section):
 
 
 class TransformsConfig(Section):
-    """Host-side transforms of a sample's input, in order; random ones differ per sample and epoch."""
+    """Transforms of a sample's input, in order; random ones differ per sample and epoch.
+
+    torchvision's crops and resizes at the start, and flips at the end, run where they are cheapest: only what a
+    crop keeps is decoded, and flips run on the device.
+    """
 
     train: tuple[Component, ...] = Field(
         (), description="For training samples: torchvision.transforms.v2 classes by name, or import paths."
@@ -181,17 +194,31 @@ class DataConfig(Section):
     train: Component = Field(description="Training data set.")
     eval: Component | None = Field(None, description="Evaluation data set; without one the run never evaluates.")
     transforms: TransformsConfig = Field(
-        default_factory=TransformsConfig, description="Host-side transforms of a sample's input."
+        default_factory=TransformsConfig, description="Transforms of a sample's input."
+    )
+    augment: AugmentConfig = Field(
+        default_factory=AugmentConfig, description="Augmentation of whole training batches, on the device."
     )
     normalize: NormalizeConfig | None = Field(
         None,
         description="Normalise image batches on the device: uint8 becomes [0, 1], then (x - mean) / std. Without "
         "it, built-in image data sets are scaled to [0, 1] and everything else is left untouched.",
     )
-    workers: NonNegativeInt = Field(
-        4, description="Worker processes per rank that load samples; 0 loads in the training process."
+    workers: Workers = Field(
+        "auto",
+        description="Worker processes per rank that load samples; 0 loads in the training process. `auto` starts one "
+        "per spare core, and keeps as many as the first seconds show to be needed.",
     )
-    prefetch_factor: PositiveInt = Field(2, description="Micro-batches that each worker keeps ready ahead of the step.")
+    prefetch_factor: PositiveInt = Field(2, description="Micro-batches that each worker keeps ready or in work.")
+    prefetch: PositiveInt = Field(2, description="Micro-batches that wait on the device, ahead of the step.")
+    on_error: Literal["raise", "skip"] = Field(
+        "raise",
+        description="What a sample that cannot be read does: `raise` ends the run, naming its file; `skip` takes "
+        "another one, always the same, in training, and leaves it out of an evaluation. Skips are counted.",
+    )
+    max_skipped: Ratio = Field(
+        0.01, description="With `on_error: skip`, end the run once more than this share of the samples is unreadable."
+    )
     drop_last: Bool = Field(
         False,
         description="Leave out the last, smaller batch of an epoch. Off: every sample is seen in every epoch.",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -17,6 +17,7 @@ from trainer.config import Config, Interval
 from trainer.data.datasets import SizedDataset, build_dataset, build_eval_dataset, class_names
 from trainer.data.feed import DeviceFeed, MicroBatch
 from trainer.data.sampler import BatchPlan, StepSampler
+from trainer.data.tuning import available_cores
 from trainer.errors import UserError, one_line
 from trainer.faults import StopRequests
 from trainer.model import build_model
@@ -99,15 +100,16 @@ class Trainer:
         self.bare_optimizer = build_optimizer(config.optim, self.bare_model)
         seed_everything(config.run.seed + 1 + self.runtime.rank)  # dropout differs per rank
 
-    def _feed(self, dataset: SizedDataset, split: str) -> DeviceFeed:
+    def _feed(self, dataset: SizedDataset, split: Literal["train", "eval"]) -> DeviceFeed:
         return DeviceFeed(
             dataset,
             self.config.data,
             split,
             self.runtime.device,
             self.config.run.seed,
-            self.task.input_key,
-            self.task.check,
+            self.task,
+            self.runtime.step_dtype,
+            max_workers=max(available_cores() // self.runtime.num_local_ranks - 1, 1),
         )
 
     # ---- the run ------------------------------------------------------------------------------------------
@@ -277,20 +279,25 @@ class Trainer:
             self._summarise("failed", one_line(error))
         except OSError:  # the disk may be what failed
             logger.exception("cannot write the summary")
-        self.feed.close()
+        self._close_feeds()
         self.stop_requests.release_signals()
         if self.reporter is not None:
             self.reporter.close(failed=True)
 
     def close(self) -> None:
         """Ends workers and trackers, and leaves the process group."""
-        self.feed.close()
+        self._close_feeds()
         if self.reporter is not None:
             self.reporter.close()
         self.stop_requests.drain()
         del self.model, self.optimizer, self.bare_model, self.bare_optimizer
         self.runtime.close()
         self.stop_requests.release_signals()
+
+    def _close_feeds(self) -> None:
+        self.feed.close()
+        if self.eval_feed is not None:
+            self.eval_feed.close()
 
     def _summarise(self, status: str, error: str | None = None) -> None:
         if self.reporter is not None:

@@ -35,6 +35,9 @@ logger = logging.getLogger("lockstep")
 T = TypeVar("T")
 
 
+_STEP_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 class Runtime:
     """This process among its peers."""
 
@@ -60,6 +63,8 @@ class Runtime:
         self.rank: int = self.accelerator.process_index
         self.local_rank: int = self.accelerator.local_process_index
         self.num_ranks: int = self.accelerator.num_processes
+        self.num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine
+        self.step_dtype: torch.dtype = _STEP_DTYPES[config.precision]  # of what matrix products take
         # With its index: accelerate says `cuda` on a single GPU, and tensors there say `cuda:0`.
         self.device: torch.device = torch.empty(0, device=self.accelerator.device).device
         self.is_main: bool = self.accelerator.is_main_process

@@ -26,6 +26,7 @@ from trainer.data.datasets import (
 )
 from trainer.data.feed import DeviceFeed
 from trainer.errors import UserError
+from trainer.tasks.classification import Classification
 
 
 class Alone:
@@ -90,7 +91,7 @@ def test_shipped_bytes_become_normalised_floats_on_the_device(tmp_path: Path) ->
     ):
         config = DataConfig.model_validate({"train": data, "normalize": normalize, "workers": 0})
         dataset = build_dataset(config.train, "data.train", Alone())
-        feed = DeviceFeed(dataset, config, "train", torch.device("cpu"), 0, "input", lambda data, ids: None)
+        feed = DeviceFeed(dataset, config, "train", torch.device("cpu"), 0, Classification())
         images = next(iter(feed.eval_batches(6, 0, 1))).data[0]
         assert images.dtype == torch.float32
         assert images[5].mean() == pytest.approx(expected, abs=0.01)
@@ -100,7 +101,7 @@ def test_a_users_tensors_are_left_untouched() -> None:
     images = torch.randint(0, 255, (4, 1, 2, 2), dtype=torch.uint8)
     config = DataConfig.model_validate({"train": {"name": "x:y"}, "workers": 0})
     dataset = [(image, 0) for image in images]
-    feed = DeviceFeed(dataset, config, "train", torch.device("cpu"), 0, "input", lambda data, ids: None)
+    feed = DeviceFeed(dataset, config, "train", torch.device("cpu"), 0, Classification())
     assert torch.equal(next(iter(feed.eval_batches(4, 0, 1))).data[0], images)
 
 

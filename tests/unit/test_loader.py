@@ -17,13 +17,14 @@ from trainer.data.feed import DeviceFeed
 from trainer.data.loader import preserved_generators, sample_seed, seed_global_generators
 from trainer.data.sampler import BatchPlan, SampleKey, StepSampler
 from trainer.data.transforms import HostTransform
+from trainer.tasks.classification import Classification
 
 CPU = torch.device("cpu")
 
 
 def feed(workers: int, seed: int = 0, **data: Any) -> DeviceFeed:
     config = load_config("configs/digits.yaml", [f"data.workers={workers}", "data.transforms.train=[]"]).data
-    return DeviceFeed(Vectors(20), config, "train", CPU, seed, "input", lambda data, ids: None)
+    return DeviceFeed(Vectors(20), config, "train", CPU, seed, Classification())
 
 
 def batches(workers: int, start: int, stop: int, seed: int = 0, ranks: int = 1, rank: int = 0) -> list[Any]:
@@ -113,12 +114,13 @@ def test_synthetic_data_needs_no_loader_and_is_the_same_for_any_share() -> None:
     assert labels.tolist() == [3, 9, 9]
     assert torch.equal(data[19][0], images[1])
     config = load_config("configs/digits.yaml").data
-    f = DeviceFeed(data, config, "eval", CPU, 0, "input", _must_not_be_called)
+    f = DeviceFeed(data, config, "eval", CPU, 0, _Unchecked())
     assert sum(b.num_samples for b in f.eval_batches(64, 0, 1)) == 1000
 
 
-def _must_not_be_called(data: Any, ids: torch.Tensor) -> None:
-    raise AssertionError("data on the device is not checked on the host")
+class _Unchecked(Classification):
+    def check(self, data: Any, sample_ids: torch.Tensor) -> None:
+        raise AssertionError("data on the device is not checked on the host")
 
 
 def test_transforms_apply_to_the_input_alone() -> None:

@@ -1,9 +1,10 @@
 """Built-in data sets, and the one place where a data set is built from the config.
 
-A data set is anything with `__len__` and `__getitem__(index)`. Three optional attributes mean something to us:
-`classes` (names of the classes, in label order), `is_image_data` (inputs are images that `trainer.data.transforms`
-may convert) and `device_batch` (the data lives on the device: see `Synthetic`). Order, randomness and loading
-are elsewhere in this package.
+A data set is anything with `__len__` and `__getitem__(index)`. Optional attributes mean something to us: `classes`
+(names of the classes, in label order), `is_image_data` (inputs are images that `trainer.data.augment` may convert),
+`encoded(index)` (a picture before it is decoded, and its target: then only what a crop keeps is decoded),
+`source_name(index)` (where a sample comes from, for messages) and `device_batch` (the data lives on the device: see
+`Synthetic`). Order, randomness and loading are elsewhere in this package.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torchvision import datasets as torchvision_datasets
 
 from trainer.components import accepts, call, is_import_path, resolve
 from trainer.config import Component, DataConfig
+from trainer.data.decode import to_rgb
 from trainer.errors import UserError, one_line
 
 
@@ -92,6 +94,12 @@ class ImageFolder(torchvision_datasets.ImageFolder):
         if not self.samples:
             raise UserError(f"'{root}' holds no image")
 
+    def encoded(self, index: int) -> tuple[bytes, int]:
+        """Returns (the file's bytes, label)."""
+        path, label = self.samples[index]
+        with open(path, "rb") as file:
+            return file.read(), label
+
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         """Returns the class names and their labels, as torchvision's `ImageFolder` asks for them."""
         if self._given_classes is None:
@@ -104,10 +112,7 @@ class ImageFolder(torchvision_datasets.ImageFolder):
 
 def _load_rgb(path: str) -> Image.Image:
     with open(path, "rb") as file:
-        image = Image.open(file)
-        if image.mode.startswith(("I", "F")):
-            raise OSError(f"{image.mode} image: convert it to 8 bits per channel first")  # PIL would clip it
-        return image.convert("RGB")
+        return to_rgb(Image.open(file))
 
 
 class TorchFile:

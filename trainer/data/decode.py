@@ -126,7 +126,7 @@ def _resample(pixels: Pixels, box: NDArray[np.float64], size: tuple[int, int]) -
         if (h, w) == size:
             return part
         # As a channels_last batch of one: torch then reads and writes pixels in place, without reordering them.
-        batch = torch.from_numpy(np.require(part, requirements="CW"))[None].permute(0, 3, 1, 2)
+        batch = torch.from_numpy(np.require(part, requirements=["C", "W"]))[None].permute(0, 3, 1, 2)
         resized = torch.nn.functional.interpolate(batch, size, mode="bilinear", antialias=True)
         return resized.permute(0, 2, 3, 1)[0].numpy()
     left, top = max(box[1], 0.0), max(box[0], 0.0)

@@ -33,7 +33,7 @@ class Stream(IntEnum):
     REPLACE = 6
 
 
-def sample_keys(seed: int, keys: Sequence[SampleKey]) -> Keys:
+def sample_keys(seed: int, keys: Sequence[SampleKey] | NDArray[np.int64]) -> Keys:
     """Returns one 64-bit key per sample, a function of (seed, epoch, index) and of nothing else."""
     run = _finalize(np.array([(seed * _GOLDEN + 1) & _MASK], dtype=np.uint64))
     pairs = np.array(keys, dtype=np.int64).reshape(-1, 2).astype(np.uint64)

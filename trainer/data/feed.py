@@ -1,26 +1,40 @@
-"""DeviceFeed: the micro-batches of each step, on the device.
+"""DeviceFeed: the micro-batches of each step, on the device before the step asks for them.
 
-Owns the way from the loader to the device and the time that the step waited for it. Data sets that live on
-the device (`device_batch`) skip the loader.
+Puts the parts together: the sampler's requests, the loader's workers, the copies to the device, and the device half
+of the transforms; and measures how long the step waited. Data sets that live on the device (`device_batch`) need
+neither workers nor copies.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
-from accelerate.utils import send_to_device
-from torch.utils.data import Sampler
 
 from trainer.config import DataConfig
+from trainer.data.augment import AugmentationPlan, DeviceAugmentation, mix_targets
 from trainer.data.datasets import SizedDataset, is_image_data
-from trainer.data.loader import LoadedBatch, LoadFailure, SeededSamples, build_loader
+from trainer.data.draws import sample_keys
+from trainer.data.geometry import split_transforms
+from trainer.data.loader import LoadedBatch, LoadFailure, SampleLoader, Skipped, preserved_generators
+from trainer.data.nested import map_tensors
+from trainer.data.prefetch import DeviceBatch, Prefetcher
 from trainer.data.sampler import EvalSampler, MicroBatchSampler, SampleKey, StepSampler
-from trainer.data.transforms import Normalize, build_host_transform
+from trainer.data.transforms import HostTransform, build_transforms
+from trainer.data.tuning import WorkerTuner
+from trainer.data.workers import WorkerPool
 from trainer.errors import UserError, place_at
+
+logger = logging.getLogger(__name__)
+
+_LOGGED_SKIPS = 10  # the others are only counted
+_JUDGED_FROM = 1000  # samples read before the share of unreadable ones ends a run
 
 
 @dataclass(frozen=True)
@@ -33,18 +47,20 @@ class MicroBatch:
     is_last: bool  # of its step: gradients are exchanged now
 
 
-class OnDeviceBatches:
-    """Batches of a data set that makes them on the device; stands where the loader otherwise stands."""
+class BatchMeaning(Protocol):
+    """What the feed must know of a batch; a task knows it."""
 
-    def __init__(self, dataset: Any, batches: Iterable[list[SampleKey]], device: torch.device) -> None:
-        self.dataset = dataset
-        self.batches = batches
-        self.device = device
+    input_key: str
+    num_classes: int | None
 
-    def __iter__(self) -> Iterator[LoadedBatch]:
-        for keys in self.batches:
-            ids = torch.tensor([key.sample for key in keys])
-            yield LoadedBatch(ids, self.dataset.device_batch(ids, self.device))
+    def check(self, data: Any, sample_ids: torch.Tensor) -> None:
+        """Raises UserError where a batch in host memory cannot be used."""
+
+    def targets(self, data: Any) -> Any:
+        """Returns the targets of a batch."""
+
+    def with_targets(self, data: Any, targets: Any) -> Any:
+        """Returns the batch with other targets."""
 
 
 class DeviceFeed:
@@ -53,41 +69,87 @@ class DeviceFeed:
     Args:
         dataset: the samples.
         config: the `data` section.
-        split: `train` or `eval`, which transforms to apply and how errors name the data.
+        split: which transforms to apply and how errors name the data.
         device: where batches go.
         seed: seed of the samples' random state.
-        input_key: where the input is in a sample that is a dict.
-        check: called with each batch while it is in host memory; raises UserError on bad data.
+        task: what a batch means.
+        dtype: of the images that the device half makes: that of the step.
+        max_workers: most worker processes that `workers: auto` starts.
     """
 
     def __init__(
         self,
         dataset: SizedDataset,
         config: DataConfig,
-        split: str,
+        split: Literal["train", "eval"],
         device: torch.device,
         seed: int,
-        input_key: str,
-        check: Callable[[Any, torch.Tensor], None],
+        task: BatchMeaning,
+        dtype: torch.dtype = torch.float32,
+        max_workers: int = 1,
     ) -> None:
-        components = config.transforms.train if split == "train" else config.transforms.eval
-        if components and hasattr(dataset, "device_batch"):
-            raise UserError("data that is made on the device has no host transforms", path=f"data.transforms.{split}")
-        convert = config.normalize is not None or is_image_data(dataset)
-        transform = build_host_transform(components, f"data.transforms.{split}", input_key, as_bytes=convert)
-        self.samples = SeededSamples(dataset, transform, seed, f"data.{split}")
+        self.dataset = dataset
         self.config = config
+        self.name = f"data.{split}"
         self.device = device
-        self.input_key = input_key
-        self.check = check
+        self.seed = seed
+        self.task = task
         self.data_wait_seconds = 0.0
-        self._device_transform = Normalize(config.normalize) if convert else None
-        self._batches: Iterator[LoadedBatch] | None = None
+        self.num_skipped = 0  # reads of samples that could not be read
+        self._num_read = 0
+        self._unreadable: set[int] = set()
+        self._is_train = split == "train"
+        self._augmentation: DeviceAugmentation | None = None
+        self._loader: SampleLoader | None = None  # none: the data set makes its batches on the device
+        self._build(config, split, dtype)
+        self._pool: WorkerPool | None = None
+        self._prefetcher: Prefetcher | None = None
+        self._tuner: WorkerTuner | None = None
+        self._num_workers = max_workers if config.workers == "auto" else config.workers
+        if config.workers == "auto" and self._is_train and max_workers > 1:
+            self._tuner = WorkerTuner(max_workers)
+        self._batches: Iterator[DeviceBatch] | None = None
         self._micro_batches: MicroBatchSampler | None = None
+
+    def _build(self, config: DataConfig, split: Literal["train", "eval"], dtype: torch.dtype) -> None:
+        path = f"data.transforms.{split}"
+        transforms = build_transforms(getattr(config.transforms, split), path)
+        convert = config.normalize is not None or is_image_data(self.dataset)
+        augment = config.augment if self._is_train else None
+        if augment is not None and augment.mixes and self.task.num_classes is None:
+            message = "mixing needs to know the number of classes: set model.args.num_classes"
+            raise UserError(message, path="data.augment")
+        if hasattr(self.dataset, "device_batch"):
+            if transforms:
+                raise UserError("data that is made on the device has no host transforms", path=path)
+            if convert or (augment is not None and (augment.mixes or augment.erase)):
+                self._augmentation = DeviceAugmentation(config.normalize, augment, dtype=dtype).to(self.device)
+            return
+        split_up = split_transforms(transforms) if convert else split_transforms([])
+        geometry = split_up.geometry if hasattr(self.dataset, "encoded") else None
+        on_host = [*(() if geometry else split_up.geometric), *split_up.rest] if convert else transforms
+        if convert:
+            self._augmentation = DeviceAugmentation(
+                config.normalize, augment, split_up.horizontal_flip, split_up.vertical_flip, dtype
+            ).to(self.device)
+        elif augment is not None and (augment.mixes or augment.erase):
+            message = "augmentation on the device needs images: set data.normalize for a data set of your own"
+            raise UserError(message, path="data.augment")
+        skip: Literal["replace", "drop"] = "replace" if self._is_train else "drop"
+        self._loader = SampleLoader(
+            self.dataset,
+            HostTransform(on_host, self.task.input_key, as_bytes=convert),
+            geometry,
+            self.seed,
+            self.name,
+            on_error="raise" if config.on_error == "raise" else skip,
+        )
+
+    # ---- batches ---------------------------------------------------------------------------------------------
 
     def start(self, sampler: StepSampler, step: int, total_steps: int) -> None:
         """Seeks to `step`: the next `step_batches` call must be for it."""
-        self.close()
+        self._stop()
         self._micro_batches = MicroBatchSampler(sampler, step, total_steps)
         self._batches = self._iterate(self._micro_batches)
 
@@ -97,62 +159,184 @@ class DeviceFeed:
         assert self._micro_batches is not None
         sizes = self._micro_batches.micro_batch_sizes(step)
         for i, num_samples in enumerate(sizes):
-            batch = next(self._batches)
-            yield MicroBatch(batch.data, num_samples, batch.sample_ids, is_last=i == len(sizes) - 1)
+            item = self._next(self._batches)
+            assert item is not None
+            yield MicroBatch(self._augmented(item), num_samples, item.batch.sample_ids, is_last=i == len(sizes) - 1)
+        self._settle_workers()
 
     def eval_batches(self, batch_size: int, rank: int, num_ranks: int) -> Iterator[MicroBatch]:
         """Yields this rank's share of the data set, each sample once over all ranks."""
-        sampler = EvalSampler(len(self.samples.dataset), batch_size, rank, num_ranks)
-        for batch in self._iterate(sampler):
-            yield MicroBatch(batch.data, len(batch.sample_ids), batch.sample_ids, is_last=True)
+        sampler = EvalSampler(len(self.dataset), batch_size, rank, num_ranks)
+        self._stop()
+        batches = self._iterate(sampler)
+        try:
+            while (item := self._next(batches)) is not None:
+                if len(item.batch.keys):  # else all its samples were unreadable
+                    ids = item.batch.sample_ids
+                    yield MicroBatch(self._augmented(item), len(ids), ids, is_last=True)
+        finally:
+            self._stop()
 
     def close(self) -> None:
-        """Ends the loader's workers."""
-        # The iterator holds the DataLoader's; closing a generator runs its clean-up, which ends the workers.
-        if self._batches is not None:
-            self._batches.close()  # type: ignore[attr-defined]
-            self._batches = None
+        """Ends the thread and the workers, and gives shared memory back."""
+        self._stop()
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
 
-    def _iterate(self, sampler: Sampler[list[SampleKey]]) -> Iterator[LoadedBatch]:
-        on_device = hasattr(self.samples.dataset, "device_batch")
-        source: Iterable[LoadedBatch | LoadFailure]
-        if on_device:
-            source = OnDeviceBatches(self.samples.dataset, sampler, self.device)
-        else:
-            source = build_loader(
-                self.samples,
-                sampler,
-                num_workers=self.config.workers,
-                prefetch_factor=self.config.prefetch_factor,
-                pin_memory=self.device.type == "cuda",
-            )
-        batches = iter(source)
-        while True:
-            started = time.perf_counter()
-            batch = next(batches, None)
-            self.data_wait_seconds += time.perf_counter() - started
-            if batch is None:
-                return
+    def _stop(self) -> None:
+        """Ends the batches under way; the workers stay."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
+        self._batches = None
+
+    def _next(self, batches: Iterator[DeviceBatch]) -> DeviceBatch | None:
+        started = time.perf_counter()
+        item = next(batches, None)
+        waited = time.perf_counter() - started
+        self.data_wait_seconds += waited
+        if item is not None:
+            self._count(item.batch)
+            if self._tuner is not None:
+                self._tuner.observe(started, waited, item.load_seconds)
+        return item
+
+    # ---- where batches come from -----------------------------------------------------------------------------
+
+    def _iterate(self, requests: Iterable[list[SampleKey]]) -> Iterator[DeviceBatch]:
+        if self._loader is None:
+            return self._made_on_device(requests)
+        if self._num_workers == 0:
+            return self._loaded_here(self._loader, requests)
+        self._prefetcher = Prefetcher(
+            self._started_pool(self._loader), requests, self.device, self.config.prefetch, self._check, self._draw
+        )
+        return iter(self._prefetcher.get, None)
+
+    def _made_on_device(self, requests: Iterable[list[SampleKey]]) -> Iterator[DeviceBatch]:
+        dataset: Any = self.dataset
+        for keys in requests:
+            batch = LoadedBatch(np.array(keys, dtype=np.int64), None)
+            batch = batch._replace(data=dataset.device_batch(batch.sample_ids, self.device))
+            yield DeviceBatch(batch, self._to_device(self._draw(batch)))
+
+    def _loaded_here(self, loader: SampleLoader, requests: Iterable[list[SampleKey]]) -> Iterator[DeviceBatch]:
+        """Loads in this process, on this thread: users' transforms draw from its global generators."""
+        for keys in requests:
+            with preserved_generators():
+                batch = loader.load(keys, _in_own_memory, _tell_nobody)
             if isinstance(batch, LoadFailure):
                 raise UserError(*batch.problems)
-            if not on_device:
+            if len(batch.keys):
                 self._check(batch)
-            data = send_to_device(batch.data, self.device, non_blocking=True)
-            yield LoadedBatch(batch.sample_ids, self._transform_on_device(data))
+            plan = self._to_device(self._draw(batch))
+            yield DeviceBatch(batch._replace(data=map_tensors(self._moved, batch.data)), plan)
+
+    def _started_pool(self, loader: SampleLoader) -> WorkerPool:
+        if self._pool is None:
+            self._pool = WorkerPool(
+                partial(_load_into_slot, loader),
+                loader.describe,
+                num_workers=self._num_workers,
+                max_workers=self._num_workers,
+                prefetch_factor=self.config.prefetch_factor,
+                held=1,
+                pin=self.device.type == "cuda",
+            )
+        return self._pool
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+    def _to_device(self, plan: AugmentationPlan | None) -> AugmentationPlan | None:
+        return None if plan is None else map_tensors(self._moved, plan)
+
+    def _settle_workers(self) -> None:
+        if self._tuner is None or self._pool is None:
+            return
+        chosen = self._tuner.chosen()
+        if chosen is not None:
+            logger.info("data.workers: %d, of at most %d: %s", chosen, self._num_workers, self._tuner.reason)
+            self._pool.resize(chosen)
+            self._tuner = None
+
+    # ---- what happens to a batch -----------------------------------------------------------------------------
 
     def _check(self, batch: LoadedBatch) -> None:
         try:
-            self.check(batch.data, batch.sample_ids)
+            self.task.check(batch.data, batch.sample_ids)
         except UserError as error:
-            raise place_at(self.samples.name, error) from None
+            raise place_at(self.name, error) from None
 
-    def _transform_on_device(self, data: Any) -> Any:
-        if self._device_transform is None:
+    def _draw(self, batch: LoadedBatch) -> AugmentationPlan | None:
+        """Draws the augmentation of a batch from its samples' keys, on the host."""
+        if self._augmentation is None or not self._augmentation.is_random or not len(batch.keys):
+            return None
+        images = self._input(batch.data)
+        if not isinstance(images, torch.Tensor) or images.ndim != 4:
+            return None  # the augmentation says what is wrong
+        return self._augmentation.plan(sample_keys(self.seed, batch.keys), tuple(images.shape))
+
+    @torch.no_grad()
+    def _augmented(self, item: DeviceBatch) -> Any:
+        """Runs the device half, on the step's stream."""
+        data = item.batch.data
+        if self._augmentation is None:
             return data
+        images = self._augmentation(self._input(data), item.plan)
         if isinstance(data, torch.Tensor):
-            return self._device_transform(data)
+            data = images
+        elif isinstance(data, Mapping):
+            data = {**data, self.task.input_key: images}
+        else:
+            data = [images, *data[1:]]
+        if self._augmentation.mixes:
+            assert item.plan is not None
+            assert self.task.num_classes is not None
+            data = self.task.with_targets(data, mix_targets(self.task.targets(data), item.plan, self.task.num_classes))
+        return data
+
+    def _input(self, data: Any) -> Any:
+        if isinstance(data, torch.Tensor):
+            return data
         if isinstance(data, Mapping):
-            if self.input_key not in data:
-                raise UserError(f"samples have no key '{self.input_key}' to normalise", path="data.normalize")
-            return {**data, self.input_key: self._device_transform(data[self.input_key])}
-        return [self._device_transform(data[0]), *data[1:]]
+            if self.task.input_key not in data:
+                raise UserError(f"samples have no key '{self.task.input_key}' to normalise", path="data.normalize")
+            return data[self.task.input_key]
+        return data[0]
+
+    # ---- samples that could not be read ----------------------------------------------------------------------
+
+    def _count(self, batch: LoadedBatch) -> None:
+        self._num_read += len(batch.keys)
+        if batch.skipped:
+            self._count_skipped(batch.skipped)
+
+    def _count_skipped(self, skipped: Iterable[Skipped]) -> None:
+        for sample, problem in skipped:
+            self.num_skipped += 1
+            if sample not in self._unreadable and len(self._unreadable) < _LOGGED_SKIPS:
+                logger.warning("%s: skipped: %s", self.name, problem)
+            self._unreadable.add(sample)
+        read = min(max(self._num_read, _JUDGED_FROM), len(self.dataset))
+        if len(self._unreadable) > self.config.max_skipped * read:
+            message = (
+                f"{len(self._unreadable)} of {min(self._num_read, len(self.dataset))} samples so far cannot be read, "
+                f"more than data.max_skipped ({self.config.max_skipped:g}); the last: {problem}"
+            )
+            raise UserError(message, path=self.name)
+
+
+def _load_into_slot(loader: SampleLoader, keys: Any, slot: Any, reading: Callable[[int], None]) -> Any:
+    return loader.load(keys, slot.allocate, reading)
+
+
+def _in_own_memory(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def _tell_nobody(sample: int) -> None:
+    """Nobody watches what this process reads."""

@@ -118,6 +118,7 @@ class SplitTransforms:
     """A list of transforms, taken apart by where each runs cheapest."""
 
     geometry: Geometry | None  # from the start of the list: decides what is decoded
+    geometric: tuple[Callable[[Any], Any], ...]  # the transforms that it stands for
     rest: tuple[Callable[[Any], Any], ...]  # run on the host on what the geometry left
     horizontal_flip: float  # probabilities of flips from the end of the list: run on the device
     vertical_flip: float
@@ -137,7 +138,8 @@ def split_transforms(transforms: Sequence[Callable[[Any], Any]], *, pads: bool =
         if flips[name]:
             break  # two of a kind: left to torchvision
         flips[name] = float(rest.pop().p)  # type: ignore[attr-defined]
-    geometry = None
+    geometry: Geometry | None = None
+    start = tuple(rest)
     if rest and type(rest[0]) is v2.RandomResizedCrop and _is_bilinear(rest[0]):
         t: Any = rest.pop(0)
         geometry = RandomResizedCrop(_pair(t.size), tuple(t.scale), tuple(t.ratio))
@@ -146,7 +148,8 @@ def split_transforms(transforms: Sequence[Callable[[Any], Any]], *, pads: bool =
         geometry = RandomCrop((t.size[0], t.size[1]), _padding(t.padding))
     else:
         geometry = _resize_and_center_crop(rest, pads)
-    return SplitTransforms(geometry, tuple(rest), flips["horizontal"], flips["vertical"])
+    geometric = start[: len(start) - len(rest)]
+    return SplitTransforms(geometry, geometric, tuple(rest), flips["horizontal"], flips["vertical"])
 
 
 def _resize_and_center_crop(rest: list[Any], pads: bool) -> Geometry | None:

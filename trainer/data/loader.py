@@ -1,38 +1,56 @@
-"""The pinned loader: samples -> batches in host memory, with per-sample seeding.
+"""Samples -> batches in host memory, with per-sample randomness and a rule for samples that cannot be read.
 
-Owns reading single samples (their random state, their errors) and the DataLoader's settings. Which samples,
-and in what order, is `trainer.data.sampler`; getting batches onto the device is `trainer.data.feed`.
+Owns reading the samples of one batch, in whichever process it runs. Which samples, and in what order, is
+`trainer.data.sampler`; the processes are `trainer.data.workers`; getting batches onto the device is
+`trainer.data.feed`.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import os
 import random
-import signal
 import struct
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from numpy.typing import NDArray
 
 from trainer.data.datasets import SizedDataset
+from trainer.data.decode import Encoded, crop_and_resize, read_size
+from trainer.data.draws import Stream, sample_keys, uniforms
+from trainer.data.geometry import Geometry
+from trainer.data.nested import Allocate, collate
 from trainer.data.sampler import SampleKey
+from trainer.data.transforms import HostTransform
 from trainer.errors import Problem, UserError, one_line, place_at
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_UNREADABLE = (OSError, SyntaxError)  # what PIL raises for a broken file
+_MOST_REPLACEMENTS = 10
+
+Reading = Callable[[int], None]  # told of each sample before it is read
+
+
+class Skipped(NamedTuple):
+    """A sample that could not be read."""
+
+    sample: int
+    problem: str
 
 
 class LoadedBatch(NamedTuple):
     """A collated batch in host memory, and which samples are in it."""
 
-    sample_ids: torch.Tensor  # int64 (B,)
+    keys: NDArray[np.int64]  # (B, 2): epoch and index of each sample, as in a SampleKey
     data: Any
+    skipped: tuple[Skipped, ...] = ()
+
+    @property
+    def sample_ids(self) -> torch.Tensor:
+        """The samples' indices, int64 (B,)."""
+        return torch.from_numpy(self.keys[:, 1].copy())
 
 
 class LoadFailure(NamedTuple):
@@ -69,51 +87,193 @@ def preserved_generators() -> Iterator[None]:
         random.setstate(states[2])
 
 
-class SeededSamples(Dataset[Any]):
-    """A data set and its host transform, read by `SampleKey`: every sample under its own random state."""
+class _Picture(NamedTuple):
+    """A picture whose pixels have not been looked at."""
 
-    def __init__(self, dataset: SizedDataset, transform: Callable[[Any], Any], seed: int, name: str) -> None:
+    key: SampleKey
+    encoded: Encoded
+    target: Any
+    size: tuple[int, int]  # height and width
+
+
+class SampleLoader:
+    """Loads batches of one data set.
+
+    Args:
+        dataset: the samples. One that has `encoded(index) -> (file's bytes or pixels, target)` is asked for these
+            where `geometry` then decides what is decoded.
+        transform: what happens to a sample on the host, after the geometry.
+        geometry: crop and resize of encoded pictures; None for data sets that give samples ready.
+        seed: seed of the samples' random state.
+        name: the data set's place in the config, such as `data.train`.
+        on_error: what to do with samples that cannot be read. `replace` reads another, drawn for that sample;
+            `drop` leaves it out of the batch.
+    """
+
+    def __init__(
+        self,
+        dataset: SizedDataset,
+        transform: HostTransform,
+        geometry: Geometry | None,
+        seed: int,
+        name: str,
+        on_error: Literal["raise", "replace", "drop"],
+    ) -> None:
         self.dataset = dataset
         self.transform = transform
+        self.geometry = geometry
         self.seed = seed
-        self.name = name  # its place in the config, such as `data.train`
+        self.name = name
+        self.on_error = on_error
+        # Without code of the user's nothing draws from the global generators.
+        is_ours = type(dataset).__module__.startswith("trainer.")
+        self.draws_globally = not (is_ours and geometry is not None and not transform.transforms)
 
-    def __getitems__(self, keys: Sequence[SampleKey]) -> LoadedBatch | LoadFailure:
-        """Loads one batch. The DataLoader calls this with a whole batch of keys."""
+    def load(self, keys: Sequence[Sequence[int]], allocate: Allocate, reading: Reading) -> LoadedBatch | LoadFailure:
+        """Loads one batch, its tensors in memory from `allocate`. Disturbs the global generators.
+
+        Raises:
+            Exception: what the data set or a transform raised, where it is no fault of the data.
+        """
+        skipped: list[Skipped] = []
+        load = self._load_items if self.geometry is None else self._load_pictures
         try:
-            if get_worker_info() is not None:
-                return self._load(keys)
-            with preserved_generators():
-                return self._load(keys)
+            read, data = load([SampleKey(*map(int, key)) for key in keys], allocate, reading, skipped)
         except UserError as error:
             return LoadFailure(place_at(self.name, error).problems)
-
-    def _load(self, keys: Sequence[SampleKey]) -> LoadedBatch:
-        items = []
-        for key in keys:
-            seed_global_generators(sample_seed(self.seed, key))
-            items.append(self._read(key))
-        try:
-            data = default_collate(items)
-        except (RuntimeError, TypeError, ValueError, KeyError) as error:
-            raise UserError(self._explain_collate(items, keys, error), path=self.name) from error
-        return LoadedBatch(torch.tensor([key.sample for key in keys]), data)
-
-    def _read(self, key: SampleKey) -> Any:
-        try:
-            return self.transform(self.dataset[key.sample])
-        except (OSError, SyntaxError) as error:  # PIL's errors for a broken file
-            message = f"cannot read {self.describe(key.sample)}: {' '.join(str(error).split())}"
-            raise UserError(message, path=self.name) from error
-        except Exception as error:
-            error.add_note(f"while reading {self.describe(key.sample)} of {self.name}")
-            raise
+        return LoadedBatch(np.array(read, dtype=np.int64).reshape(-1, 2), data, tuple(skipped))
 
     def describe(self, index: int) -> str:
         """Names a sample by its number and, where the data set knows it, its file."""
-        samples = getattr(self.dataset, "samples", None)  # as torchvision's folder data sets keep them
-        file = samples[index][0] if isinstance(samples, list) and isinstance(samples[index], tuple) else None
-        return f"sample {index}" + (f" ('{file}')" if file else "")
+        name = None
+        if hasattr(self.dataset, "source_name"):
+            name = self.dataset.source_name(index)
+        else:
+            samples = getattr(self.dataset, "samples", None)  # as torchvision's folder data sets keep them
+            if isinstance(samples, list) and isinstance(samples[index], tuple):
+                name = samples[index][0]
+        return f"sample {index}" + (f" ('{name}')" if name else "")
+
+    # ---- samples that the data set gives ready -------------------------------------------------------------
+
+    def _load_items(
+        self, keys: Sequence[SampleKey], allocate: Allocate, reading: Reading, skipped: list[Skipped]
+    ) -> tuple[list[SampleKey], Any]:
+        found = [self._first_readable(key, self._read_item, reading, skipped) for key in keys]
+        pairs = [pair for pair in found if pair is not None]
+        read = [key for key, _ in pairs]
+        return read, self._collate([item for _, item in pairs], read, allocate)
+
+    def _read_item(self, key: SampleKey) -> tuple[SampleKey, Any]:
+        seed_global_generators(sample_seed(self.seed, key))
+        return key, self.transform(self.dataset[key.sample])
+
+    # ---- encoded pictures, of which only what the crop keeps is decoded ------------------------------------
+
+    def _load_pictures(
+        self, keys: Sequence[SampleKey], allocate: Allocate, reading: Reading, skipped: list[Skipped]
+    ) -> tuple[list[SampleKey], Any]:
+        found = [self._first_readable(key, self._open, reading, skipped) for key in keys]
+        pictures = [picture for picture in found if picture is not None]
+        if not pictures:
+            return [], None
+        assert self.geometry is not None
+        crops = self.geometry(np.array([p.size for p in pictures]), sample_keys(self.seed, [p.key for p in pictures]))
+        sizes = [(int(h), int(w)) for h, w in crops.sizes]
+        as_one = not self.transform.transforms and all(size == sizes[0] for size in sizes)
+        images = allocate((len(pictures), *sizes[0], 3), torch.uint8) if as_one else torch.empty(0)
+        target = images.numpy()
+        read: list[SampleKey] = []
+        inputs: list[Any] = []
+        targets: list[Any] = []
+        for picture, box, size in zip(pictures, crops.boxes, sizes, strict=True):
+            reading(picture.key.sample)
+            done = self._decoded(picture, box, size, reading, skipped)
+            if done is None:
+                continue
+            key, pixels, label = done
+            if as_one:
+                target[len(read)] = pixels
+            else:
+                seed_global_generators(sample_seed(self.seed, key))
+                inputs.append(self.transform.apply_to_pixels(pixels))
+            read.append(key)
+            targets.append(label)
+        if not read:
+            return [], None
+        if as_one:
+            return read, [images[: len(read)].permute(0, 3, 1, 2), collate(targets, allocate)]
+        return read, self._collate(list(zip(inputs, targets, strict=True)), read, allocate)
+
+    def _open(self, key: SampleKey) -> _Picture:
+        encoded, target = self.dataset.encoded(key.sample)  # type: ignore[attr-defined]
+        return _Picture(key, encoded, target, read_size(encoded))
+
+    def _decoded(
+        self, picture: _Picture, box: Any, size: tuple[int, int], reading: Reading, skipped: list[Skipped]
+    ) -> tuple[SampleKey, Any, Any] | None:
+        try:
+            return picture.key, crop_and_resize(picture.encoded, box, size), picture.target
+        except _UNREADABLE as error:
+            self._note_unreadable(picture.key, error, skipped)
+        if self.on_error == "drop":
+            return None
+        return self._first_readable(picture.key, self._open_and_decode, reading, skipped, first_attempt=1)
+
+    def _open_and_decode(self, key: SampleKey) -> tuple[SampleKey, Any, Any]:
+        picture = self._open(key)
+        assert self.geometry is not None
+        crops = self.geometry(np.array([picture.size]), sample_keys(self.seed, [key]))
+        size = int(crops.sizes[0, 0]), int(crops.sizes[0, 1])
+        return key, crop_and_resize(picture.encoded, crops.boxes[0], size), picture.target
+
+    # ---- both ------------------------------------------------------------------------------------------------
+
+    def _first_readable(
+        self,
+        key: SampleKey,
+        read: Callable[[SampleKey], Any],
+        reading: Reading,
+        skipped: list[Skipped],
+        first_attempt: int = 0,
+    ) -> Any:
+        """Returns `read(key)`, or that of the first replacement that can be read; None where it is dropped.
+
+        Which replacements are tried is a function of the key: every rank and every run takes the same.
+        """
+        for attempt in range(first_attempt, _MOST_REPLACEMENTS + 1):
+            asked = key if attempt == 0 else self._replacement(key, attempt)
+            reading(asked.sample)
+            try:
+                return read(asked)
+            except _UNREADABLE as error:
+                self._note_unreadable(asked, error, skipped)
+            except UserError:
+                raise
+            except Exception as error:
+                error.add_note(f"while reading {self.describe(asked.sample)} of {self.name}")
+                raise
+            if self.on_error == "drop":
+                return None
+        raise UserError(f"{_MOST_REPLACEMENTS} samples in a row could not be read; the last: {skipped[-1].problem}")
+
+    def _note_unreadable(self, key: SampleKey, error: BaseException, skipped: list[Skipped]) -> None:
+        message = f"cannot read {self.describe(key.sample)}: {' '.join(str(error).split())}"
+        if self.on_error == "raise":
+            raise UserError(message, path=self.name) from error
+        skipped.append(Skipped(key.sample, message))
+
+    def _replacement(self, key: SampleKey, attempt: int) -> SampleKey:
+        draw = uniforms(sample_keys(self.seed, [key]), Stream.REPLACE, attempt)[0, attempt - 1]
+        return SampleKey(key.epoch, int(draw * len(self.dataset)))
+
+    def _collate(self, items: list[Any], keys: Sequence[SampleKey], allocate: Allocate) -> Any:
+        if not items:
+            return None
+        try:
+            return collate(items, allocate)
+        except (RuntimeError, TypeError, ValueError, KeyError) as error:
+            raise UserError(self._explain_collate(items, keys, error), path=self.name) from error
 
     def _explain_collate(self, items: list[Any], keys: Sequence[SampleKey], error: Exception) -> str:
         inputs = [item[0] if isinstance(item, tuple | list) and item else item for item in items]
@@ -125,43 +285,3 @@ class SeededSamples(Dataset[Any]):
                     f"{list(value.shape)}); make them equal, for images with a resize or crop in data.transforms"
                 )
         return f"samples {[key.sample for key in keys][:4]}... do not make a batch: {one_line(error)}"
-
-
-def build_loader(
-    samples: SeededSamples,
-    batches: Sampler[list[SampleKey]],
-    *,
-    num_workers: int,
-    prefetch_factor: int,
-    pin_memory: bool,
-) -> DataLoader[LoadedBatch | LoadFailure]:
-    """Builds a DataLoader whose batches are `LoadedBatch` (or `LoadFailure`), in pinned memory where asked."""
-    return DataLoader(
-        samples,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        prefetch_factor=prefetch_factor if num_workers else None,
-        pin_memory=pin_memory,
-        collate_fn=_already_collated,  # type: ignore[arg-type]  # what __getitems__ returned, not a list
-        worker_init_fn=_init_worker,
-        # Its own generator: drawing the workers' base seed from the global one would make dropout depend on
-        # how often a loader was started, and so a resumed run differ from an uninterrupted one.
-        generator=torch.Generator(),
-    )
-
-
-def _already_collated(batch: LoadedBatch | LoadFailure) -> LoadedBatch | LoadFailure:
-    return batch
-
-
-def _init_worker(worker_id: int) -> None:
-    # A group of its own: Ctrl-C and a launcher's SIGTERM go to the whole group of the training process, which
-    # alone decides when to stop and needs its workers until then.
-    os.setpgid(0, 0)
-    # Inherited by fork, the training process's handler would only set a flag here, and never end the worker.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
-    if sys.platform == "linux":
-        # Nobody ends the workers of a training process that was killed: the kernel does, with its SIGKILL.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,8 +1,7 @@
-"""The two halves of what happens to an image: on the host per sample, on the device per batch.
+"""The host half of what happens to a sample: whatever `data.transforms` lists, per sample.
 
-The host half is whatever `data.transforms` lists, torchvision's v2 transforms or the user's own. The device
-half turns shipped bytes into normalised floats. A data set by import path that asks for neither reaches the
-model untouched.
+torchvision's v2 transforms or the user's own. What of them runs elsewhere is decided in `trainer.data.geometry`;
+the device half is `trainer.data.augment`.
 """
 
 from __future__ import annotations
@@ -12,13 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
-from torch import nn
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as image_functional
 
 from trainer.components import build
-from trainer.config import Component, NormalizeConfig
+from trainer.config import Component
 from trainer.errors import UserError
 
 Item = Any
@@ -55,12 +53,19 @@ class HostTransform:
             value = transform(value)
         if not isinstance(value, Image.Image):
             return value
+        return self._to_tensor(value)
+
+    def apply_to_pixels(self, pixels: NDArray[np.uint8]) -> Any:
+        """Applies the transforms to decoded pixels (H, W, 3), which they get as a PIL image."""
+        return self._apply(Image.fromarray(np.ascontiguousarray(pixels)))
+
+    def _to_tensor(self, value: Image.Image) -> torch.Tensor:
         pixels = image_functional.pil_to_tensor(value)
         return pixels if self.as_bytes else image_functional.to_dtype(pixels, torch.float32, scale=True)
 
 
-def build_host_transform(components: Sequence[Component], path: str, input_key: str, as_bytes: bool) -> HostTransform:
-    """Builds the host half; `dtype: float32` and the like in `args` may be written by name.
+def build_transforms(components: Sequence[Component], path: str) -> list[Callable[[Any], Any]]:
+    """Builds the transforms of a list; `dtype: float32` and the like in `args` may be written by name.
 
     Raises:
         UserError: an unknown transform, or arguments that do not fit.
@@ -70,25 +75,9 @@ def build_host_transform(components: Sequence[Component], path: str, input_key: 
         args = {k: _dtype(v) if k == "dtype" else v for k, v in component.args.items()}
         resolved = Component(name=component.name, args=args)
         transforms.append(build("transform", resolved, f"{path}.{i}"))
-    return HostTransform(transforms, input_key, as_bytes)
+    return transforms
 
 
 def _dtype(value: Any) -> Any:
     named = getattr(torch, value, None) if isinstance(value, str) else None
     return named if isinstance(named, torch.dtype) else value
-
-
-class Normalize(nn.Module):
-    """The device half: images (B, C, H, W) as uint8 or float in [0, 1] -> float32 (x - mean) / std."""
-
-    def __init__(self, config: NormalizeConfig | None) -> None:
-        super().__init__()
-        self.num_channels = len(config.mean) if config else None
-        self.normalize = v2.Normalize(list(config.mean), list(config.std)) if config else nn.Identity()
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Raises UserError where these are no images, or their channels are not those of `mean`."""
-        if images.ndim != 4 or (self.num_channels is not None and images.shape[1] != self.num_channels):
-            wanted = f"(batch, {self.num_channels or 'channels'}, height, width)"
-            raise UserError(f"it takes images of shape {wanted}, not {list(images.shape)}", path="data.normalize")
-        return self.normalize(image_functional.to_dtype(images, torch.float32, scale=True))

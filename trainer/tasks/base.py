@@ -30,6 +30,8 @@ class Task(ABC):
     """
 
     input_key = "input"  # where the input is in samples that are dicts
+    target_key = "target"  # and the target
+    num_classes: int | None = None  # where targets are labels, and their number is known
     best_metric: str | None = None  # the evaluation metric that decides the best checkpoint
     best_mode: Literal["max", "min"] = "max"
 
@@ -45,6 +47,16 @@ class Task(ABC):
     def inputs(self, data: Any) -> Any:
         """Returns what the model is called with: the first of a pair, or `input_key` of a dict."""
         return self.part(data, self.input_key, 0)
+
+    def targets(self, data: Any) -> Any:
+        """Returns the targets of a batch: the second of a pair, or `target_key` of a dict."""
+        return self.part(data, self.target_key, 1)
+
+    def with_targets(self, data: Any, targets: Any) -> Any:
+        """Returns the batch with other targets: where augmentation mixes samples."""
+        if isinstance(data, Mapping):
+            return {**data, self.target_key: targets}
+        return [data[0], targets, *data[2:]]
 
     def forward(self, model: nn.Module, data: Any) -> Any:
         """Runs the model on a batch."""

@@ -82,8 +82,8 @@ class Classification(Task):
             raise UserError(f"{sample} has label {int(targets[i])}; the model's are 0 to {self.num_classes - 1}")
 
     def targets(self, data: Any) -> Any:
-        """Returns the targets of a batch: the second of a pair, or `target_key` of a dict; labels as int64."""
-        targets = self.part(data, self.target_key, 1)
+        """Returns the targets of a batch; labels as int64."""
+        targets = super().targets(data)
         is_label = isinstance(targets, torch.Tensor) and not targets.is_floating_point()
         return targets.long() if is_label else targets
 

@@ -1,0 +1,707 @@
+"""Writing packed image folders (`trainer.data.packed` is their format and the reading).
+
+The source is listed, and the listing alone decides which samples are in which shard, and under which key the pack
+lies. All ranks together write the shards, each of them whole or not at all, so that a pack that was interrupted goes
+on where it was; then rank 0 joins the indices and writes the manifest. The same source gives the same bytes on any
+number of ranks and workers.
+
+Imports no torch: worker processes start at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import secrets
+import shutil
+import signal
+import socket
+import struct
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+from trainer.config import CacheConfig
+from trainer.data.packed import (
+    BROKEN,
+    FOOTER,
+    FORMAT_VERSION,
+    INDEX,
+    JPEG,
+    MAGIC,
+    MANIFEST,
+    RAW,
+    RECORD,
+    TEXTS,
+    Footer,
+    Manifest,
+    PackedFile,
+    PackedImages,
+    is_complete,
+    read_tail,
+)
+from trainer.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# The size of a shard is part of the format: raise FORMAT_VERSION when changing it.
+SHARD_SAMPLES = 2048
+SHARD_BYTES = 256 * 2**20
+MOST_SHARDS = 256  # of each limit: larger sources have larger shards, as every shard is an open file in each reader
+
+LARGEST_JPEG = 65500  # pixels of a side that libjpeg writes
+STAT_THREADS = 32  # they wait for a network file system, not for a core
+STAT_CHUNK = 1024
+REPORT_SECONDS = 10.0
+STALE_SECONDS = 3600.0
+VISIBLE_SECONDS = 10.0
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class FolderSource(Protocol):
+    """What is packed: `trainer.data.datasets.ImageFolder`, or anything else with its attributes."""
+
+    root: str | Path
+    samples: list[tuple[str, int]]
+    classes: list[str]
+
+
+class Corrupt(Exception):
+    """A picture that cannot be decoded; the text does not depend on where the source lies."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a source, in its order, as they were when it was listed."""
+
+    root: str
+    classes: tuple[str, ...]
+    names: tuple[str, ...]  # paths relative to the root
+    labels: np.ndarray  # int64 (N,)
+    sizes: np.ndarray  # int64 (N,), bytes
+    mtimes: np.ndarray  # int64 (N,), nanoseconds
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @classmethod
+    def of(cls, source: FolderSource) -> Listing:
+        """Asks the file system for size and time of every file, many at a time.
+
+        Raises:
+            UserError: a file is gone or may not be looked at.
+        """
+        paths = [path for path, _ in source.samples]
+        chunks = [paths[start : start + STAT_CHUNK] for start in range(0, len(paths), STAT_CHUNK)]
+        with ThreadPoolExecutor(STAT_THREADS) as threads:
+            stats = np.concatenate(list(threads.map(_stat, chunks)))
+        prefix = os.path.join(str(source.root), "")
+        names = tuple(path.removeprefix(prefix) for path in paths)
+        labels = np.array([label for _, label in source.samples], dtype=np.int64)
+        return cls(str(source.root), tuple(source.classes), names, labels, stats[:, 0], stats[:, 1])
+
+    def key(self, config: CacheConfig) -> str:
+        """Returns 16 hex digits that another source, or another setting, would not have."""
+        head = {"version": FORMAT_VERSION, "settings": _settings(config), "classes": self.classes}
+        digest = hashlib.blake2b(json.dumps(head, sort_keys=True).encode(), digest_size=8)
+        for name, *numbers in zip(
+            self.names, self.labels.tolist(), self.sizes.tolist(), self.mtimes.tolist(), strict=True
+        ):
+            digest.update(os.fsencode(name) + b"\0" + struct.pack("<qqq", *numbers))
+        return digest.hexdigest()
+
+    def shard_bounds(self, config: CacheConfig) -> list[int]:
+        """Returns B + 1 sample numbers: shard i holds the samples from `bounds[i]` up to `bounds[i + 1]`."""
+        guess = _guess_bytes(self.sizes, config)
+        most_samples = max(SHARD_SAMPLES, len(self) // MOST_SHARDS)
+        most_bytes = max(SHARD_BYTES, int(guess.sum()) // MOST_SHARDS)
+        bounds, filled = [0], 0
+        for number, size in enumerate(guess.tolist()):
+            if number > bounds[-1] and (number - bounds[-1] >= most_samples or filled + size > most_bytes):
+                bounds.append(number)
+                filled = 0
+            filled += size
+        return [*bounds, len(self)]
+
+
+def _stat(paths: Sequence[str]) -> np.ndarray:
+    try:
+        return np.array([(s.st_size, s.st_mtime_ns) for s in map(os.stat, paths)], dtype=np.int64)
+    except OSError as error:
+        raise UserError(f"cannot read '{error.filename}': {error.strerror}") from None
+
+
+def _settings(config: CacheConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude={"path"})
+
+
+def _guess_bytes(sizes: np.ndarray, config: CacheConfig) -> np.ndarray:
+    """Returns about how many bytes each sample takes, int64 (N,), for files of `sizes` bytes (N,)."""
+    raw, jpeg = sizes * 20, sizes
+    if config.max_size is not None:
+        pixels = config.max_size**2 * 4 // 3
+        raw, jpeg = np.minimum(raw, pixels * 3), np.minimum(jpeg, pixels // 2)
+    if config.encoding == "mixed":
+        return np.where(np.arange(len(sizes)) % 2 == 1, raw, jpeg)
+    return raw if config.encoding == "raw" else jpeg
+
+
+def cache_key(source: FolderSource, config: CacheConfig) -> str:
+    """Returns the name of a source's folder in `config.path`: 16 hex digits of a hash of everything that matters.
+
+    That is the relative path, size, modification time and label of every file, the class names, the settings and
+    the version of the format. It costs one `stat` per file.
+
+    Raises:
+        UserError: a file cannot be looked at.
+    """
+    return Listing.of(source).key(config)
+
+
+def open_or_pack(
+    source: FolderSource,
+    config: CacheConfig,
+    *,
+    rank: int = 0,
+    num_ranks: int = 1,
+    barrier: Callable[[], None] = lambda: None,
+    num_workers: int = 0,
+    on_error: Literal["raise", "skip"] = "raise",
+    key: str | None = None,
+    read_ahead: bool = True,
+) -> PackedImages:
+    """Opens the packed copy of `source`, which is made first where there is none: see `pack_folder`."""
+    folder = pack_folder(
+        source,
+        config,
+        rank=rank,
+        num_ranks=num_ranks,
+        barrier=barrier,
+        num_workers=num_workers,
+        on_error=on_error,
+        key=key,
+    )
+    return PackedImages(folder, read_ahead=read_ahead)
+
+
+def pack_folder(
+    source: FolderSource,
+    config: CacheConfig,
+    *,
+    rank: int = 0,
+    num_ranks: int = 1,
+    barrier: Callable[[], None] = lambda: None,
+    num_workers: int = 0,
+    on_error: Literal["raise", "skip"] = "raise",
+    key: str | None = None,
+) -> Path:
+    """Packs an image folder, unless that has been done, and returns the folder of the pack.
+
+    All ranks call this together. Each calls `barrier` exactly twice, also where it fails or finds the pack complete:
+    a problem of one rank is raised on that rank afterwards, and all others raise that the pack is not complete.
+
+    Args:
+        source: the image folder.
+        config: where, and how pictures are stored.
+        rank: which part of the shards is ours to write: every `num_ranks`-th.
+        num_ranks: how many ranks write.
+        barrier: returns when all ranks have called it.
+        num_workers: processes of this rank that write shards; 0 writes in this process.
+        on_error: what to do about a picture that cannot be decoded: `raise`, or `skip` to store its error, which
+            reading it then raises. A file that cannot be read at all is always raised.
+        key: `cache_key(source, config)`, where the caller knows it: a complete pack is then found without listing
+            the source.
+
+    Raises:
+        UserError: a picture or file cannot be read, the disk is full or cannot be written, or a rank failed. What is
+            finished stays, and the next call goes on from there.
+    """
+    assert 0 <= rank < num_ranks
+    assert on_error in ("raise", "skip")
+    failure: Exception | None = None
+    listing: Listing | None = None
+    folder = Path(config.path).expanduser()
+    try:
+        if key is None:
+            listing = Listing.of(source)
+            key = listing.key(config)
+        folder = folder / key
+        if not (folder / MANIFEST).exists():
+            listing = listing or Listing.of(source)
+            if listing.key(config) != key:
+                raise UserError(f"'{listing.root}' was changed while it was packed; start again")
+            job = PackJob(folder, config, listing, key, listing.shard_bounds(config), on_error)
+            job.write_shards(range(rank, job.num_shards, num_ranks), num_workers, check_space=rank == 0)
+    except Exception as error:
+        failure = error
+    barrier()
+    if rank == 0 and failure is None and not (folder / MANIFEST).exists():
+        try:
+            job.publish()
+        except Exception as error:
+            failure = error
+    barrier()
+    if failure is not None:
+        raise failure
+    if not _appears(folder / MANIFEST):
+        raise UserError(f"the packed data set '{folder}' is not complete: another rank could not do its part")
+    return folder
+
+
+class ShardTask(NamedTuple):
+    """All that a worker needs to know to write one shard."""
+
+    file: Path
+    footer: Footer  # what is known before: which shard of which pack
+    root: str
+    names: tuple[str, ...]
+    labels: tuple[int, ...]
+    first: int  # number of the first sample
+    config: CacheConfig
+    on_error: Literal["raise", "skip"]
+
+
+@dataclass(frozen=True)
+class PackJob:
+    """One rank's view of a pack in the making."""
+
+    folder: Path
+    config: CacheConfig
+    listing: Listing
+    key: str
+    bounds: list[int]
+    on_error: Literal["raise", "skip"]
+
+    @property
+    def num_shards(self) -> int:
+        """How many shards all ranks write together."""
+        return len(self.bounds) - 1
+
+    def task(self, shard: int) -> ShardTask:
+        """Returns what is to be done for one shard."""
+        part = slice(self.bounds[shard], self.bounds[shard + 1])
+        names = self.listing.names[part]
+        footer = Footer(MAGIC, self.key.encode(), shard, self.num_shards, len(names), 0, 0, 0, 0)
+        file = self.folder / f"shard-{shard:05d}-of-{self.num_shards:05d}.bin"
+        labels = tuple(self.listing.labels[part].tolist())
+        return ShardTask(file, footer, self.listing.root, names, labels, part.start, self.config, self.on_error)
+
+    def write_shards(self, shards: Sequence[int], num_workers: int, check_space: bool) -> None:
+        """Writes those of `shards` that are not complete yet.
+
+        Raises:
+            UserError: as `pack_folder`.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(self.folder)
+        except OSError as error:
+            raise _write_error(self.folder, error) from error
+        if check_space:
+            self._check_space()
+        tasks = [self.task(shard) for shard in shards]
+        progress = Progress(sum(len(task.names) for task in tasks))
+        if num_workers == 0 or len(tasks) <= 1:
+            for task in tasks:
+                write_shard(task, progress.add)
+        else:
+            _write_in_processes(tasks, min(num_workers, len(tasks)), progress)
+        progress.finish(self.folder)
+
+    def _check_space(self) -> None:
+        """Raises UserError where the pixels to be stored surely do not fit; how small JPEGs become nobody knows."""
+        if self.config.encoding == "jpeg":
+            return
+        missing = sum(
+            self.bounds[shard + 1] - self.bounds[shard]
+            for shard in range(self.num_shards)
+            if not self.task(shard).file.exists()
+        )
+        areas = []
+        for number in np.linspace(0, len(self.listing) - 1, min(256, len(self.listing)), dtype=int).tolist():
+            with (
+                contextlib.suppress(Exception),  # a broken picture is none of our concern yet
+                Image.open(os.path.join(self.listing.root, self.listing.names[number])) as image,
+            ):
+                width, height = _shrunk(image.size, self.config.max_size)
+                areas.append(width * height)
+        per_sample = 3 * sum(areas) / max(len(areas), 1) / (2 if self.config.encoding == "mixed" else 1)
+        needed, free = int(per_sample * missing), shutil.disk_usage(self.folder).free
+        if needed * 0.9 > free:  # it is an estimate
+            message = f"'{self.folder}' has {_size(free)} free, but the packed pictures need about {_size(needed)}"
+            raise UserError(f"{message}; make room, or choose a smaller data.cache.max_size or encoding jpeg")
+
+    def publish(self) -> None:
+        """Joins the indices of all shards and writes the manifest, which makes the pack complete.
+
+        Raises:
+            UserError: a shard is missing or not whole, or the disk is full.
+        """
+        tails = []
+        for shard in range(self.num_shards):
+            task = self.task(shard)
+            tail = read_tail(task.file, task.footer) if _appears(task.file) else None
+            if tail is None:
+                raise UserError(f"'{task.file}' was not packed completely; packing again goes on from there")
+            tails.append(tail)
+        records = np.concatenate([tail.records for tail in tails])
+        starts = np.cumsum([0] + [len(tail.texts) for tail in tails])
+        records["text_offset"] += np.repeat(starts[:-1], np.diff(self.bounds)).astype(np.uint64)
+        parts = {INDEX: records.tobytes(), TEXTS: b"".join(tail.texts for tail in tails)}
+        joined = {
+            name: PackedFile(name, len(data), zlib.crc32(data), len(self.listing)) for name, data in parts.items()
+        }
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            key=self.key,
+            source=self.listing.root,
+            settings=_settings(self.config),
+            classes=[str(name) for name in self.listing.classes],
+            shards=[tail.file for tail in tails],
+            index=joined[INDEX],
+            texts=joined[TEXTS],
+        )
+        for name, data in {**parts, MANIFEST: manifest.to_json().encode()}.items():
+            with whole_file(self.folder / name) as file:
+                file.write(data)
+        _remove_leftovers(self.folder)
+
+
+def write_shard(task: ShardTask, advance: Callable[[int, bool], None]) -> None:
+    """Writes one shard whole or not at all; a complete one is kept.
+
+    Args:
+        task: which.
+        advance: is called with (how many samples are done, whether they were packed now); may raise to stop.
+
+    Raises:
+        UserError: as `pack_folder`.
+    """
+    if is_complete(task.file, task.footer):
+        advance(len(task.names), False)
+        return
+    records = np.zeros(len(task.names), RECORD)
+    texts = bytearray()
+    checksum = position = 0
+    with whole_file(task.file) as file:
+        for i, (name, label) in enumerate(zip(task.names, task.labels, strict=True)):
+            stored = _encode_sample(task, i)
+            text = os.fsencode(name)
+            records[i] = (
+                position,
+                len(texts),
+                len(stored.data),
+                zlib.crc32(stored.data),
+                stored.height,
+                stored.width,
+                label,
+                len(text),
+                len(stored.error),
+                task.footer.shard,
+                stored.kind,
+            )
+            texts += text + stored.error
+            checksum = zlib.crc32(stored.data, checksum)
+            position += len(stored.data)
+            file.write(stored.data)
+            advance(1, True)
+        index = records.tobytes()
+        footer = task.footer._replace(
+            data_size=position,
+            texts_size=len(texts),
+            data_crc32=checksum,
+            tail_crc32=zlib.crc32(texts, zlib.crc32(index)),
+        )
+        for part in (index, texts, FOOTER.pack(*footer)):
+            file.write(part)
+
+
+class Stored(NamedTuple):
+    """A picture as it is written."""
+
+    kind: int  # RAW, JPEG or BROKEN
+    data: bytes
+    height: int = 0
+    width: int = 0
+    error: bytes = b""
+
+
+def _encode_sample(task: ShardTask, i: int) -> Stored:
+    path = os.path.join(task.root, task.names[i])
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:  # of the moment, or of the user's rights: nothing to be kept in a cache
+        raise UserError(f"cannot read '{path}': {error.strerror}") from error
+    as_raw = task.config.encoding == "raw" or (task.config.encoding == "mixed" and (task.first + i) % 2 == 1)
+    try:
+        return encode(data, as_raw, task.config.max_size, task.config.quality)
+    except Corrupt as error:
+        if task.on_error == "raise":
+            raise UserError(f"cannot read '{path}': {error}") from error
+        return Stored(BROKEN, b"", error=os.fsencode(str(error)))
+
+
+def encode(data: bytes, as_raw: bool, max_size: int | None, quality: int) -> Stored:
+    """Turns an image file into what is stored of it.
+
+    A gray or RGB JPEG that needs not be shrunk stays as it is, byte for byte. Modes are converted as in
+    `trainer.data.datasets.ImageFolder`.
+
+    Args:
+        data: the file.
+        as_raw: store pixels, not a JPEG.
+        max_size: pixels that the shorter side has at most; None: any.
+        quality: of a JPEG that is made anew.
+
+    Raises:
+        Corrupt: it cannot be decoded, or has other than 8 bits per channel.
+    """
+    try:
+        with Image.open(BytesIO(data)) as image:
+            if image.mode.startswith(("I", "F")):  # PIL would clip it
+                raise Corrupt(f"{image.mode} image: convert it to 8 bits per channel first")
+            is_plain = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
+            width, height = _shrunk(image.size, max_size)
+            is_kept = (width, height) == image.size
+            if not is_kept:
+                image.draft(None, (2 * width, 2 * height))  # has libjpeg decode a half, a quarter or an eighth
+            image.load()  # also of a file that is kept: it may be truncated
+            pixels = image if image.mode == "RGB" else image.convert("RGB")
+        if not is_kept:
+            pixels = pixels.resize((width, height), Image.Resampling.BICUBIC)  # Lanczos takes 1.4 times as long
+        if as_raw or (not is_plain and max(width, height) > LARGEST_JPEG):
+            return Stored(RAW, pixels.tobytes(), height, width)
+        if is_plain and is_kept:
+            return Stored(JPEG, data, height, width)
+        encoded = BytesIO()
+        pixels.info = {}  # or its comment would be written
+        pixels.save(encoded, "JPEG", quality=quality)
+        return Stored(JPEG, encoded.getvalue(), height, width)
+    except (Corrupt, MemoryError):
+        raise
+    except Image.UnidentifiedImageError:
+        raise Corrupt("cannot identify image file") from None  # PIL's text has the address of the bytes
+    except Exception as error:  # PIL raises many types for broken files
+        raise Corrupt(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _shrunk(size: tuple[int, int], max_size: int | None) -> tuple[int, int]:
+    shorter = min(size)
+    if max_size is None or shorter <= max_size:
+        return size
+    width, height = (round(side * max_size / shorter) for side in size)
+    return width, height
+
+
+class Progress:
+    """Counts the samples of one rank and logs about every ten seconds."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.kept = self.packed = 0
+        self.start = self.reported = time.monotonic()
+
+    def add(self, samples: int, packed: bool) -> None:
+        """Counts samples that were packed now, or were found complete."""
+        self.set(self.kept + samples * (not packed), self.packed + samples * packed)
+
+    def set(self, kept: int, packed: int) -> None:
+        """Sets the counts; logs when it is time to."""
+        self.kept, self.packed = kept, packed
+        now = time.monotonic()
+        if now - self.reported >= REPORT_SECONDS:
+            self.reported = now
+            done, rate = kept + packed, packed / (now - self.start)
+            left = f", {(self.total - done) / rate / 60:.1f} min left" if rate else ""
+            logger.info("packed %s of %s images, %.0f a second%s", f"{done:,}", f"{self.total:,}", rate, left)
+
+    def finish(self, folder: Path) -> None:
+        """Logs the end of this rank's part."""
+        seconds = max(time.monotonic() - self.start, 1e-9)
+        logger.info(
+            "packed %s images into '%s' in %.1f s, %.0f a second; %s were there",
+            f"{self.packed:,}",
+            folder,
+            seconds,
+            self.packed / seconds,
+            f"{self.kept:,}",
+        )
+
+
+class Shared(NamedTuple):
+    """What the main process and its workers both see."""
+
+    kept: Any  # numbers of samples, multiprocessing.Value
+    packed: Any
+    stop: Any  # multiprocessing.Event: give up the current shard
+
+
+class Stopped(Exception):
+    """Another worker has failed, or the user has pressed Ctrl-C."""
+
+
+_shared: Shared | None = None  # in a worker process
+
+
+def _write_in_processes(tasks: list[ShardTask], num_workers: int, progress: Progress) -> None:
+    context = multiprocessing.get_context("spawn")  # a fork would take over locks of the threads of torch
+    shared = Shared(context.Value("q", 0), context.Value("q", 0), context.Event())
+    pool = ProcessPoolExecutor(num_workers, context, _init_worker, (shared, os.getpid()))
+    try:
+        waiting = {pool.submit(_write_in_worker, task) for task in tasks}
+        while waiting:
+            done, waiting = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+            progress.set(shared.kept.value, shared.packed.value)
+    except BrokenProcessPool as error:
+        message = "a worker that packs images was killed, perhaps for want of memory; packing again goes on from there"
+        raise UserError(message) from error
+    finally:
+        shared.stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _init_worker(shared: Shared, parent: int) -> None:
+    global _shared
+    _shared = shared
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process tells when to stop
+    if sys.platform == "linux":
+        # Nobody ends the workers of a process that was killed: the kernel does.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _write_in_worker(task: ShardTask) -> None:
+    if not _shared.stop.is_set():  # type: ignore[union-attr]  # set by _init_worker
+        write_shard(task, _advance_shared)
+
+
+def _advance_shared(samples: int, packed: bool) -> None:
+    assert _shared is not None
+    counter = _shared.packed if packed else _shared.kept
+    with counter.get_lock():
+        counter.value += samples
+    if _shared.stop.is_set():
+        raise Stopped
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file for writing that appears under its name, and on the disk, only when the body has ended well.
+
+    Raises:
+        UserError: the disk is full or cannot be written. OSErrors of the body are taken for that.
+    """
+    temporary = path
+    try:
+        try:
+            temporary, file = _open_temporary(path)
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, path)
+            _sync_folder(path.parent)
+        except OSError as error:
+            raise _write_error(path.parent, error) from error
+    except BaseException:
+        if temporary != path:
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
+    while True:
+        temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+        file = open(temporary, "xb", buffering=2**20)  # noqa: SIM115  # the caller closes it
+        with contextlib.suppress(OSError):  # no locks on this file system: see _remove_leftovers
+            fcntl.flock(file, fcntl.LOCK_EX)  # tells that its writer lives
+        if temporary.exists():  # not taken for a leftover before it was locked
+            return temporary, file
+        file.close()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes the temporary files of processes that were killed, and not those of another job at work.
+
+    A writer holds a lock, which ends with it. Locks may not reach other hosts, or may be missing altogether: there,
+    a file counts as left over when it has not been written for an hour.
+    """
+    for leftover in folder.glob(".*.tmp"):
+        with contextlib.suppress(FileNotFoundError), open(leftover, "rb") as file:
+            is_locking, is_stale = True, time.time() - os.fstat(file.fileno()).st_mtime > STALE_SECONDS
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                is_locking = False
+            if is_stale or (is_locking and f".{socket.gethostname()}." in leftover.name):
+                leftover.unlink()
+
+
+def _appears(file: Path) -> bool:
+    """Tells whether another host's file is there; what a network file system remembers may be seconds old."""
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not file.exists():
+        if not file.parent.is_dir() or time.monotonic() > deadline:
+            return False
+        with contextlib.suppress(OSError):
+            # A change of our own makes an NFS client look at the folder again.
+            probe = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}.probe.tmp")
+            probe.touch()
+            probe.unlink()
+        time.sleep(0.2)
+    return True
+
+
+def _write_error(folder: Path, error: OSError) -> UserError:
+    if error.errno in _FULL:
+        free = ""
+        with contextlib.suppress(OSError):
+            free = f" ({_size(shutil.disk_usage(folder).free)} free)"
+        return UserError(
+            f"no space left in '{folder}'{free}: {error.strerror}; make room and start again: complete shards are kept"
+        )
+    return UserError(f"cannot write to '{folder}': {error.strerror or error}")
+
+
+def _size(number: int) -> str:
+    value, unit = float(number), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"

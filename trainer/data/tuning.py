@@ -1,0 +1,60 @@
+"""How many loader workers a run needs, from what loading and training take.
+
+Owns the measurement and the choice; `trainer.data.feed` carries it out.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+_WARM_UP_BATCHES = 5  # the first steps compile, allocate and fill queues
+_MEASURED_BATCHES = 20
+_MEASURED_SECONDS = 3.0
+_HEADROOM = 1.3
+
+
+class WorkerTuner:
+    """Watches the first seconds of training.
+
+    Args:
+        most: workers that run while it watches, and the most it chooses.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.reason = ""
+        self._num_batches = 0
+        self._train_seconds = 0.0
+        self._load_seconds = 0.0
+        self._last: float | None = None
+
+    def observe(self, asked_at: float, waited: float, load_seconds: float) -> None:
+        """Takes note of a batch: when it was asked for, how long that took, how long a worker had loaded it."""
+        self._num_batches += 1
+        if self._last is not None and self._num_batches > _WARM_UP_BATCHES:
+            self._train_seconds += asked_at - self._last
+            self._load_seconds += load_seconds
+        self._last = asked_at + waited
+
+    def chosen(self) -> int | None:
+        """Returns the number of workers to keep, once it is known."""
+        measured = self._num_batches - _WARM_UP_BATCHES
+        if measured < _MEASURED_BATCHES or self._train_seconds < _MEASURED_SECONDS:
+            return None
+        load, train = self._load_seconds / measured, self._train_seconds / measured
+        self.reason = f"a batch takes a worker {load * 1e3:.0f} ms to load and the step {train * 1e3:.0f} ms"
+        return min(max(math.ceil(_HEADROOM * load / train), 1), self.most)
+
+
+def available_cores() -> int:
+    """Returns how many cores this process may keep busy: its affinity, within its control group's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(int(quota) // int(period), 1))
+    except (OSError, ValueError):
+        pass  # no such quota
+    return cores

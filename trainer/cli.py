@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from trainer.config import Config, load_config, schema_text
+from trainer.config import CacheConfig, Config, load_config, read_section, schema_text
 from trainer.errors import UserError, one_line
 
 EXIT_FINISHED = 0
@@ -57,6 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--best", action="store_true", help="the best checkpoint instead of the newest")
     export.add_argument("--format", choices=("safetensors", "state_dict"), default="safetensors")
     export.add_argument("--output", required=True, metavar="FILE", help="file to write")
+    pack = commands.add_parser("pack", help="pack an image folder into few large files, for data.cache")
+    pack.add_argument("source", metavar="SRC", help="folder of class folders")
+    pack.add_argument("path", metavar="DST", help="what data.cache.path will be; its folder of this pack is printed")
+    pack.add_argument("--max-size", type=int, default=400, help="shorter side in pixels, 0 keeps all (default: 400)")
+    pack.add_argument("--encoding", choices=("jpeg", "raw", "mixed"), default="jpeg")
+    pack.add_argument("--quality", type=int, default=90, help="of JPEGs (default: 90)")
+    pack.add_argument("--workers", type=int, help="processes (default: one per core)")
+    pack.add_argument("--on-error", choices=("raise", "skip"), default="raise", help="what a broken picture does")
+    pack.add_argument("--verify", action="store_true", help="read everything back and compare checksums")
     commands.add_parser("schema", help="print the JSON Schema of config files")
     options = parser.parse_args(arguments)
     return run_command(lambda: _run_main(options), log_to_stderr=True)  # stdout is the result
@@ -158,10 +167,34 @@ def _train(options: argparse.Namespace) -> int:
     return EXIT_FINISHED if status == "finished" else EXIT_STOPPED
 
 
+def _pack(options: argparse.Namespace) -> int:
+    config = read_section(
+        CacheConfig,
+        path=options.path,
+        max_size=options.max_size or None,
+        encoding=options.encoding,
+        quality=options.quality,
+    )
+    from trainer.data.datasets import ImageFolder
+    from trainer.data.packing import open_or_pack
+    from trainer.data.tuning import available_cores
+
+    workers = available_cores() if options.workers is None else max(options.workers, 0)
+    packed = open_or_pack(
+        ImageFolder(options.source), config, num_workers=workers, on_error=options.on_error, read_ahead=False
+    )
+    if options.verify:
+        packed.verify()
+    sys.stdout.write(f"{packed.folder}\n")
+    return EXIT_FINISHED
+
+
 def _run_main(options: argparse.Namespace) -> int:
     if options.command == "schema":
         sys.stdout.write(schema_text())
         return EXIT_FINISHED
+    if options.command == "pack":
+        return _pack(options)
     from trainer import results
 
     run_dir = Path(options.run_dir)

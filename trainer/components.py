@@ -22,6 +22,7 @@ BUILT_INS: dict[Kind, dict[str, str]] = {
     "data set": {
         "digits": "trainer.data.datasets:Digits",
         "image_folder": "trainer.data.datasets:ImageFolder",
+        "packed_images": "trainer.data.packed:PackedImages",
         "synthetic": "trainer.data.datasets:Synthetic",
         "torch_file": "trainer.data.datasets:TorchFile",
     },

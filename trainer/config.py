@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -98,6 +98,9 @@ class Section(BaseModel):
     """Base of every section: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 class Component(Section):
@@ -211,6 +214,9 @@ class DataConfig(Section):
     )
     prefetch_factor: PositiveInt = Field(2, description="Micro-batches that each worker keeps ready or in work.")
     prefetch: PositiveInt = Field(2, description="Micro-batches that wait on the device, ahead of the step.")
+    cache: CacheConfig | None = Field(
+        None, description="Pack image folders into few large files before training, and read these from then on."
+    )
     on_error: Literal["raise", "skip"] = Field(
         "raise",
         description="What a sample that cannot be read does: `raise` ends the run, naming its file; `skip` takes "
@@ -395,6 +401,18 @@ class Config(Section):
     def to_yaml(self) -> str:
         """Returns the resolved config, defaults included, as YAML that reads back to an equal `Config`."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def read_section(section: type[SectionT], **values: object) -> SectionT:
+    """Builds one section from values that come from a command line.
+
+    Raises:
+        UserError: one problem per value that does not fit.
+    """
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise UserError(*(_problem(details, yaml_source.Source()) for details in error.errors())) from None
 
 
 def load_config(file: str, overrides: Sequence[str] = ()) -> Config:

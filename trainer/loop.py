@@ -14,7 +14,8 @@ import torch
 
 from trainer.checkpoint import CheckpointFolder, Identity, Progress
 from trainer.config import Config, Interval
-from trainer.data.datasets import SizedDataset, build_dataset, build_eval_dataset, class_names
+from trainer.data.build import build_data
+from trainer.data.datasets import SizedDataset, class_names
 from trainer.data.feed import DeviceFeed, MicroBatch
 from trainer.data.sampler import BatchPlan, StepSampler
 from trainer.data.tuning import available_cores
@@ -61,8 +62,7 @@ class Trainer:
         """Builds every component. A problem on any rank is raised on all; nothing is wrapped yet."""
         config, runtime = self.config, self.runtime
         runtime.agree(self._check_surroundings)
-        train_set = runtime.agree(lambda: build_dataset(config.data.train, "data.train", runtime))
-        eval_set = runtime.agree(lambda: build_eval_dataset(config.data, train_set, runtime))
+        train_set, eval_set = build_data(config.data, runtime)
         num_classes = runtime.agree(lambda: _num_classes(config, train_set))
         runtime.agree(lambda: self._build_order_and_task(train_set, num_classes))
         runtime.agree(lambda: self._build_model(num_classes))
@@ -77,7 +77,12 @@ class Trainer:
         config, num_ranks = self.config, self.runtime.num_ranks
         train = config.train
         self.plan = BatchPlan.split(
-            len(train_set), train.batch_size, train.micro_batch_size, num_ranks, config.data.drop_last
+            len(train_set),
+            train.batch_size,
+            train.micro_batch_size,
+            num_ranks,
+            config.data.drop_last,
+            group_size=2 if config.data.augment.mixes else 1,
         )
         self.sampler = StepSampler(self.plan, self.runtime.rank, config.run.seed)
         self.total_steps = train.steps or (train.epochs or 0) * self.plan.steps_per_epoch

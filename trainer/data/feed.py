@@ -31,7 +31,7 @@ from trainer.data.tuning import WorkerTuner
 from trainer.data.workers import WorkerPool
 from trainer.errors import UserError, place_at
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("lockstep")
 
 _LOGGED_SKIPS = 10  # the others are only counted
 _JUDGED_FROM = 1000  # samples read before the share of unreadable ones ends a run

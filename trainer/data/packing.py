@@ -59,7 +59,7 @@ from trainer.data.packed import (
 )
 from trainer.errors import UserError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("lockstep")
 
 # The size of a shard is part of the format: raise FORMAT_VERSION when changing it.
 SHARD_SAMPLES = 2048

@@ -22,7 +22,7 @@ from trainer.data.sampler import SampleKey
 from trainer.data.workers import PoolBatch, WorkerPool
 from trainer.errors import UserError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("lockstep")
 
 SLOW_SECONDS = 30.0  # after so long without a batch, what the workers are reading is logged
 

@@ -35,21 +35,32 @@ class BatchPlan:
     micro_batch_size: int
     num_ranks: int
     drop_last: bool
+    group_size: int = 1  # neighbours in the global batch that stay neighbours on one rank: 2 where pairs are mixed
 
     @classmethod
     def split(
-        cls, num_samples: int, batch_size: int, micro_batch_size: int | None, num_ranks: int, drop_last: bool
+        cls,
+        num_samples: int,
+        batch_size: int,
+        micro_batch_size: int | None,
+        num_ranks: int,
+        drop_last: bool,
+        group_size: int = 1,
     ) -> BatchPlan:
-        """Splits the global batch over ranks and micro-batches.
+        """Splits the global batch over ranks and micro-batches, in groups.
 
         Raises:
             UserError: the batch does not split evenly (the nearest sizes that do are named), or the data
                 holds no whole batch while `drop_last` asks for one.
         """
-        if batch_size % num_ranks:
-            below, above = batch_size // num_ranks * num_ranks, -(-batch_size // num_ranks) * num_ranks
+        unit = num_ranks * group_size
+        if batch_size % unit:
+            below, above = batch_size // unit * unit, -(-batch_size // unit) * unit
             sizes = " and ".join(str(size) for size in (below, above) if size)
-            message = f"{batch_size} samples do not split over {num_ranks} processes; nearest sizes: {sizes}"
+            split = (
+                f"split over {num_ranks} processes" if group_size == 1 else f"split over {num_ranks} in pairs to mix"
+            )
+            message = f"{batch_size} samples do not {split}; nearest sizes: {sizes}"
             raise UserError(message, path="train.batch_size")
         share = batch_size // num_ranks
         micro = min(micro_batch_size or share, share)
@@ -66,12 +77,15 @@ class BatchPlan:
                 f"and {above}, or train.batch_size {batches}"
             )
             raise UserError(message, path="train.micro_batch_size")
+        if micro % group_size:
+            message = f"augmentation mixes pairs of samples, and {micro} samples are not whole pairs"
+            raise UserError(message, path="train.micro_batch_size")
         if num_samples < 1:
             raise UserError("the data set is empty", path="data.train")
         if drop_last and num_samples < batch_size:
             message = f"drop_last leaves nothing: {num_samples} samples make no batch of {batch_size}"
             raise UserError(message, path="data.drop_last")
-        return cls(num_samples, batch_size, micro, num_ranks, drop_last)
+        return cls(num_samples, batch_size, micro, num_ranks, drop_last, group_size)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -90,6 +104,11 @@ class BatchPlan:
         start = step % self.steps_per_epoch * self.batch_size
         return min(self.batch_size, self.num_samples - start)
 
+    def positions(self, step: int, rank: int) -> torch.Tensor:
+        """Returns which positions of a step's global batch a rank has, int64, in order: groups in turn."""
+        positions = torch.arange(self.step_samples(step))
+        return positions[positions // self.group_size % self.num_ranks == rank]
+
     def samples_before(self, step: int) -> int:
         """Returns the number of samples that all steps before `step` saw together."""
         epochs, steps = divmod(step, self.steps_per_epoch)
@@ -102,8 +121,8 @@ class BatchPlan:
 class StepSampler(DistributedSampler[int]):
     """torch's `DistributedSampler` with a position: this rank's share of any step, without replaying others.
 
-    Ranks interleave as in the base class: rank r of W takes `batch[r::W]` of every global batch. Unlike there,
-    nothing is padded: in a last, smaller batch some ranks have fewer samples, or none.
+    Ranks interleave as in the base class: rank r of W takes `batch[r::W]` of every global batch, or every W-th group
+    of neighbours. Unlike there, nothing is padded: in a last, smaller batch some ranks have fewer samples, or none.
     """
 
     def __init__(self, plan: BatchPlan, rank: int, seed: int) -> None:
@@ -121,9 +140,8 @@ class StepSampler(DistributedSampler[int]):
     def share(self, step: int) -> tuple[int, list[int]]:
         """Returns the epoch of global step `step`, and the sample indices of this rank in it, in order."""
         epoch, k = divmod(step, self.plan.steps_per_epoch)
-        start = k * self.plan.batch_size
-        stop = start + self.plan.step_samples(step)
-        return epoch, self._order(epoch)[start + self.rank : stop : self.num_replicas].tolist()
+        positions = self.plan.positions(step, self.rank) + k * self.plan.batch_size
+        return epoch, self._order(epoch)[positions].tolist()
 
     def first(self, step: int) -> int:
         """Returns the first sample of a step's global batch."""
@@ -144,7 +162,7 @@ class StepSampler(DistributedSampler[int]):
 
     def __len__(self) -> int:
         steps = range(self.plan.steps_per_epoch)
-        return sum(len(range(self.rank, self.plan.step_samples(s), self.num_replicas)) for s in steps)
+        return sum(len(self.plan.positions(step, self.rank)) for step in steps)
 
 
 class MicroBatchSampler(Sampler[list[SampleKey]]):
@@ -170,7 +188,7 @@ class MicroBatchSampler(Sampler[list[SampleKey]]):
     def micro_batch_sizes(self, step: int) -> list[int]:
         """Returns how many real samples each micro-batch of this rank holds in a step: `[0]` for a stand-in."""
         plan = self.sampler.plan
-        share = len(range(self.sampler.rank, plan.step_samples(step), plan.num_ranks))
+        share = len(plan.positions(step, self.sampler.rank))
         firsts = range(0, max(share, 1), plan.micro_batch_size)
         return [min(plan.micro_batch_size, share - first) for first in firsts]
 

@@ -18,7 +18,7 @@ import torch
 
 from trainer.data.nested import map_tensors
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("lockstep")
 
 _ALIGNMENT = 64  # bytes: vector loads
 _GROWTH = 1 << 20  # bytes: a slot's size is a multiple of it

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from trainer.data.sampler import SampleKey
 from trainer.data.slots import Slot
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("lockstep")
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _F_SETPIPE_SZ = 1031  # linux/fcntl.h

@@ -177,9 +177,9 @@ def _pack(options: argparse.Namespace) -> int:
     )
     from trainer.data.datasets import ImageFolder
     from trainer.data.packing import open_or_pack
-    from trainer.data.tuning import available_cores
+    from trainer.data.tuning import cores_of_a_rank
 
-    workers = available_cores() if options.workers is None else max(options.workers, 0)
+    workers = cores_of_a_rank(1) if options.workers is None else max(options.workers, 0)
     packed = open_or_pack(
         ImageFolder(options.source), config, num_workers=workers, on_error=options.on_error, read_ahead=False
     )

@@ -207,6 +207,17 @@ class DataConfig(Section):
         description="Normalise image batches on the device: uint8 becomes [0, 1], then (x - mean) / std. Without "
         "it, built-in image data sets are scaled to [0, 1] and everything else is left untouched.",
     )
+    feed: Literal["auto", "host", "device_decode", "resident"] = Field(
+        "auto",
+        description="Where pictures are decoded and kept. `host`: workers decode. `device_decode`: workers read files, "
+        "the GPU decodes. `resident`: all of them live on the device, as bytes. `auto`: resident where they take "
+        "little of a GPU's memory, else host.",
+    )
+    resident_placement: Literal["auto", "replicated", "sharded"] = Field(
+        "auto",
+        description="A resident data set on several GPUs: whole on each, or a share on each, which costs an exchange "
+        "per step. `auto` shares what does not fit whole.",
+    )
     workers: Workers = Field(
         "auto",
         description="Worker processes per rank that load samples; 0 loads in the training process. `auto` starts one "
@@ -276,6 +287,11 @@ class ScheduleConfig(Component):
 class ParallelConfig(Section):
     """How several processes train one model: DistributedDataParallel."""
 
+    pin_cores: Bool = Field(
+        True,
+        description="Where several processes train on GPUs of one machine: keep each, and its loader workers, on its "
+        "share of the CPU cores next to its GPU.",
+    )
     find_unused_parameters: Bool = Field(
         False,
         description="Let steps leave some parameters without a gradient, at the cost of a search in every step. "

@@ -17,8 +17,8 @@ from trainer.config import Config, Interval
 from trainer.data.build import build_data
 from trainer.data.datasets import SizedDataset, class_names
 from trainer.data.feed import DeviceFeed, MicroBatch
+from trainer.data.resident import Share
 from trainer.data.sampler import BatchPlan, StepSampler
-from trainer.data.tuning import available_cores
 from trainer.errors import UserError, one_line
 from trainer.faults import StopRequests
 from trainer.model import build_model
@@ -56,6 +56,7 @@ class Trainer:
             self.model.train()
         self.progress = Progress()
         self._window = _Window(self.runtime, self.clock, self.feed)
+        self._skipped_samples = 0  # that could not be read, on all ranks, at the last report
         self.reporter: Reporter | None = None  # on rank 0, once the run has started
 
     def _build(self) -> None:
@@ -114,7 +115,8 @@ class Trainer:
             self.config.run.seed,
             self.task,
             self.runtime.step_dtype,
-            max_workers=max(available_cores() // self.runtime.num_local_ranks - 1, 1),
+            max_workers=max(self.runtime.num_cores - 1, 1),  # a core for the step
+            ranks=Share(self.runtime.rank, self.runtime.num_ranks),
         )
 
     # ---- the run ------------------------------------------------------------------------------------------
@@ -237,7 +239,14 @@ class Trainer:
     def report(self) -> None:
         """Reports the steps since the last report. The only place where training waits for the device."""
         window, step = self._window, self.progress.step
-        totals = self.runtime.sum({"loss": window.loss_sum, "count": torch.tensor(window.num_samples)})
+        totals = self.runtime.sum(
+            {
+                "loss": window.loss_sum,
+                "count": torch.tensor(window.num_samples),
+                "skipped": torch.tensor(self._num_skipped()),
+            }
+        )
+        self._skipped_samples = int(totals["skipped"])
         seconds = window.seconds(self.clock, self.feed)
         record = {
             "train/loss": totals["loss"] / totals["count"],
@@ -273,6 +282,7 @@ class Trainer:
     def finish(self) -> str:
         """Writes the summary and closes everything. Returns the status."""
         status = "finished" if self.complete() else "stopped"
+        self._skipped_samples = int(self.runtime.sum({"skipped": torch.tensor(self._num_skipped())})["skipped"])
         self._summarise(status)
         self.close()
         logger.info("%s at step %d of %d: %s", status, self.progress.step, self.total_steps, self.folder.path)
@@ -307,7 +317,13 @@ class Trainer:
     def _summarise(self, status: str, error: str | None = None) -> None:
         if self.reporter is not None:
             wait = self.feed.data_wait_seconds
-            self.reporter.summarise(status, self.progress, self.best_metric, self.clock, wait, error)
+            # Other ranks' skips are those of their last report: a failed run must not wait for them.
+            skipped = max(self._skipped_samples, self._num_skipped())
+            self.reporter.summarise(status, self.progress, self.best_metric, self.clock, wait, skipped, error)
+
+    def _num_skipped(self) -> int:
+        """Returns how often this rank could not read a sample."""
+        return self.feed.num_skipped + (self.eval_feed.num_skipped if self.eval_feed is not None else 0)
 
     # ---- state --------------------------------------------------------------------------------------------
 

@@ -94,6 +94,7 @@ class Reporter:
         best_metric: str | None,
         clock: Clock,
         data_wait_seconds: float,
+        skipped_samples: int,
         error: str | None = None,
     ) -> None:
         """Writes summary.json: the run so far, and the time and throughput of this attempt."""
@@ -112,6 +113,7 @@ class Reporter:
                 "metrics": {f"eval/{k}": v for k, v in progress.eval_metrics.items()},
                 "best": best if progress.best_step is not None else None,
                 "skipped_steps": progress.skipped_steps,
+                "skipped_samples": skipped_samples,
                 "samples_per_second": trained / split["train"],
                 "goodput": split["train"] / split["total"],
                 "peak_memory_bytes": peak_memory_bytes(self.runtime.device),

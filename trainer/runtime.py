@@ -28,7 +28,9 @@ from accelerate.utils import patch_environment
 from torch import nn
 
 from trainer.config import Config
+from trainer.data.tuning import cores_of_a_rank
 from trainer.errors import Problem, UserError
+from trainer.placement import place_this_process
 
 logger = logging.getLogger("lockstep")
 
@@ -67,6 +69,12 @@ class Runtime:
         self.step_dtype: torch.dtype = _STEP_DTYPES[config.precision]  # of what matrix products take
         # With its index: accelerate says `cuda` on a single GPU, and tensors there say `cuda:0`.
         self.device: torch.device = torch.empty(0, device=self.accelerator.device).device
+        # The cores next to the GPU, for this process and for the loader workers that it starts.
+        share = config.parallel.pin_cores and self.num_local_ranks > 1
+        placement = place_this_process(self.device, self.local_rank, self.num_local_ranks) if share else None
+        if placement is not None:
+            logger.info("rank %d %s", self.rank, placement)
+        self.num_cores = cores_of_a_rank(self.num_local_ranks, has_its_own=placement is not None)
         self.is_main: bool = self.accelerator.is_main_process
         if promised != self.num_ranks:
             raise UserError(_wrong_world(promised, self.num_ranks))

@@ -13,7 +13,6 @@ from trainer.config import DataConfig
 from trainer.data.datasets import ImageFolder, RankOrder, SizedDataset, build_dataset, build_eval_dataset
 from trainer.data.packed import PackedImages
 from trainer.data.packing import cache_key, open_or_pack
-from trainer.data.tuning import available_cores
 from trainer.errors import UserError, place_at
 
 T = TypeVar("T")
@@ -25,7 +24,7 @@ class Ranks(RankOrder, Protocol):
     rank: int
     local_rank: int
     num_ranks: int
-    num_local_ranks: int
+    num_cores: int
 
     def agree(self, build: Callable[[], T]) -> T: ...
     def from_main(self, value: Callable[[], T]) -> T: ...
@@ -63,7 +62,7 @@ def _packed(dataset: SizedDataset, config: DataConfig, path: str, ranks: Ranks) 
                 rank=ranks.rank,
                 num_ranks=ranks.num_ranks,
                 barrier=ranks.barrier,
-                num_workers=max(available_cores() // ranks.num_local_ranks, 1),
+                num_workers=ranks.num_cores,
                 on_error=config.on_error,
                 key=key,
                 read_ahead=ranks.local_rank == 0,

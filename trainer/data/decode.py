@@ -12,6 +12,7 @@ import functools
 import io
 import os
 import tempfile
+from ctypes.util import find_library
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-Pixels = NDArray[np.uint8]  # (height, width, 3), RGB
+Pixels = NDArray[np.uint8]  # (height, width, channels), RGB where they were decoded
 Encoded = bytes | memoryview | Pixels  # a file's bytes, or pixels that need no decoding
 
-_CPU_ONLY = -99999  # NVIMGCODEC_DEVICE_CPU_ONLY of its C header
+CPU_ONLY = -99999  # NVIMGCODEC_DEVICE_CPU_ONLY of its C header
 _JPEG = b"\xff\xd8"
 _END_OF_JPEG = b"\xff\xd9"
 _FILTER_PIXELS = 2  # what the triangle filter reaches beyond a box, per source pixel of one output pixel, and rounding
@@ -41,10 +42,10 @@ def read_size(encoded: Encoded) -> tuple[int, int]:
     """Returns (height, width) from the header; raises OSError where it is no picture."""
     if isinstance(encoded, np.ndarray):
         return encoded.shape[0], encoded.shape[1]
-    codec = _codec()
-    if codec is not None and bytes(encoded[:2]) == _JPEG:
+    library = codec()
+    if library is not None and _is_whole_jpeg(encoded):
         try:
-            stream = codec.CodeStream(bytes(encoded))
+            stream = library.CodeStream(bytes(encoded))
             return stream.height, stream.width
         except RuntimeError:
             pass  # PIL knows better, or says what is wrong
@@ -64,11 +65,12 @@ def decode(encoded: Encoded) -> Image.Image:
 
 
 def crop_and_resize(encoded: Encoded, box: NDArray[np.float64], size: tuple[int, int]) -> Pixels:
-    """Returns the box (top, left, height, width; inside the picture) of a picture, resized with antialiasing.
+    """Returns the box (top, left, height, width) of a picture, resized with antialiasing.
 
     Args:
         encoded: a file's bytes or decoded pixels.
-        box: float64 (4,) in source pixels, whole or not.
+        box: float64 (4,) in source pixels, whole or not; inside the picture. Of pixels, a box that is not resized
+            may reach outside, where zeros are.
         size: height and width of the result.
 
     Raises:
@@ -91,22 +93,26 @@ def _decode_region(
     encoded: bytes | memoryview, box: NDArray[np.float64], margin: NDArray[np.float64]
 ) -> tuple[Pixels, NDArray[np.float64]] | None:
     """Returns the decoded pixels around a box and their (top, left); None where PIL must do it."""
-    codec = _codec()
-    # A file without its end is cut off: PIL reports it, the codec would on standard error.
-    if codec is None or bytes(encoded[-2:]) != _END_OF_JPEG:
+    library = codec()
+    if library is None or not _is_whole_jpeg(encoded):
         return None
     try:
-        stream = codec.CodeStream(bytes(encoded))
+        stream = library.CodeStream(bytes(encoded))
         top, left = (int(v) for v in np.maximum(np.floor(box[:2] - margin), 0))
         bottom = min(int(np.ceil(box[0] + box[2] + margin[0])), stream.height)
         right = min(int(np.ceil(box[1] + box[3] + margin[1])), stream.width)
-        region = stream.get_sub_code_stream(region=codec.Region(top, left, bottom, right))
+        region = stream.get_sub_code_stream(region=library.Region(top, left, bottom, right))
         image = _decoder().decode(region, params=_decode_params())
     except RuntimeError:
         return None
     if image is None:
         return None
     return np.asarray(image), np.array([top, left], dtype=np.float64)
+
+
+def _is_whole_jpeg(encoded: bytes | memoryview) -> bool:
+    """Tells whether a file starts and ends as a JPEG: what is cut off PIL reports, the codec on standard error."""
+    return bytes(encoded[:2]) == _JPEG and bytes(encoded[-2:]) == _END_OF_JPEG
 
 
 def _decode_reduced(encoded: bytes | memoryview, box: NDArray[np.float64], size: tuple[int, int]) -> Pixels:
@@ -122,17 +128,25 @@ def _resample(pixels: Pixels, box: NDArray[np.float64], size: tuple[int, int]) -
     height, width = pixels.shape[:2]
     if not _has_fraction(box):
         top, left, h, w = (int(v) for v in box)
-        part = pixels[top : top + h, left : left + w]
+        part = pixels[max(top, 0) : max(top + h, 0), max(left, 0) : max(left + w, 0)]
         if (h, w) == size:
-            return part
+            return part if part.shape[:2] == size else _surrounded(part, max(-top, 0), max(-left, 0), size)
         # As a channels_last batch of one: torch then reads and writes pixels in place, without reordering them.
         batch = torch.from_numpy(np.require(part, requirements=["C", "W"]))[None].permute(0, 3, 1, 2)
-        resized = torch.nn.functional.interpolate(batch, size, mode="bilinear", antialias=True)
-        return resized.permute(0, 2, 3, 1)[0].numpy()
+        batch = torch.nn.functional.interpolate(batch, size, mode="bilinear", antialias=True)
+        return batch.permute(0, 2, 3, 1)[0].numpy()
     left, top = max(box[1], 0.0), max(box[0], 0.0)
     right, bottom = min(box[1] + box[3], float(width)), min(box[0] + box[2], float(height))
-    image = Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR, box=(left, top, right, bottom))
-    return np.asarray(image)
+    image = Image.fromarray(pixels if pixels.shape[2] != 1 else pixels[..., 0])
+    image = image.resize(size[::-1], Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+    return np.asarray(image).reshape(*size, pixels.shape[2])
+
+
+def _surrounded(pixels: Pixels, top: int, left: int, size: tuple[int, int]) -> Pixels:
+    """Puts zeros around pixels."""
+    result = np.zeros((*size, pixels.shape[2]), dtype=np.uint8)
+    result[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+    return result
 
 
 def _has_fraction(box: NDArray[np.float64]) -> bool:
@@ -140,7 +154,7 @@ def _has_fraction(box: NDArray[np.float64]) -> bool:
 
 
 @functools.cache
-def _codec() -> Any:
+def codec() -> Any:
     """Returns the nvImageCodec module, or None where it is not installed."""
     try:
         package = find_spec("nvidia.nvimgcodec")
@@ -150,9 +164,7 @@ def _codec() -> Any:
         return None
     libraries = Path(package.submodule_search_locations[0])
     # Given all its extensions, it reports on standard error which of NVIDIA's libraries are not installed.
-    names = ["libjpeg_turbo_ext.so*"]
-    if any(libraries.parent.glob("*/lib/libnvjpeg.so*")):
-        names.append("libnvjpeg_ext.so*")
+    names = ["libjpeg_turbo_ext.so*", *(["libnvjpeg_ext.so*"] if decodes_on_gpu() else [])]
     variable = "NVIMGCODEC_EXTENSIONS_PATH"
     given = os.environ.get(variable)
     with tempfile.TemporaryDirectory() as folder:
@@ -162,7 +174,7 @@ def _codec() -> Any:
         try:
             from nvidia import nvimgcodec
 
-            nvimgcodec.Decoder(device_id=_CPU_ONLY, max_num_cpu_threads=1)  # loads the extensions
+            nvimgcodec.Decoder(device_id=CPU_ONLY, max_num_cpu_threads=1)  # loads the extensions
         except (ImportError, OSError, RuntimeError):
             return None
         finally:
@@ -172,6 +184,14 @@ def _codec() -> Any:
     return nvimgcodec
 
 
+@functools.cache
+def decodes_on_gpu() -> bool:
+    """Tells whether nvJPEG, which nvImageCodec needs for that, comes with CUDA or as a Python package."""
+    package = find_spec("nvidia")
+    folders = [Path(folder) for folder in (package.submodule_search_locations or [])] if package else []
+    return any(any(folder.glob("*/lib/libnvjpeg.so*")) for folder in folders) or find_library("nvjpeg") is not None
+
+
 def _decoder() -> Any:
     """Returns this process's decoder: its threads do not survive a fork."""
     return _decoder_of(os.getpid())
@@ -179,12 +199,12 @@ def _decoder() -> Any:
 
 @functools.lru_cache(maxsize=1)
 def _decoder_of(process: int) -> Any:
-    codec = _codec()
-    backends = [codec.Backend(codec.BackendKind.CPU_ONLY)]
-    return codec.Decoder(device_id=_CPU_ONLY, backends=backends, max_num_cpu_threads=1)
+    library = codec()
+    backends = [library.Backend(library.BackendKind.CPU_ONLY)]
+    return library.Decoder(device_id=CPU_ONLY, backends=backends, max_num_cpu_threads=1)
 
 
 @functools.cache
 def _decode_params() -> Any:
     # torchvision's ImageFolder does not turn pictures by their EXIF orientation either.
-    return _codec().DecodeParams(apply_exif_orientation=False)
+    return codec().DecodeParams(apply_exif_orientation=False)

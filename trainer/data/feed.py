@@ -17,15 +17,18 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from trainer.config import DataConfig
+from trainer.config import AugmentConfig, DataConfig
 from trainer.data.augment import AugmentationPlan, DeviceAugmentation, mix_targets
-from trainer.data.datasets import SizedDataset, is_image_data
+from trainer.data.datasets import SizedDataset
+from trainer.data.device_decode import DeviceDecoder
 from trainer.data.draws import sample_keys
-from trainer.data.geometry import split_transforms
 from trainer.data.loader import LoadedBatch, LoadFailure, SampleLoader, Skipped, preserved_generators
+from trainer.data.modes import choose_route
 from trainer.data.nested import map_tensors
 from trainer.data.prefetch import DeviceBatch, Prefetcher
+from trainer.data.resident import ResidentPictures, Share
 from trainer.data.sampler import EvalSampler, MicroBatchSampler, SampleKey, StepSampler
+from trainer.data.slots import Slot
 from trainer.data.transforms import HostTransform, build_transforms
 from trainer.data.tuning import WorkerTuner
 from trainer.data.workers import WorkerPool
@@ -75,6 +78,7 @@ class DeviceFeed:
         task: what a batch means.
         dtype: of the images that the device half makes: that of the step.
         max_workers: most worker processes that `workers: auto` starts.
+        ranks: which of how many processes this is, for a resident data set that they share.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class DeviceFeed:
         task: BatchMeaning,
         dtype: torch.dtype = torch.float32,
         max_workers: int = 1,
+        ranks: Share | None = None,
     ) -> None:
         self.dataset = dataset
         self.config = config
@@ -99,9 +104,7 @@ class DeviceFeed:
         self._num_read = 0
         self._unreadable: set[int] = set()
         self._is_train = split == "train"
-        self._augmentation: DeviceAugmentation | None = None
-        self._loader: SampleLoader | None = None  # none: the data set makes its batches on the device
-        self._build(config, split, dtype)
+        self._build(config, split, dtype, ranks or Share())
         self._pool: WorkerPool | None = None
         self._prefetcher: Prefetcher | None = None
         self._tuner: WorkerTuner | None = None
@@ -111,39 +114,41 @@ class DeviceFeed:
         self._batches: Iterator[DeviceBatch] | None = None
         self._micro_batches: MicroBatchSampler | None = None
 
-    def _build(self, config: DataConfig, split: Literal["train", "eval"], dtype: torch.dtype) -> None:
-        path = f"data.transforms.{split}"
-        transforms = build_transforms(getattr(config.transforms, split), path)
-        convert = config.normalize is not None or is_image_data(self.dataset)
-        augment = config.augment if self._is_train else None
-        if augment is not None and augment.mixes and self.task.num_classes is None:
+    def _build(self, config: DataConfig, split: Literal["train", "eval"], dtype: torch.dtype, ranks: Share) -> None:
+        transforms = build_transforms(getattr(config.transforms, split), f"data.transforms.{split}")
+        route = choose_route(self.dataset, config, split, transforms, self.device, ranks.num_ranks)
+        logger.info("%s: feed %s: %s", self.name, route.mode, route.reason)
+        augment = config.augment if self._is_train else AugmentConfig()
+        if augment.mixes and self.task.num_classes is None:
             message = "mixing needs to know the number of classes: set model.args.num_classes"
             raise UserError(message, path="data.augment")
-        if hasattr(self.dataset, "device_batch"):
-            if transforms:
-                raise UserError("data that is made on the device has no host transforms", path=path)
-            if convert or (augment is not None and (augment.mixes or augment.erase)):
-                self._augmentation = DeviceAugmentation(config.normalize, augment, dtype=dtype).to(self.device)
-            return
-        split_up = split_transforms(transforms) if convert else split_transforms([])
-        geometry = split_up.geometry if hasattr(self.dataset, "encoded") else None
-        on_host = [*(() if geometry else split_up.geometric), *split_up.rest] if convert else transforms
-        if convert:
-            self._augmentation = DeviceAugmentation(
-                config.normalize, augment, split_up.horizontal_flip, split_up.vertical_flip, dtype
-            ).to(self.device)
-        elif augment is not None and (augment.mixes or augment.erase):
+        self._augmentation: DeviceAugmentation | None = None
+        if route.is_image_data:
+            flips = route.horizontal_flip, route.vertical_flip
+            self._augmentation = DeviceAugmentation(config.normalize, augment, *flips, dtype).to(self.device)
+        elif augment.mixes or augment.erase:
             message = "augmentation on the device needs images: set data.normalize for a data set of your own"
             raise UserError(message, path="data.augment")
-        skip: Literal["replace", "drop"] = "replace" if self._is_train else "drop"
-        self._loader = SampleLoader(
-            self.dataset,
-            HostTransform(on_host, self.task.input_key, as_bytes=convert),
-            geometry,
-            self.seed,
-            self.name,
-            on_error="raise" if config.on_error == "raise" else skip,
-        )
+        self._loader: SampleLoader | None = None
+        self._resident: ResidentPictures | None = None
+        self._decoder = DeviceDecoder(self.device) if route.mode == "device_decode" else None
+        if route.mode == "resident":
+            assert route.geometry is not None
+            share = ranks if route.is_sharded else None
+            try:
+                self._resident = ResidentPictures(route.dataset, route.geometry, self.device, self.seed, share)
+            except UserError as error:
+                raise place_at(self.name, error) from None
+        elif route.mode != "made_on_device":
+            skip: Literal["replace", "drop"] = "replace" if self._is_train else "drop"
+            self._loader = SampleLoader(
+                route.dataset,
+                HostTransform(route.on_host, self.task.input_key, as_bytes=route.is_image_data),
+                route.geometry,
+                self.seed,
+                self.name,
+                on_error="raise" if config.on_error == "raise" else skip,
+            )
 
     # ---- batches ---------------------------------------------------------------------------------------------
 
@@ -151,7 +156,11 @@ class DeviceFeed:
         """Seeks to `step`: the next `step_batches` call must be for it."""
         self._stop()
         self._micro_batches = MicroBatchSampler(sampler, step, total_steps)
-        self._batches = self._iterate(self._micro_batches)
+        if self._resident is not None and self._resident.share.num_ranks > 1:
+            batches = self._resident.exchanged_batches(sampler, step, total_steps)
+            self._batches = (DeviceBatch(batch, self._to_device(self._draw(batch))) for batch in batches)
+        else:
+            self._batches = self._iterate(self._micro_batches)
 
     def step_batches(self, step: int) -> Iterator[MicroBatch]:
         """Yields the micro-batches of one training step; steps must follow one another."""
@@ -210,7 +219,13 @@ class DeviceFeed:
         if self._num_workers == 0:
             return self._loaded_here(self._loader, requests)
         self._prefetcher = Prefetcher(
-            self._started_pool(self._loader), requests, self.device, self.config.prefetch, self._check, self._draw
+            self._started_pool(self._loader),
+            requests,
+            self.device,
+            self.config.prefetch,
+            self._check,
+            self._move,
+            self._draw,
         )
         return iter(self._prefetcher.get, None)
 
@@ -218,25 +233,33 @@ class DeviceFeed:
         dataset: Any = self.dataset
         for keys in requests:
             batch = LoadedBatch(np.array(keys, dtype=np.int64), None)
-            batch = batch._replace(data=dataset.device_batch(batch.sample_ids, self.device))
+            if self._resident is not None:
+                data = self._resident.batch(batch.keys)
+            else:
+                data = dataset.device_batch(batch.sample_ids, self.device)
+            batch = batch._replace(data=data)
             yield DeviceBatch(batch, self._to_device(self._draw(batch)))
 
     def _loaded_here(self, loader: SampleLoader, requests: Iterable[list[SampleKey]]) -> Iterator[DeviceBatch]:
         """Loads in this process, on this thread: users' transforms draw from its global generators."""
         for keys in requests:
             with preserved_generators():
-                batch = loader.load(keys, _in_own_memory, _tell_nobody)
+                load = loader.load if self._decoder is None else loader.load_encoded
+                batch = load(keys, _in_own_memory, _tell_nobody)
             if isinstance(batch, LoadFailure):
                 raise UserError(*batch.problems)
             if len(batch.keys):
                 self._check(batch)
-            plan = self._to_device(self._draw(batch))
-            yield DeviceBatch(batch._replace(data=map_tensors(self._moved, batch.data)), plan)
+            if self._decoder is not None:
+                batch = self._decoder.finish(batch, loader, self.seed)
+            else:
+                batch = batch._replace(data=map_tensors(self._moved, batch.data))
+            yield DeviceBatch(batch, self._to_device(self._draw(batch)))
 
     def _started_pool(self, loader: SampleLoader) -> WorkerPool:
         if self._pool is None:
             self._pool = WorkerPool(
-                partial(_load_into_slot, loader),
+                partial(_load_into_slot, loader.load if self._decoder is None else loader.load_encoded),
                 loader.describe,
                 num_workers=self._num_workers,
                 max_workers=self._num_workers,
@@ -245,6 +268,17 @@ class DeviceFeed:
                 pin=self.device.type == "cuda",
             )
         return self._pool
+
+    def _move(self, batch: LoadedBatch) -> LoadedBatch:
+        """Moves a worker's batch to the device, on the thread and the stream of the copies."""
+        if self._decoder is not None:
+            assert self._loader is not None
+            return self._decoder.finish(batch, self._loader, self.seed)
+        if self.device.type != "cuda":
+            return batch._replace(data=map_tensors(torch.clone, batch.data))
+        # From pinned memory these return at once and the copies overlap with the step.
+        data = map_tensors(lambda tensor: tensor.to(self.device, non_blocking=True), batch.data)
+        return batch._replace(data=data)
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.device.type == "cuda":
@@ -330,8 +364,8 @@ class DeviceFeed:
             raise UserError(message, path=self.name)
 
 
-def _load_into_slot(loader: SampleLoader, keys: Any, slot: Any, reading: Callable[[int], None]) -> Any:
-    return loader.load(keys, slot.allocate, reading)
+def _load_into_slot(load: Callable[..., Any], keys: Any, slot: Slot, reading: Callable[[int], None]) -> Any:
+    return load(keys, slot.allocate, reading)
 
 
 def _in_own_memory(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -113,6 +113,11 @@ class ResizeAndCenterCrop:
 Geometry = Callable[[Sizes, Keys], Crops]
 
 
+def whole_pictures(sizes: Sizes, keys: Keys) -> Crops:
+    """The geometry of no transform at all."""
+    return Crops(np.concatenate([np.zeros_like(sizes), sizes], axis=1).astype(float), sizes)
+
+
 @dataclass(frozen=True)
 class SplitTransforms:
     """A list of transforms, taken apart by where each runs cheapest."""
@@ -129,7 +134,7 @@ def split_transforms(transforms: Sequence[Callable[[Any], Any]], *, pads: bool =
 
     Args:
         transforms: in the order of the config.
-        pads: whether crops may reach outside of the picture (on the device they may).
+        pads: whether crops may reach outside of the picture, where zeros are: for pictures that are pixels already.
     """
     rest = list(transforms)
     flips = {"horizontal": 0.0, "vertical": 0.0}
@@ -159,7 +164,8 @@ def _resize_and_center_crop(rest: list[Any], pads: bool) -> Geometry | None:
         size = rest.pop(0).size
         resize = int(size[0]) if len(size) == 1 else (int(size[0]), int(size[1]))
     crop: tuple[int, int] | None = None
-    if rest and type(rest[0]) is v2.CenterCrop and (pads or _inside(_pair(rest[0].size), resize)):
+    may_pad = pads and resize is None
+    if rest and type(rest[0]) is v2.CenterCrop and (may_pad or _inside(_pair(rest[0].size), resize)):
         crop = _pair(rest.pop(0).size)
     return ResizeAndCenterCrop(resize, crop) if resize or crop else None
 

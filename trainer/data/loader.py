@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from trainer.data.datasets import SizedDataset
 from trainer.data.decode import Encoded, crop_and_resize, read_size
@@ -27,7 +30,7 @@ from trainer.data.sampler import SampleKey
 from trainer.data.transforms import HostTransform
 from trainer.errors import Problem, UserError, one_line, place_at
 
-_UNREADABLE = (OSError, SyntaxError)  # what PIL raises for a broken file
+_UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what PIL raises for a broken file
 _MOST_REPLACEMENTS = 10
 
 Reading = Callable[[int], None]  # told of each sample before it is read
@@ -87,6 +90,19 @@ def preserved_generators() -> Iterator[None]:
         random.setstate(states[2])
 
 
+@dataclass(frozen=True)
+class EncodedPictures:
+    """The files of a batch, one after the other."""
+
+    data: torch.Tensor  # uint8
+    ends: NDArray[np.int64]  # (B,): where each file ends
+    sizes: NDArray[np.int64]  # (B, 2): height and width
+
+    def files(self) -> list[NDArray[np.uint8]]:
+        """Returns the bytes of each file."""
+        return np.split(self.data.numpy(), self.ends[:-1])
+
+
 class _Picture(NamedTuple):
     """A picture whose pixels have not been looked at."""
 
@@ -143,15 +159,47 @@ class SampleLoader:
             return LoadFailure(place_at(self.name, error).problems)
         return LoadedBatch(np.array(read, dtype=np.int64).reshape(-1, 2), data, tuple(skipped))
 
+    def load_encoded(
+        self, keys: Sequence[Sequence[int]], allocate: Allocate, reading: Reading
+    ) -> LoadedBatch | LoadFailure:
+        """Loads the files of one batch, undecoded: data are [EncodedPictures, targets]."""
+        skipped: list[Skipped] = []
+        try:
+            found = [self._first_readable(SampleKey(*map(int, key)), self._open_file, reading, skipped) for key in keys]
+            pictures: list[_Picture] = [picture for picture in found if picture is not None]
+            read = np.array([picture.key for picture in pictures], dtype=np.int64).reshape(-1, 2)
+            if not pictures:
+                return LoadedBatch(read, None, tuple(skipped))
+            files = [np.frombuffer(picture.encoded, np.uint8) for picture in pictures]
+            ends = np.cumsum([len(file) for file in files])
+            data = allocate((int(ends[-1]),), torch.uint8)
+            np.concatenate(files, out=data.numpy())
+            encoded = EncodedPictures(data, ends, np.array([picture.size for picture in pictures]))
+            return LoadedBatch(read, [encoded, collate([p.target for p in pictures], allocate)], tuple(skipped))
+        except UserError as error:
+            return LoadFailure(place_at(self.name, error).problems)
+
+    def decode_on_host(
+        self, key: SampleKey, encoded: Encoded, target: Any, box: Any, size: tuple[int, int], skipped: list[Skipped]
+    ) -> tuple[SampleKey, Any, Any] | None:
+        """Returns (key, pixels, target) of a picture's crop, or of its replacement; None where it is dropped.
+
+        Raises:
+            UserError: it cannot be decoded, and `on_error` is `raise`.
+        """
+        picture = _Picture(key, encoded, target, (0, 0))
+        return self._decoded(picture, box, size, lambda sample: None, skipped)
+
     def describe(self, index: int) -> str:
         """Names a sample by its number and, where the data set knows it, its file."""
         name = None
-        if hasattr(self.dataset, "source_name"):
-            name = self.dataset.source_name(index)
-        else:
-            samples = getattr(self.dataset, "samples", None)  # as torchvision's folder data sets keep them
-            if isinstance(samples, list) and isinstance(samples[index], tuple):
-                name = samples[index][0]
+        with suppress(Exception):  # it is for messages about something worse
+            if hasattr(self.dataset, "source_name"):
+                name = self.dataset.source_name(index)
+            else:
+                samples = getattr(self.dataset, "samples", None)  # as torchvision's folder data sets keep them
+                if isinstance(samples, list) and isinstance(samples[index], tuple):
+                    name = samples[index][0]
         return f"sample {index}" + (f" ('{name}')" if name else "")
 
     # ---- samples that the data set gives ready -------------------------------------------------------------
@@ -181,7 +229,9 @@ class SampleLoader:
         crops = self.geometry(np.array([p.size for p in pictures]), sample_keys(self.seed, [p.key for p in pictures]))
         sizes = [(int(h), int(w)) for h, w in crops.sizes]
         as_one = not self.transform.transforms and all(size == sizes[0] for size in sizes)
-        images = allocate((len(pictures), *sizes[0], 3), torch.uint8) if as_one else torch.empty(0)
+        first = pictures[0].encoded
+        channels = first.shape[2] if isinstance(first, np.ndarray) else 3
+        images = allocate((len(pictures), *sizes[0], channels), torch.uint8) if as_one else torch.empty(0)
         target = images.numpy()
         read: list[SampleKey] = []
         inputs: list[Any] = []
@@ -193,6 +243,9 @@ class SampleLoader:
                 continue
             key, pixels, label = done
             if as_one:
+                if pixels.shape != target.shape[1:]:  # a replacement of another shape
+                    shapes = f"{list(target.shape[1:3])} and {list(pixels.shape[:2])}"
+                    raise UserError(f"sample {key.sample} differs in shape from others ({shapes}); crop them to one")
                 target[len(read)] = pixels
             else:
                 seed_global_generators(sample_seed(self.seed, key))
@@ -204,6 +257,14 @@ class SampleLoader:
         if as_one:
             return read, [images[: len(read)].permute(0, 3, 1, 2), collate(targets, allocate)]
         return read, self._collate(list(zip(inputs, targets, strict=True)), read, allocate)
+
+    def _open_file(self, key: SampleKey) -> _Picture:
+        picture = self._open(key)
+        if isinstance(picture.encoded, np.ndarray):
+            raise UserError(
+                "its pictures are stored as pixels, which need no decoding: data.feed: host", path="data.feed"
+            )
+        return picture
 
     def _open(self, key: SampleKey) -> _Picture:
         encoded, target = self.dataset.encoded(key.sample)  # type: ignore[attr-defined]
@@ -258,7 +319,8 @@ class SampleLoader:
         raise UserError(f"{_MOST_REPLACEMENTS} samples in a row could not be read; the last: {skipped[-1].problem}")
 
     def _note_unreadable(self, key: SampleKey, error: BaseException, skipped: list[Skipped]) -> None:
-        message = f"cannot read {self.describe(key.sample)}: {' '.join(str(error).split())}"
+        reason = re.sub(r" <_io\.[^>]*>", "", " ".join(str(error).split()))  # PIL names files by their address
+        message = f"cannot read {self.describe(key.sample)}: {reason}"
         if self.on_error == "raise":
             raise UserError(message, path=self.name) from error
         skipped.append(Skipped(key.sample, message))

@@ -5,8 +5,9 @@ Whatever is no tensor (strings, None, the user's own objects) passes through unt
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,24 +24,37 @@ def map_tensors(function: Callable[[torch.Tensor], Any], data: Any, leaf_type: t
     if isinstance(data, str | bytes):
         return data
     if isinstance(data, Mapping):
-        mapped = {key: map_tensors(function, value, leaf_type) for key, value in data.items()}
-        return mapped if type(data) is dict else _like(data, mapped)
+        return _like(data, {key: map_tensors(function, value, leaf_type) for key, value in data.items()})
     if isinstance(data, tuple) and hasattr(data, "_fields"):
         return type(data)(*(map_tensors(function, value, leaf_type) for value in data))
     if isinstance(data, list | tuple):
         return type(data)(map_tensors(function, value, leaf_type) for value in data)
     if dataclasses.is_dataclass(data) and not isinstance(data, type):
-        names = [field.name for field in dataclasses.fields(data) if field.init]
-        values = {name: map_tensors(function, getattr(data, name), leaf_type) for name in names}
-        return dataclasses.replace(data, **values)
+        return _with_fields(data, lambda name: map_tensors(function, getattr(data, name), leaf_type))
     return data
 
 
-def _like(mapping: Any, values: dict[Any, Any]) -> Any:
-    try:
-        return type(mapping)(values)
-    except TypeError:  # a mapping that is not built from a dict
+def _like(mapping: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
+    """Returns a mapping of the same type, as far as that can be made."""
+    if type(mapping) is dict:
         return values
+    try:
+        if not isinstance(mapping, MutableMapping):
+            return type(mapping)(values)  # type: ignore[call-arg]
+        same = copy.copy(mapping)  # which may know more than its items, such as a default
+        same.update(values)
+        return same
+    except TypeError:
+        return values
+
+
+def _with_fields(data: Any, value: Callable[[str], Any]) -> Any:
+    """Returns a copy of a dataclass with other values; its `__post_init__` has run already and must not again."""
+    same = copy.copy(data)
+    for field in dataclasses.fields(data):
+        if hasattr(data, field.name):
+            object.__setattr__(same, field.name, value(field.name))  # also where it is frozen
+    return same
 
 
 def collate(items: Sequence[Any], allocate: Allocate) -> Any:
@@ -55,14 +69,7 @@ def collate(items: Sequence[Any], allocate: Allocate) -> Any:
     """
     first = items[0]
     if isinstance(first, torch.Tensor):
-        if any(type(item) is not type(first) for item in items):
-            return default_collate(list(items))
-        if first.is_sparse or first.is_nested:
-            return default_collate(list(items))
-        if any(item.shape != first.shape or item.dtype != first.dtype for item in items):
-            return default_collate(list(items))  # which says what differs, or converts
-        stacked = allocate((len(items), *first.shape), first.dtype)
-        return torch.stack(list(items), out=stacked)
+        return _stacked(items, allocate)
     if isinstance(first, np.ndarray) and first.dtype.kind not in "SUO":
         return collate([torch.as_tensor(item) for item in items], allocate)
     if first is None and all(item is None for item in items):
@@ -72,13 +79,25 @@ def collate(items: Sequence[Any], allocate: Allocate) -> Any:
     if isinstance(first, Mapping):
         if any(set(item) != set(first) for item in items):
             raise KeyError(f"samples have different keys: {sorted(map(str, set().union(*items)))}")
-        return {key: collate([item[key] for item in items], allocate) for key in first}
+        return _like(first, {key: collate([item[key] for item in items], allocate) for key in first})
     if isinstance(first, list | tuple):
         if any(len(item) != len(first) for item in items):
             raise RuntimeError("samples have different numbers of parts")
         parts = [collate(part, allocate) for part in zip(*items, strict=True)]
         return type(first)(*parts) if hasattr(first, "_fields") else parts
     if dataclasses.is_dataclass(first) and not isinstance(first, type):
-        names = [field.name for field in dataclasses.fields(first) if field.init]
-        return dataclasses.replace(first, **{n: collate([getattr(i, n) for i in items], allocate) for n in names})
+        return _with_fields(first, lambda name: collate([getattr(item, name) for item in items], allocate))
     return default_collate(list(items))
+
+
+@torch.no_grad()  # what a sample went through is no part of the model
+def _stacked(items: Sequence[Any], allocate: Allocate) -> torch.Tensor:
+    first = items[0]
+    is_plain = first.layout == torch.strided and first.device.type == "cpu" and not first.is_nested
+    if not is_plain or any(
+        type(item) is not type(first) or item.shape != first.shape or item.dtype != first.dtype for item in items
+    ):
+        return default_collate(list(items))  # which says what differs, or converts
+    stacked = allocate((len(items), *first.shape), first.dtype)
+    torch.stack([item.as_subclass(torch.Tensor) for item in items], out=stacked)
+    return stacked

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,13 @@ class DeviceBatch(NamedTuple):
     copied: torch.cuda.Event | None = None
 
 
+class _Failure(NamedTuple):
+    """Why there are no more batches; raised whenever one is asked for."""
+
+    error: BaseException
+    traceback: TracebackType | None  # without what each raising adds
+
+
 class Prefetcher:
     """Loads and copies the batches of `requests`, at most `depth` ahead of who takes them.
 
@@ -45,6 +53,7 @@ class Prefetcher:
         device: where batches go.
         depth: batches that wait on the device.
         check: called with each batch while it is in host memory; raises UserError on bad data.
+        move: returns a batch with its data on the device; called on the copy stream.
         draw: returns the augmentation of a batch, in host memory.
     """
 
@@ -55,6 +64,7 @@ class Prefetcher:
         device: torch.device,
         depth: int,
         check: Callable[[LoadedBatch], None],
+        move: Callable[[LoadedBatch], LoadedBatch],
         draw: Callable[[LoadedBatch], AugmentationPlan | None],
     ) -> None:
         pool.resume()
@@ -63,41 +73,45 @@ class Prefetcher:
         self._device = device
         self._depth = depth
         self._check = check
+        self._move = move
         self._draw = draw
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._ready: collections.deque[DeviceBatch | BaseException | None] = collections.deque()
+        self._ready: collections.deque[DeviceBatch | _Failure | None] = collections.deque()
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="lockstep-feed", daemon=True)
         self._thread.start()
 
     def get(self) -> DeviceBatch | None:
-        """Returns the next batch, or None after the last; waits for it.
+        """Returns the next batch, or None after the last and once closed; waits for it.
 
         Raises:
             UserError: bad data.
+            WorkerDied: a worker process ended.
             Exception: what loading raised.
         """
         patience = SLOW_SECONDS
         started = time.monotonic()
         with self._changed:
-            while not self._ready:
+            while not self._ready and not self._closed:
                 if not self._changed.wait(timeout=max(started + patience - time.monotonic(), 0.0)):
                     self._report_slowness(time.monotonic() - started)
                     patience *= 2
+            if self._closed:
+                return None
             item = self._ready[0]
             if isinstance(item, DeviceBatch):  # the end and a failure stay, for whoever asks again
                 self._ready.popleft()
-                self._changed.notify()
-        if isinstance(item, BaseException):
-            raise item
+                self._changed.notify_all()
+        if isinstance(item, _Failure):
+            raise item.error.with_traceback(item.traceback)
         return None if item is None else self._handed_over(item)
 
     def close(self) -> None:
         """Ends the thread, wherever it is; the workers stay."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
+            self._changed.notify_all()
         self._pool.interrupt()
         self._thread.join()
         self._ready.clear()
@@ -118,7 +132,7 @@ class Prefetcher:
                     return
             self._put(None)
         except BaseException as error:
-            self._put(error)
+            self._put(_Failure(error, error.__traceback__))
         finally:
             batches.close()  # type: ignore[attr-defined]  # a generator
 
@@ -128,27 +142,26 @@ class Prefetcher:
             raise UserError(*batch.problems)
         if len(batch.keys):
             self._check(batch)
-        plan = self._draw(batch)
         if self._stream is None:
-            own = map_tensors(torch.clone, batch.data)
-            return DeviceBatch(batch._replace(data=own), plan, loaded.load_seconds)
+            batch = self._move(batch)
+            return DeviceBatch(batch, self._draw(batch), loaded.load_seconds)
         with torch.cuda.stream(self._stream):
-            # From pinned memory these return at once and the copies overlap with the step.
-            data = map_tensors(lambda tensor: tensor.to(self._device, non_blocking=True), batch.data)
+            batch = self._move(batch)
+            plan = self._draw(batch)
             plan = plan.pin_memory().to(self._device, non_blocking=True) if plan is not None else None
             copied = torch.cuda.Event()
             copied.record(self._stream)
         # This thread has nothing else to do, and the workers may write into the slot again only after the copy.
         copied.synchronize()
-        return DeviceBatch(batch._replace(data=data), plan, loaded.load_seconds, copied)
+        return DeviceBatch(batch, plan, loaded.load_seconds, copied)
 
-    def _put(self, item: DeviceBatch | BaseException | None) -> bool:
+    def _put(self, item: DeviceBatch | _Failure | None) -> bool:
         """Hands an item over as soon as there is room; returns False once closed."""
         with self._changed:
             while len(self._ready) >= self._depth and not self._closed:
                 self._changed.wait()
             self._ready.append(item)
-            self._changed.notify()
+            self._changed.notify_all()
             return not self._closed
 
     # ---- on the thread of the step ---------------------------------------------------------------------------

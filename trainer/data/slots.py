@@ -22,6 +22,7 @@ logger = logging.getLogger("lockstep")
 
 _ALIGNMENT = 64  # bytes: vector loads
 _GROWTH = 1 << 20  # bytes: a slot's size is a multiple of it
+_NOBODY = -1  # no process's id
 
 
 class SlotTensor(NamedTuple):
@@ -34,24 +35,31 @@ class SlotTensor(NamedTuple):
 
 
 class Slot:
-    """A piece of shared memory for one batch at a time; every process maps it for itself."""
+    """A piece of shared memory for one batch at a time; every process maps it for itself.
 
-    def __init__(self) -> None:
+    Args:
+        pin: register the memory with CUDA, in the process that makes the slot.
+    """
+
+    def __init__(self, pin: bool = False) -> None:
         self._file = _anonymous_file()
-        self._bytes: torch.Tensor | None = None  # uint8, the whole slot as this process has it mapped
-        self._registered: list[torch.Tensor] = []
+        self._pinned_by = os.getpid() if pin else _NOBODY
+        self._registered: torch.Tensor | None = None
+        # uint8, the slot as this process has it mapped: now (the last), and before it grew for the batch in it.
+        self._mappings: list[torch.Tensor] = []
         self._used = 0
 
-    # Only spawned workers need these; forked ones inherit the file.
+    # Only workers that are not forked need these; forked ones inherit the file.
     def __getstate__(self) -> Any:
         return reduction.DupFd(self._file)
 
     def __setstate__(self, state: Any) -> None:
-        self._file, self._bytes, self._registered, self._used = state.detach(), None, [], 0
+        self._file, self._pinned_by, self._registered, self._mappings, self._used = state.detach(), _NOBODY, None, [], 0
 
     def clear(self) -> None:
         """Makes room for a new batch."""
         self._used = 0
+        del self._mappings[:-1]
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Returns an uninitialised tensor in the slot, which grows where it must."""
@@ -59,61 +67,70 @@ class Slot:
         self._used = start + math.prod(shape) * dtype.itemsize
         return self._map(self._used)[start : self._used].view(dtype).view(shape)
 
+    @torch.no_grad()
     def put(self, data: Any) -> Any:
         """Returns `data` with its tensors moved into the slot and replaced by `SlotTensor`s."""
         return map_tensors(self._put, data)
 
-    def get(self, data: Any, pin: bool) -> Any:
+    def get(self, data: Any) -> Any:
         """Returns `data` with its `SlotTensor`s replaced by tensors that share the slot's memory."""
-
-        def view(place: SlotTensor) -> torch.Tensor:
-            size = math.prod(place.shape) * place.dtype.itemsize
-            memory = self._map(place.offset + size, pin)[place.offset : place.offset + size]
-            return memory.view(place.dtype).as_strided(place.shape, place.strides)
-
-        return map_tensors(view, data, SlotTensor)  # type: ignore[arg-type]
+        return map_tensors(self._view, data, SlotTensor)  # type: ignore[arg-type]
 
     def close(self) -> None:
         """Gives the memory back, once no tensor uses it."""
-        for memory in self._registered:
-            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
-        self._registered, self._bytes = [], None
+        self._unpin()
+        self._mappings = []
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
 
     def _put(self, tensor: torch.Tensor) -> SlotTensor:
-        if not self._holds(tensor):
-            copy = self.allocate(tuple(tensor.shape), tensor.dtype)
+        if tensor.numel() == 0:
+            return SlotTensor(0, tensor.dtype, tuple(tensor.shape), tensor.stride())
+        offset = self._offset_of(tensor)
+        if offset is None:
+            strides = torch.empty_like(tensor.as_subclass(torch.Tensor), device="meta").stride()  # as `clone` has them
+            copy = self.allocate((tensor.numel(),), tensor.dtype).as_strided(tensor.shape, strides)
             copy.copy_(tensor)
-            tensor = copy
-        assert self._bytes is not None
-        offset = tensor.data_ptr() - self._bytes.data_ptr() if tensor.numel() else 0
+            tensor, offset = copy, self._offset_of(copy)
+            assert offset is not None
         return SlotTensor(offset, tensor.dtype, tuple(tensor.shape), tensor.stride())
 
-    def _holds(self, tensor: torch.Tensor) -> bool:
-        if self._bytes is None:
-            return False
-        offset = tensor.data_ptr() - self._bytes.data_ptr()
-        is_dense = tensor.untyped_storage().data_ptr() == self._bytes.data_ptr() and _is_dense(tensor)
-        return is_dense and 0 <= offset < self._used
+    def _view(self, place: SlotTensor) -> torch.Tensor:
+        size = math.prod(place.shape) * place.dtype.itemsize
+        memory = self._map(place.offset + size)[place.offset : place.offset + size]
+        return memory.view(place.dtype).as_strided(place.shape, place.strides)
 
-    def _map(self, size: int, pin: bool = False) -> torch.Tensor:
-        if self._bytes is None or len(self._bytes) < size:
-            rounded = max(-(-size // _GROWTH) * _GROWTH, os.fstat(self._file).st_size)
+    def _offset_of(self, tensor: torch.Tensor) -> int | None:
+        """Returns where in the slot a tensor lies, in bytes; None where it does not, or has gaps."""
+        memory = tensor.untyped_storage().data_ptr()
+        if not _is_dense(tensor) or all(mapping.data_ptr() != memory for mapping in self._mappings):
+            return None
+        return tensor.data_ptr() - memory
+
+    def _map(self, size: int) -> torch.Tensor:
+        if not self._mappings or len(self._mappings[-1]) < size:
+            rounded = max(-(-max(size, 1) // _GROWTH) * _GROWTH, os.fstat(self._file).st_size)
             os.ftruncate(self._file, rounded)
+            self._unpin()
             # What is mapped already stays mapped while tensors use it: the same memory at another address.
-            self._bytes = torch.frombuffer(mmap.mmap(self._file, rounded), dtype=torch.uint8)
-            if pin:
-                self._pin(self._bytes)
-        return self._bytes
+            self._mappings.append(torch.frombuffer(mmap.mmap(self._file, rounded), dtype=torch.uint8))
+            if self._pinned_by == os.getpid():
+                self._pin(self._mappings[-1])
+        return self._mappings[-1]
 
     def _pin(self, memory: torch.Tensor) -> None:
         error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
         if int(error) == 0:
-            self._registered.append(memory)
+            self._registered = memory
         else:
             logger.warning("cannot pin %d MiB of host memory (CUDA error %s)", memory.numel() >> 20, error)
+
+    def _unpin(self) -> None:
+        # A slot grows or closes only when no copy to the device reads it any more.
+        if self._registered is not None and self._pinned_by == os.getpid():
+            torch.cuda.cudart().cudaHostUnregister(self._registered.data_ptr())
+        self._registered = None
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

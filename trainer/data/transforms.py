@@ -56,8 +56,8 @@ class HostTransform:
         return self._to_tensor(value)
 
     def apply_to_pixels(self, pixels: NDArray[np.uint8]) -> Any:
-        """Applies the transforms to decoded pixels (H, W, 3), which they get as a PIL image."""
-        return self._apply(Image.fromarray(np.ascontiguousarray(pixels)))
+        """Applies the transforms to decoded pixels (H, W, 1 or 3), which they get as a PIL image."""
+        return self._apply(Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)))
 
     def _to_tensor(self, value: Image.Image) -> torch.Tensor:
         pixels = image_functional.pil_to_tensor(value)

@@ -48,13 +48,21 @@ class WorkerTuner:
         return min(max(math.ceil(_HEADROOM * load / train), 1), self.most)
 
 
-def available_cores() -> int:
-    """Returns how many cores this process may keep busy: its affinity, within its control group's quota."""
+def cores_of_a_rank(num_local_ranks: int, has_its_own: bool = False) -> int:
+    """Returns how many cores a process and its workers may keep busy, at least 1.
+
+    Its affinity, within its control group's quota; divided by the processes of this machine that share them.
+
+    Args:
+        num_local_ranks: training processes on this machine.
+        has_its_own: whether the affinity is this process's alone.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores //= 1 if has_its_own else num_local_ranks
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         if quota != "max":
-            cores = min(cores, max(int(quota) // int(period), 1))
+            cores = min(cores, int(quota) // int(period) // num_local_ranks)
     except (OSError, ValueError):
         pass  # no such quota
-    return cores
+    return max(cores, 1)

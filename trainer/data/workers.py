@@ -5,12 +5,14 @@ hangs at. What a batch is and how it is loaded is `trainer.data.loader`; which s
 
 torch's DataLoader cannot be interrupted, resized or asked what it is reading, and pickles every batch through
 /dev/shm; so the pool is ours.
+
+Nothing here waits for a worker while that may wait for us: a task is a few bytes, for which its pipe has room (the
+samples' keys travel in the slot), so only workers ever wait for a full pipe.
 """
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import logging
 import multiprocessing
 import os
@@ -20,9 +22,12 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import connection
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,13 +36,21 @@ from numpy.typing import NDArray
 
 from trainer.data.sampler import SampleKey
 from trainer.data.slots import Slot
+from trainer.placement import use_one_thread
 
 logger = logging.getLogger("lockstep")
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_F_SETPIPE_SZ = 1031  # linux/fcntl.h
-_PIPE_BYTES = 1 << 20  # tasks of many thousand samples must not block their sender
 _IDLE = -1
+_END_SECONDS = 5.0  # what a process may take to end after SIGKILL; in a read of a dead file system it never does
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_CAUSES = {
+    signal.SIGKILL: "most likely the system was out of memory: fewer data.workers or data.prefetch_factor",
+    signal.SIGBUS: "most likely a file that it had mapped shrank, or memory could not be had",
+    signal.SIGSEGV: "a crash in native code, of a decoder or of the data set",
+    signal.SIGABRT: "native code gave up, in a decoder or in the data set",
+    signal.SIGILL: "native code that this CPU cannot run, in a decoder or in the data set",
+}
 
 # Loads one batch: (sample keys (B, 2), slot for its tensors, called with each sample before it is read) -> anything.
 Load = Callable[[NDArray[np.int64], Slot, Callable[[int], None]], Any]
@@ -66,7 +79,12 @@ class Reading(NamedTuple):
 class _Task(NamedTuple):
     number: int
     slot: int
-    keys: NDArray[np.int64]  # (B, 2), as a list of SampleKeys would be: quicker to pickle
+    num_keys: int  # they lie at the start of the slot
+
+
+# The training process's ends of the pipes of all its workers. Every forked worker inherits them, and unless it closes
+# them no worker sees the training process go.
+_our_ends: weakref.WeakSet[Connection] = weakref.WeakSet()
 
 
 class _Worker:
@@ -76,11 +94,7 @@ class _Worker:
         context = pool.context
         tasks, self.tasks = context.Pipe(duplex=False)
         self.results, results = context.Pipe(duplex=False)
-        if sys.platform == "linux":
-            try:
-                fcntl.fcntl(self.tasks.fileno(), _F_SETPIPE_SZ, _PIPE_BYTES)
-            except OSError:  # the system's limit is lower
-                logger.debug("a worker's pipe keeps its size")
+        _our_ends.update([self.tasks, self.results])
         self.number = number
         self.outstanding: dict[int, _Task] = {}
         self.process = context.Process(
@@ -89,14 +103,24 @@ class _Worker:
             name=f"lockstep-loader-{number}",
             daemon=True,
         )
-        self.process.start()
-        tasks.close()
-        results.close()
+        try:
+            with _stop_signals_held_back():
+                self.process.start()
+        except BaseException:
+            self.tasks.close()
+            self.results.close()
+            raise
+        finally:
+            tasks.close()
+            results.close()
 
     def close(self) -> None:
         self.process.kill()
-        self.process.join()
-        self.process.close()
+        self.process.join(_END_SECONDS)
+        if self.process.exitcode is None:
+            logger.warning("loader worker %d (pid %d) cannot be ended", self.number, self.process.pid)
+        else:
+            self.process.close()
         self.tasks.close()
         self.results.close()
 
@@ -112,6 +136,8 @@ class WorkerPool:
         prefetch_factor: batches that each worker has ready or in work.
         held: batches that the caller holds at a time before it releases them.
         pin: register the shared memory with CUDA.
+        context: how processes start; default: Python's way on this system. Where they are not forked, `load` must
+            be picklable.
     """
 
     def __init__(
@@ -123,24 +149,34 @@ class WorkerPool:
         prefetch_factor: int,
         held: int,
         pin: bool,
+        context: BaseContext | None = None,
     ) -> None:
+        assert prefetch_factor >= 1
         self.load = load
         self.describe = describe
         self.prefetch_factor = prefetch_factor
-        self.pin = pin
-        self.context: Any = multiprocessing.get_context()
-        self.slots = [Slot() for _ in range(max_workers * prefetch_factor + held)]
-        self.board = Slot()
-        self._states = self.board.allocate((max_workers, 2), torch.int64)  # (sample, monotonic ns) per worker
-        self._states.fill_(_IDLE)
-        self._free = list(range(len(self.slots)))
+        self.max_workers = max_workers
+        self.context: Any = context or multiprocessing.get_context()
         self._workers: list[_Worker] = []
         self._retired: list[_Worker] = []
         self._lock = threading.Lock()
         self._wake_reader, self._wake_writer = os.pipe()
-        self._interrupted = False
+        os.set_blocking(self._wake_writer, False)  # a full pipe wakes as well
+        self._interrupted = self._is_running = False
         self._next_number = self._start = 0  # of the next task; of the first task of this call of `batches`
-        self.resize(num_workers)
+        self.slots: list[Slot] = []
+        self.board = Slot()
+        try:
+            for _ in range(max_workers * prefetch_factor + held):
+                self.slots.append(Slot(pin))
+            self._free = list(range(len(self.slots)))
+            # (sample, monotonic ns) per worker, with rows for retired ones: each of these has a slot at least.
+            self._states = self.board.allocate((max_workers + len(self.slots), 2), torch.int64).numpy()
+            self._states.fill(_IDLE)
+            self.resize(num_workers)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def num_workers(self) -> int:
@@ -148,12 +184,23 @@ class WorkerPool:
         return len(self._workers)
 
     def resize(self, num_workers: int) -> None:
-        """Starts or retires workers; batches and their order stay the same. Call it from the main thread."""
+        """Starts or retires workers; batches and their order stay the same.
+
+        Call it from a thread that outlives the workers: on Linux they end with the thread that started them.
+        A retired worker ends once its last batch has been taken.
+        """
+        assert 1 <= num_workers <= self.max_workers
         with self._lock:
             while len(self._workers) > num_workers:
-                self._retired.append(self._workers.pop())  # ends once its last batch has been taken
+                self._retired.append(self._workers.pop())
             while len(self._workers) < num_workers:
-                self._workers.append(_Worker(self, len(self._workers)))
+                busy = [worker for worker in self._retired if worker.outstanding]
+                taken = {worker.number for worker in [*self._workers, *busy]}
+                number = next(n for n in range(len(self._states)) if n not in taken)
+                self._states[number] = _IDLE
+                self._workers.append(_Worker(self, number))
+            if not self._is_running:
+                self._end_retired()
         self._wake()
 
     def batches(self, requests: Iterable[list[SampleKey]]) -> Iterator[PoolBatch]:
@@ -164,8 +211,10 @@ class WorkerPool:
             Exception: what loading a batch raised, with the worker's traceback as a note.
         """
         pending = iter(requests)
-        first = self._start = self._next_number
         done: dict[int, PoolBatch | BaseException] = {}
+        with self._lock:
+            first = self._start = self._next_number
+            self._is_running = True
         try:
             exhausted = False
             while True:
@@ -181,6 +230,7 @@ class WorkerPool:
                 elif not self._receive(done):
                     return  # interrupted
         finally:
+            self._is_running = False
             for result in done.values():
                 if isinstance(result, PoolBatch):
                     self.release(result)
@@ -206,7 +256,10 @@ class WorkerPool:
 
     def close(self) -> None:
         """Ends all workers and gives their memory back."""
-        for worker in [*self._workers, *self._retired]:
+        workers = [*self._workers, *self._retired]
+        for worker in workers:
+            worker.process.kill()  # all of them, before waiting for one
+        for worker in workers:
             worker.close()
         self._workers, self._retired = [], []
         if self._wake_reader >= 0:
@@ -223,26 +276,31 @@ class WorkerPool:
                 in_work = sum(len(worker.outstanding) for worker in self._workers)
                 if in_work + num_done >= len(self._workers) * self.prefetch_factor:
                     return False
-                worker = min(self._workers, key=lambda w: len(w.outstanding))
-                keys = next(requests, None)
-                if keys is None:
+                request = next(requests, None)
+                if request is None:
                     return True
-                task = _Task(self._next_number, self._free.pop(), np.array(keys, dtype=np.int64))
+                keys = np.array(request, dtype=np.int64).reshape(-1, 2)
+                worker = min(self._workers, key=lambda w: len(w.outstanding))
+                task = _Task(self._next_number, self._free.pop(), len(keys))
                 self._next_number += 1
                 worker.outstanding[task.number] = task
+                slot = self.slots[task.slot]
+                slot.clear()
+                slot.allocate(keys.shape, torch.int64).numpy()[:] = keys
                 try:
-                    worker.tasks.send(task)
-                except BrokenPipeError:  # it died; waiting for its result says of what
+                    worker.tasks.send(tuple(task))
+                except OSError:  # it died; waiting for its result says of what
                     return False
         return False
 
     def _receive(self, done: dict[int, PoolBatch | BaseException]) -> bool:
         """Waits for a result, a death or an interruption; returns whether to go on."""
         with self._lock:
+            self._end_retired()
             workers = {w.results: w for w in [*self._workers, *self._retired]}
         ready = connection.wait([*workers, self._wake_reader])
         if self._wake_reader in ready:
-            os.read(self._wake_reader, 4096)
+            os.read(self._wake_reader, 1 << 16)
         if self._interrupted:
             return False
         for results in ready:
@@ -251,46 +309,56 @@ class WorkerPool:
             assert isinstance(results, Connection)
             worker = workers[results]
             try:
-                number, seconds, payload = pickle.loads(results.recv_bytes())
+                message = results.recv_bytes()
             except (EOFError, OSError):
                 raise WorkerDied(self._explain_death(worker)) from None
-            task = worker.outstanding.pop(number)
-            slot = self.slots[task.slot]
-            if isinstance(payload, _Raised):
-                self._free.append(task.slot)
-                result: PoolBatch | BaseException = payload.exception()
-            else:
-                result = PoolBatch(slot.get(payload, self.pin), slot, seconds)
+            number, seconds, payload = pickle.loads(message)
+            with self._lock:
+                task = worker.outstanding.pop(number)
             if number >= self._start:
-                done[number] = result
-            elif isinstance(result, PoolBatch):  # of an earlier call that was left early
-                self.release(result)
-            if worker in self._retired and not worker.outstanding:
-                self._retired.remove(worker)
-                worker.close()
+                done[number] = self._loaded(task, seconds, payload)
+            else:  # of an earlier call that was left early
+                self._free.append(task.slot)
         return True
+
+    def _loaded(self, task: _Task, seconds: float, payload: bytes) -> PoolBatch | BaseException:
+        slot = self.slots[task.slot]
+        try:
+            data = pickle.loads(payload)
+            if not isinstance(data, _Raised):
+                return PoolBatch(slot.get(data), slot, seconds)
+            result = data.exception()
+        except Exception as error:  # unpickling may run the user's code
+            result = error
+        self._free.append(task.slot)
+        return result
+
+    def _end_retired(self) -> None:
+        """Ends retired workers without a task. Not while another thread waits for results: it would see them die."""
+        for worker in [w for w in self._retired if not w.outstanding]:
+            self._retired.remove(worker)
+            worker.close()
 
     def _wake(self) -> None:
         if self._wake_writer >= 0:
-            os.write(self._wake_writer, b"\0")
+            with suppress(BlockingIOError):
+                os.write(self._wake_writer, b"\0")
 
     def _explain_death(self, worker: _Worker) -> str:
-        worker.process.join(5)
+        worker.process.join(_END_SECONDS)
         code = worker.process.exitcode
         sample = int(self._states[worker.number, 0])
         at = f" while it read {self.describe(sample)}" if sample != _IDLE else ""
+        who = f"loader worker {worker.number} (pid {worker.process.pid})"
         if code is None:
-            return f"loader worker {worker.number} closed its pipe but did not end{at}"
+            return f"{who} closed its pipe but did not end{at}"
         if code >= 0:
-            return f"loader worker {worker.number} ended with exit code {code}{at}"
-        name = signal.Signals(-code).name
-        causes = {
-            signal.SIGKILL: "most likely the system was out of memory: fewer data.workers or data.prefetch_factor",
-            signal.SIGBUS: "most likely a file that it had mapped shrank, or memory could not be had",
-            signal.SIGSEGV: "a crash in native code, of a decoder or of the data set",
-        }
-        cause = causes.get(signal.Signals(-code), "somebody ended it")
-        return f"loader worker {worker.number} was killed by {name}{at}; {cause}"
+            return f"{who} ended with exit code {code}{at}; the data set or a transform ended it"
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:  # a real-time signal
+            name = f"signal {-code}"
+        return f"{who} was killed by {name}{at}; {_CAUSES.get(-code, 'somebody ended it')}"
 
 
 class _Raised:
@@ -298,15 +366,18 @@ class _Raised:
 
     def __init__(self, error: BaseException) -> None:
         self.text = "".join(traceback.format_exception(error))
+        self.name = "".join(traceback.format_exception_only(error)).strip()
         try:
             self.pickled: bytes | None = pickle.dumps(error)
             pickle.loads(self.pickled)
         except Exception:  # an exception that cannot travel
             self.pickled = None
-        self.name = f"{type(error).__name__}: {error}"
 
     def exception(self) -> BaseException:
-        error = pickle.loads(self.pickled) if self.pickled is not None else RuntimeError(self.name)
+        error: BaseException = RuntimeError(self.name)
+        if self.pickled is not None:
+            with suppress(Exception):  # of a class that only the worker has
+                error = pickle.loads(self.pickled)
         error.add_note(f"in a loader worker:\n{self.text}")
         return error
 
@@ -315,39 +386,55 @@ def _work(load: Load, slots: list[Slot], board: Slot, number: int, tasks: Connec
     """Loads batches until there are no more tasks; runs in a worker process."""
     _settle_in()
     board.clear()
-    states = board.allocate((number + 1, 2), torch.int64)
+    state = board.allocate((number + 1, 2), torch.int64).numpy()[number]
 
     def reading(sample: int) -> None:
-        states[number, 1] = time.monotonic_ns()
-        states[number, 0] = sample
+        state[1] = time.monotonic_ns()
+        state[0] = sample
 
     while True:
         try:
-            task = tasks.recv()
+            task = _Task(*tasks.recv())
         except (EOFError, OSError):  # the training process is gone
             return
         started = time.perf_counter()
         slot = slots[task.slot]
         slot.clear()
+        keys = slot.allocate((task.num_keys, 2), torch.int64).numpy().copy()
+        slot.clear()
         try:
-            payload = slot.put(load(task.keys, slot, reading))
+            payload = pickle.dumps(slot.put(load(keys, slot, reading)))
         except Exception as error:
-            payload = _Raised(error)
-        states[number, 0] = _IDLE
+            payload = pickle.dumps(_Raised(error))
+        state[0] = _IDLE
         try:
             results.send_bytes(pickle.dumps((task.number, time.perf_counter() - started, payload)))
-        except BrokenPipeError:
+        except OSError:
             return
 
 
+@contextmanager
+def _stop_signals_held_back() -> Iterator[None]:
+    """Starts processes with SIGINT and SIGTERM blocked: they may come before `_settle_in` has run."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
 def _settle_in() -> None:
+    for end in list(_our_ends):  # copies that a fork made
+        end.close()
     # A group of its own: Ctrl-C and a launcher's SIGTERM go to the whole group of the training process, which
     # alone decides when to stop and needs its workers until then.
     os.setpgid(0, 0)
     # Inherited by fork, the training process's handler would only set a flag here, and never end the worker.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # which forgets one that has come already
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
+    use_one_thread()
     if sys.platform == "linux":
         # Nobody ends the workers of a training process that was killed: the kernel does, with its SIGKILL.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

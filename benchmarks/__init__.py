@@ -1,0 +1,1 @@
+"""Speed, measured: what Lockstep and its peers do in the same run on the same machine. No part of the trainer."""

@@ -1,0 +1,66 @@
+"""The bytes that the model gets, on 1, 2 and 3 processes, from every way to the device; through the real launcher."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from launching import local
+
+WORLDS = (1, 2, 3)
+WAYS = {
+    "host": {"feed": "host", "workers": 2},
+    "replicated": {"feed": "resident", "resident_placement": "replicated"},
+    "sharded": {"feed": "resident", "resident_placement": "sharded"},
+}
+
+
+def train(folder: Path, way: str, world: int) -> list[list[str]]:
+    """Returns the hashes of all samples of every step."""
+    hashes = folder / f"{way}-{world}"
+    hashes.mkdir()
+    crop = {"name": "RandomCrop", "args": {"size": 16, "padding": 2}}
+    config = {
+        "run": {"name": f"{way}-{world}"},
+        "data": {
+            "train": {"name": "torch_file", "args": {"path": str(folder / "data.pt")}},
+            "eval": {"name": "torch_file", "args": {"path": str(folder / "data.pt")}},
+            "transforms": {"train": [crop, {"name": "RandomHorizontalFlip"}]},
+            "normalize": {"mean": [0.5], "std": [0.25]},
+            "augment": {"mixup": 0.3, "cutmix": 1.0, "erase": 0.25, "erase_with": "noise"},
+            **WAYS[way],
+        },
+        "model": {"name": "small_cnn", "args": {"width": 8, "in_channels": 1, "num_classes": 3}},
+        "task": {"name": "hashing:Hashing", "args": {"folder": str(hashes), "num_classes": 3}},
+        "optim": {"lr": 0.001},
+        "train": {"epochs": 2, "batch_size": 12},
+        "tracking": {"trackers": []},
+    }
+    file = folder / f"{way}-{world}.yaml"
+    file.write_text(yaml.safe_dump(config))
+    done = local(file, world)
+    assert done.returncode == 0, done.stdout + done.stderr
+    by_rank = [map(json.loads, (hashes / f"{rank}.jsonl").read_text().splitlines()) for rank in range(world)]
+    return [sorted(h for share in step for h in share) for step in zip(*by_rank, strict=True)]
+
+
+def test_every_way_and_every_world_gives_the_same_bytes(tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (30, 1, 16, 16), dtype=torch.uint8)
+    torch.save((images, torch.arange(30) % 3), tmp_path / "data.pt")
+    reference = train(tmp_path, "host", 1)
+    assert [len(step) for step in reference] == [12, 12, 6] * 2
+    assert len({h for step in reference for h in step}) == 60
+    for way in WAYS:
+        for world in WORLDS:
+            if (way, world) not in (("host", 1), ("sharded", 1)):
+                assert train(tmp_path, way, world) == reference, (way, world)
+
+
+@pytest.mark.parametrize("way", ["sharded"])
+def test_mixing_needs_whole_pairs_on_every_process(way: str, tmp_path: Path) -> None:
+    torch.save((torch.zeros(30, 1, 16, 16, dtype=torch.uint8), torch.zeros(30, dtype=torch.int64)), tmp_path / "data.pt")
+    with pytest.raises(AssertionError, match="12 samples do not split over 4 in pairs to mix; nearest sizes: 8 and 16"):
+        train(tmp_path, way, 4)

@@ -1,0 +1,150 @@
+"""`data.feed`: where pictures are decoded and kept. Takes a list of transforms apart and chooses the way of a data set.
+
+Owns the choice and its reasons; `trainer.data.feed` goes the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import psutil
+import torch
+
+from trainer.config import DataConfig
+from trainer.data.arrays import ArrayPictures, as_array_pictures
+from trainer.data.datasets import SizedDataset, is_image_data
+from trainer.data.decode import codec, decodes_on_gpu
+from trainer.data.geometry import Geometry, split_transforms, whole_pictures
+from trainer.data.resident import estimate_bytes
+from trainer.errors import UserError
+
+_AUTO_SHARE = 0.2  # of the device's memory that `auto` gives to a resident data set; the model needs the rest
+_MOST_SHARE = 0.8  # of it that a data set may take where the user asks for it
+
+
+@dataclass(frozen=True)
+class Route:
+    """The way of a data set's samples to the device."""
+
+    mode: Literal["host", "device_decode", "resident", "made_on_device"]
+    reason: str
+    dataset: Any
+    is_image_data: bool = True  # so the device half applies
+    geometry: Geometry | None = None  # of undecoded pictures; None where the data set gives samples ready
+    on_host: tuple[Callable[[Any], Any], ...] = ()  # transforms per sample, after the geometry
+    horizontal_flip: float = 0.0
+    vertical_flip: float = 0.0
+    is_sharded: bool = False  # resident: each rank keeps a share
+
+
+def choose_route(
+    dataset: SizedDataset,
+    config: DataConfig,
+    split: Literal["train", "eval"],
+    transforms: Sequence[Callable[[Any], Any]],
+    device: torch.device,
+    num_ranks: int,
+) -> Route:
+    """Chooses how a data set's samples reach the device; the same on every rank with the same devices.
+
+    Raises:
+        UserError: the config asks for a way that this data set or this machine does not have.
+    """
+    asked = config.feed
+    if hasattr(dataset, "device_batch"):
+        if transforms:
+            raise UserError("data that is made on the device has no host transforms", path=f"data.transforms.{split}")
+        if asked not in ("auto", "host"):
+            raise UserError("this data is made on the device already", path="data.feed")
+        return Route("made_on_device", "it is made there", dataset, config.normalize is not None)
+    if config.normalize is None and not is_image_data(dataset):
+        if asked in ("resident", "device_decode"):
+            raise UserError(f"{asked} is for pictures, which data.{split} does not have", path="data.feed")
+        return Route("host", "its samples are no pictures", dataset, False, None, tuple(transforms))
+    arrays = as_array_pictures(dataset)
+    pictures: Any = arrays or (dataset if hasattr(dataset, "encoded") else None)
+    parts = split_transforms(transforms, pads=arrays is not None)
+    if pictures is None or (arrays is not None and arrays.as_tensors and parts.rest):
+        geometry, on_host, pictures = None, (*parts.geometric, *parts.rest), dataset
+    else:
+        geometry, on_host = parts.geometry, parts.rest
+        if geometry is None and arrays is not None and not on_host:
+            geometry = whole_pictures
+    if geometry is None:
+        pictures = dataset
+    mode, reason, is_sharded = _choose_mode(config, split, pictures, geometry, on_host, device, num_ranks)
+    return Route(
+        mode, reason, pictures, True, geometry, on_host, parts.horizontal_flip, parts.vertical_flip, is_sharded
+    )
+
+
+def _choose_mode(
+    config: DataConfig,
+    split: str,
+    pictures: Any,
+    geometry: Geometry | None,
+    on_host: Sequence[Any],
+    device: torch.device,
+    num_ranks: int,
+) -> tuple[Literal["host", "device_decode", "resident"], str, bool]:
+    asked = config.feed
+    obstacle = _obstacle(split, pictures, geometry, on_host)
+    if asked == "host":
+        return "host", "data.feed asks for it", False
+    if asked == "device_decode":
+        problem = obstacle or _no_decoder(pictures, device)
+        if problem:
+            raise UserError(f"cannot decode on {device.type}: {problem}", path="data.feed")
+        return "device_decode", "data.feed asks for it", False
+    if obstacle:
+        if asked == "resident":
+            raise UserError(f"data.{split} cannot live on the device: {obstacle}", path="data.feed")
+        return "host", obstacle, False
+    if asked == "auto" and device.type != "cuda":
+        return "host", "there is no GPU to keep it on", False
+    size = estimate_bytes(pictures)
+    memory = _memory(device)
+    limit = int(memory * (_AUTO_SHARE if asked == "auto" else _MOST_SHARE))
+    placement = config.resident_placement
+    size_text = f"its pixels take {_gib(size)} of {_gib(memory)} on the device"
+    if placement != "sharded" and size <= limit:
+        return "resident", size_text, False
+    if placement != "replicated" and num_ranks > 1 and size / num_ranks <= limit:
+        return "resident", f"{size_text}, shared by {num_ranks} ranks", True
+    if asked == "resident" and not (placement == "sharded" and num_ranks == 1 and size <= limit):
+        raise UserError(f"data.{split} does not fit: {size_text}, where {_gib(limit)} may be used", path="data.feed")
+    return ("resident" if asked == "resident" else "host"), size_text, False
+
+
+def _obstacle(split: str, pictures: Any, geometry: Geometry | None, on_host: Sequence[Any]) -> str:
+    """Returns why the pixels of a data set cannot be handled on the device; nothing where they can."""
+    if on_host:
+        return f"{type(on_host[0]).__name__} of data.transforms.{split} runs on the host only"
+    if not hasattr(pictures, "encoded"):
+        return "the data set does not give its pictures undecoded"
+    if geometry is None:
+        return f"data.transforms.{split} does not make its pictures equal in size"
+    return ""
+
+
+def _no_decoder(pictures: Any, device: torch.device) -> str:
+    if isinstance(pictures, ArrayPictures):
+        return "the pictures are pixels already"
+    if codec() is None:
+        return "nvidia-nvimgcodec-cu13 is not installed"
+    if device.type == "cuda" and not decodes_on_gpu():
+        return "nvJPEG is missing: install nvidia-nvjpeg-cu13"
+    return ""
+
+
+def _memory(device: torch.device) -> int:
+    """Returns a device's whole memory in bytes: like devices then choose alike, whatever else runs there."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

@@ -29,6 +29,7 @@ AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
 
 FLOATS = "float32 CHW, normalised"
 BYTES = "uint8 CHW"
+BYTES_UNFLIPPED = "uint8 CHW, flips left to the device"
 
 Kind = Literal["ours", "peer", "limit"]
 Batches = Generator[int, None, None]  # the number of pictures in each batch; closing it ends workers and threads
@@ -277,8 +278,15 @@ _OUR_PACKAGES = ("lockstep-trainer", "nvidia-nvimgcodec-cu*", "torch", "pillow")
 _ENDLESS = 10**9  # steps
 
 
-@entry("ours", "ours", FLOATS, *_OUR_PACKAGES)
+@entry("ours", "ours", BYTES_UNFLIPPED, *_OUR_PACKAGES)
 def _ours(folder: Path, batch_size: int, seed: int) -> Batches:
+    """What our host does; the device half (flip, normalise) is the GPU's on a real run."""
+    return _host_half(open_our_feed(folder, batch_size, seed))
+
+
+@entry("ours-all-on-cpu", "ours", FLOATS, *_OUR_PACKAGES)
+def _ours_all_on_cpu(folder: Path, batch_size: int, seed: int) -> Batches:
+    """With the device half, on the CPU: what a run without a GPU does."""
     feed = open_our_feed(folder, batch_size, seed)
     try:
         for step in itertools.count():
@@ -288,31 +296,60 @@ def _ours(folder: Path, batch_size: int, seed: int) -> Batches:
         feed.close()
 
 
-@entry("ours-host-only", "ours", "uint8 CHW, flips left to the device", *_OUR_PACKAGES)
-def _ours_host_only(folder: Path, batch_size: int, seed: int) -> Batches:
-    """Without the device half, which on a real run is the GPU's."""
-    feed = open_our_feed(folder, batch_size, seed)
+@entry("ours-packed-jpeg", "ours", BYTES_UNFLIPPED, *_OUR_PACKAGES)
+def _ours_packed_jpeg(folder: Path, batch_size: int, seed: int) -> Batches:
+    """From the packed cache, as its defaults are: JPEGs, the shorter side at most 400 pixels."""
+    return _host_half(open_our_feed(folder, batch_size, seed, pack={}))
+
+
+@entry("ours-packed-jpeg-256", "ours", BYTES_UNFLIPPED, *_OUR_PACKAGES)
+def _ours_packed_jpeg_256(folder: Path, batch_size: int, seed: int) -> Batches:
+    """From the packed cache, pictures shrunk to 256 pixels."""
+    return _host_half(open_our_feed(folder, batch_size, seed, pack={"max_size": 256}))
+
+
+@entry("ours-packed-mixed-256", "ours", BYTES_UNFLIPPED, *_OUR_PACKAGES)
+def _ours_packed_mixed_256(folder: Path, batch_size: int, seed: int) -> Batches:
+    """From the packed cache, shrunk to 256 pixels, every second picture stored raw."""
+    return _host_half(open_our_feed(folder, batch_size, seed, pack={"max_size": 256, "encoding": "mixed"}))
+
+
+@entry("ours-packed-raw", "ours", BYTES_UNFLIPPED, *_OUR_PACKAGES)
+def _ours_packed_raw(folder: Path, batch_size: int, seed: int) -> Batches:
+    """From the packed cache, stored raw, the shorter side at most 400 pixels."""
+    return _host_half(open_our_feed(folder, batch_size, seed, pack={"encoding": "raw"}))
+
+
+@entry("ours-packed-raw-256", "ours", BYTES_UNFLIPPED, *_OUR_PACKAGES)
+def _ours_packed_raw_256(folder: Path, batch_size: int, seed: int) -> Batches:
+    """From the packed cache, stored raw, shrunk to 256 pixels."""
+    return _host_half(open_our_feed(folder, batch_size, seed, pack={"max_size": 256, "encoding": "raw"}))
+
+
+def _host_half(feed: Any) -> Batches:
     try:
-        while True:
+        while True:  # not `step_batches`, which runs the device half
             yield len(feed._next(feed._batches).batch.sample_ids)
     finally:
         feed.close()
 
 
-def open_our_feed(folder: Path, batch_size: int, seed: int, **settings: Any) -> Any:
+def open_our_feed(folder: Path, batch_size: int, seed: int, pack: dict[str, Any] | None = None, **settings: Any) -> Any:
     """Returns our `DeviceFeed` on the CPU with one worker, started at step 0.
 
     Args:
         folder: class folders of JPEGs.
         batch_size: pictures per batch.
         seed: seed of order and augmentation.
+        pack: settings of the packed cache that is read instead, and made first.
         **settings: further keys of the config's `data` section.
     """
     import torch
 
-    from trainer.config import DataConfig
+    from trainer.config import CacheConfig, DataConfig
     from trainer.data.datasets import build_dataset
     from trainer.data.feed import DeviceFeed
+    from trainer.data.packing import open_or_pack
     from trainer.data.sampler import BatchPlan, StepSampler
 
     section = {
@@ -325,7 +362,9 @@ def open_our_feed(folder: Path, batch_size: int, seed: int, **settings: Any) -> 
         **settings,
     }
     config = DataConfig.model_validate(section)
-    dataset = build_dataset(config.train, "data.train", _OnlyRank())
+    dataset: Any = build_dataset(config.train, "data.train", _OnlyRank())
+    if pack is not None:
+        dataset = open_or_pack(dataset, CacheConfig(path=str(folder.with_name(f"{folder.name}-packed")), **pack))
     feed = DeviceFeed(dataset, config, "train", torch.device("cpu"), seed, _Pairs())
     plan = BatchPlan.split(len(dataset), batch_size, None, num_ranks=1, drop_last=False)
     feed.start(StepSampler(plan, rank=0, seed=seed), step=0, total_steps=_ENDLESS)
@@ -374,26 +413,21 @@ def _full_decode(folder: Path, batch_size: int, seed: int) -> Batches:
 @entry("limit-region-decode", "limit", "uint8 HWC, crops as they are", "nvidia-nvimgcodec-cu*")
 def _region_decode(folder: Path, batch_size: int, seed: int) -> Batches:
     """libjpeg-turbo through nvImageCodec, no more of a picture than its random crop needs."""
-    package = importlib.util.find_spec("nvidia.nvimgcodec")
-    if package is None or package.submodule_search_locations is None:
-        raise ModuleNotFoundError("nvidia.nvimgcodec")
-    with tempfile.TemporaryDirectory(prefix="lockstep-nvimgcodec-") as extensions:
-        # Its other extensions look for a GPU and complain on standard error.
-        for library in Path(package.submodule_search_locations[0]).glob("extensions/libjpeg_turbo_ext.so*"):
-            (Path(extensions) / library.name).symlink_to(library)
-        os.environ["NVIMGCODEC_EXTENSIONS_PATH"] = extensions
-        from nvidia import nvimgcodec
+    from trainer.data.decode import CPU_ONLY, codec
 
-        cpu = nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)
-        decoder = nvimgcodec.Decoder(device_id=-99999, backends=[cpu], max_num_cpu_threads=1)
-        draws = random.Random(seed)
-        for paths in _path_batches(folder, batch_size, seed):
-            for path in paths:
-                stream = nvimgcodec.CodeStream(Path(path).read_bytes())
-                left, top, width, height = random_crop(draws, stream.width, stream.height)
-                region = nvimgcodec.Region(top, left, top + height, left + width)
-                assert decoder.decode(stream.get_sub_code_stream(region=region)) is not None, path
-            yield len(paths)
+    library = codec()
+    if library is None:
+        raise ModuleNotFoundError("nvidia.nvimgcodec")
+    cpu = library.Backend(library.BackendKind.CPU_ONLY)
+    decoder = library.Decoder(device_id=CPU_ONLY, backends=[cpu], max_num_cpu_threads=1)
+    draws = random.Random(seed)
+    for paths in _path_batches(folder, batch_size, seed):
+        for path in paths:
+            stream = library.CodeStream(Path(path).read_bytes())
+            left, top, width, height = random_crop(draws, stream.width, stream.height)
+            region = library.Region(top, left, top + height, left + width)
+            assert decoder.decode(stream.get_sub_code_stream(region=region)) is not None, path
+        yield len(paths)
 
 
 def _path_batches(folder: Path, batch_size: int, seed: int) -> Iterator[list[str]]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torchvision.transforms import InterpolationMode, v2
 
 from trainer.data.draws import Keys, Stream, uniforms
+from trainer.errors import UserError
 
 Sizes = NDArray[np.int64]  # (B, 2): height and width
 
@@ -69,11 +70,14 @@ class RandomCrop:
     """torchvision's, with zeros around: a box of fixed size at a random place."""
 
     size: tuple[int, int]
-    padding: tuple[int, int, int, int]  # left, top, right, bottom
+    padding: tuple[int, int, int, int]  # left, right, top, bottom
 
     def __call__(self, sizes: Sizes, keys: Keys) -> Crops:
-        left, top, right, bottom = self.padding
+        left, right, top, bottom = self.padding
         room = sizes + np.array([top + bottom, left + right]) - np.array(self.size)
+        if (room < 0).any():
+            small = sizes[(room < 0).any(1)][0]
+            raise UserError(f"a crop of {list(self.size)} is larger than a picture of {small.tolist()} and its padding")
         corner = np.floor(uniforms(keys, Stream.CROP, 2) * (room + 1)) - np.array([top, left])
         size = np.broadcast_to(np.array(self.size), sizes.shape)
         return Crops(np.concatenate([corner, size], axis=1).astype(float), size)
@@ -150,7 +154,7 @@ def split_transforms(transforms: Sequence[Callable[[Any], Any]], *, pads: bool =
         geometry = RandomResizedCrop(_pair(t.size), tuple(t.scale), tuple(t.ratio))
     elif rest and type(rest[0]) is v2.RandomCrop and pads and _pads_with_zeros(rest[0]):
         t = rest.pop(0)
-        geometry = RandomCrop((t.size[0], t.size[1]), _padding(t.padding))
+        geometry = RandomCrop((t.size[0], t.size[1]), tuple(t.padding or (0, 0, 0, 0)))
     else:
         geometry = _resize_and_center_crop(rest, pads)
     geometric = start[: len(start) - len(rest)]
@@ -196,12 +200,3 @@ def _pair(size: Any) -> tuple[int, int]:
     if isinstance(size, int):
         return size, size
     return (int(size[0]), int(size[-1]))
-
-
-def _padding(padding: Any) -> tuple[int, int, int, int]:
-    if padding is None:
-        return 0, 0, 0, 0
-    if isinstance(padding, int):
-        return padding, padding, padding, padding
-    values = [int(p) for p in padding]
-    return tuple(values * (4 // len(values)))  # type: ignore[return-value]

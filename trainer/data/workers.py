@@ -204,7 +204,7 @@ class WorkerPool:
         self._wake()
 
     def batches(self, requests: Iterable[list[SampleKey]]) -> Iterator[PoolBatch]:
-        """Yields a batch per request, in order; the caller releases each.
+        """Yields a batch per request, in order; the caller releases each. One call at a time.
 
         Raises:
             WorkerDied: a worker process ended.
@@ -212,6 +212,7 @@ class WorkerPool:
         """
         pending = iter(requests)
         done: dict[int, PoolBatch | BaseException] = {}
+        assert not self._is_running, "the batches of an earlier call are still under way"
         with self._lock:
             first = self._start = self._next_number
             self._is_running = True
@@ -438,3 +439,12 @@ def _settle_in() -> None:
     if sys.platform == "linux":
         # Nobody ends the workers of a training process that was killed: the kernel does, with its SIGKILL.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    if sys.platform != "linux" or os.getppid() != trainer.pid:  # the kernel's parent is the fork server, which stays
+        threading.Thread(target=_end_with, args=(trainer,), name="lockstep-orphan", daemon=True).start()
+
+
+def _end_with(trainer: Any) -> None:
+    trainer.join()
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,81 @@
+"""What `data.feed: auto` chooses, and the number of workers that `auto` settles on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from trainer.config import DataConfig
+from trainer.data import modes, tuning
+from trainer.data.datasets import TorchFile
+from trainer.data.tuning import WorkerTuner
+
+CUDA = torch.device("cuda")
+PIXELS = 100 * 3 * 8 * 8
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> TorchFile:
+    torch.save((torch.zeros(100, 3, 8, 8, dtype=torch.uint8), torch.zeros(100)), tmp_path / "data.pt")
+    return TorchFile(str(tmp_path / "data.pt"))
+
+
+def choose(
+    dataset: Any, monkeypatch: pytest.MonkeyPatch, memory: int, device: torch.device = CUDA, ranks: int = 1, **data: Any
+) -> modes.Route:
+    monkeypatch.setattr(modes, "_memory", lambda device: memory)
+    config = DataConfig.model_validate({"train": {"name": "x:y"}, **data})
+    transforms = data.pop("built", [v2.RandomCrop(8, padding=1)])
+    return modes.choose_route(dataset, config, "train", transforms, device, ranks)
+
+
+def test_auto_keeps_a_small_data_set_on_a_gpu(dataset: TorchFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose(dataset, monkeypatch, PIXELS * 5).mode == "resident"
+    large = choose(dataset, monkeypatch, PIXELS * 5 - 10)
+    assert large.mode == "host"
+    assert "GiB" in large.reason
+    shared = choose(dataset, monkeypatch, PIXELS * 3, ranks=2)
+    assert (shared.mode, shared.is_sharded) == ("resident", True)
+    whole = choose(dataset, monkeypatch, PIXELS * 3, ranks=2, resident_placement="replicated")
+    assert whole.mode == "host"
+    asked = choose(dataset, monkeypatch, PIXELS * 5, ranks=2, resident_placement="sharded")
+    assert (asked.mode, asked.is_sharded) == ("resident", True)
+
+
+def test_auto_on_the_cpu_loads_on_the_host(dataset: TorchFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    route = choose(dataset, monkeypatch, PIXELS * 5, torch.device("cpu"))
+    assert (route.mode, route.reason) == ("host", "there is no GPU to keep it on")
+
+
+def tuned(load: float, train: float, most: int = 8, waited: float = 0.0, batches: int = 100) -> int | None:
+    tuner, now = WorkerTuner(most), 0.0
+    for _ in range(batches):
+        tuner.observe(now, waited, load)
+        now += waited + train
+    return tuner.chosen()
+
+
+def test_workers_are_settled_by_what_loading_and_training_take() -> None:
+    assert tuned(load=0.4, train=0.2) == 3  # 2, and a third more
+    assert tuned(load=0.01, train=0.2) == 1
+    assert tuned(load=4.0, train=0.2) == 8
+    assert tuned(load=0.4, train=0.2, waited=5.0) == 3  # the wait is what loading costs, not what training takes
+    assert tuned(load=0.4, train=0.2, batches=10) is None
+    assert tuned(load=0.001, train=0.001, batches=100) is None  # not three seconds yet
+
+
+def test_cores_are_divided_by_the_processes_that_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
+    monkeypatch.setattr(tuning.Path, "read_text", lambda path: "max 100000\n")
+    assert tuning.cores_of_a_rank(1) == 12
+    assert tuning.cores_of_a_rank(3) == 4
+    assert tuning.cores_of_a_rank(3, has_its_own=True) == 12
+    monkeypatch.setattr(tuning.Path, "read_text", lambda path: "600000 100000\n")
+    assert tuning.cores_of_a_rank(1) == 6
+    assert tuning.cores_of_a_rank(3, has_its_own=True) == 2
+    assert tuning.cores_of_a_rank(40) == 1

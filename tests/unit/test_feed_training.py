@@ -1,0 +1,242 @@
+"""Whole runs that use what the feed offers: packed data, augmentation, resident data, skipped samples, resume."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Train, WriteConfig
+from PIL import Image
+
+from trainer.cli import main
+from trainer.runtime import Runtime
+
+NORMALIZE = {"mean": [0.5] * 3, "std": [0.25] * 3}
+CROPS = [{"name": "RandomResizedCrop", "args": {"size": 16}}, {"name": "RandomHorizontalFlip"}]
+EVAL = [{"name": "Resize", "args": {"size": 18}}, {"name": "CenterCrop", "args": {"size": 16}}]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """30 pictures: class a is dark, class b is bright."""
+    rng = np.random.default_rng(0)
+    for i in range(30):
+        folder = tmp_path / "photos" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 90, (24, 30, 3)) + 150 * (i % 2)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:02}.jpg", quality=95)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def photo_config(photos: Path, write_config: WriteConfig) -> WriteConfig:
+    def write(name: str = "photos.yaml", **changes: Any) -> Path:
+        folder = {"name": "image_folder", "args": {"root": str(photos)}}
+        base = {
+            "data": {
+                "train": folder,
+                "eval": folder,
+                "transforms": {"train": CROPS, "eval": EVAL},
+                "normalize": NORMALIZE,
+                "workers": 0,
+            },
+            "model": {"name": "small_cnn", "args": {"width": 8, "in_channels": 3}},
+            "train__epochs": 4,
+            "train__batch_size": 10,
+        }
+        return write_config(name, **{**base, **changes})
+
+    return write
+
+
+def summary(tmp_path: Path) -> dict[str, Any]:
+    return json.loads((tmp_path / "run" / "summary.json").read_text())
+
+
+def losses(tmp_path: Path, run: str = "run") -> list[float]:
+    records = map(json.loads, (tmp_path / run / "metrics.jsonl").read_text().splitlines())
+    return [r["train/loss"] for r in records if "train/loss" in r]
+
+
+@pytest.mark.parametrize("feed", ["host", "resident", "device_decode"])
+def test_photos_are_learned_in_every_mode(feed: str, train: Train, photo_config: WriteConfig, tmp_path: Path) -> None:
+    code, _, err = train("--config", photo_config(data__feed=feed, train__epochs=8))
+    assert (code, err) == (0, "")
+    assert summary(tmp_path)["metrics"]["eval/accuracy"] == 1.0
+    assert summary(tmp_path)["skipped_samples"] == 0
+
+
+@pytest.mark.parametrize("feed", ["host", "resident", "device_decode"])
+def test_resume_in_mid_epoch_is_exact(feed: str, train: Train, photo_config: WriteConfig, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "data__feed": feed,
+        "data__augment": {"mixup": 0.3, "erase": 0.5},
+        "checkpoint__every": 4,
+    }
+    assert train("--config", photo_config(**settings), "train.epochs=null", "train.steps=4").code == 0
+    assert train("--config", photo_config(**settings), "train.epochs=null", "train.steps=9").code == 0
+    whole = f"run.dir={tmp_path}/whole"
+    assert train("--config", photo_config(**settings), "train.epochs=null", "train.steps=9", whole).code == 0
+    assert losses(tmp_path) == losses(tmp_path, "whole")
+
+
+def test_workers_do_not_change_a_run(train: Train, photo_config: WriteConfig, tmp_path: Path) -> None:
+    file = photo_config()
+    for workers in (0, 1, "auto"):
+        run = f"run.dir={tmp_path}/{workers}"
+        assert train("--config", file, f"data.workers={workers}", run, "data.prefetch=3").code == 0
+    assert losses(tmp_path, "0") == losses(tmp_path, "1") == losses(tmp_path, "auto")
+
+
+def test_mixing_gives_soft_targets_in_training_alone(
+    train: Train, photo_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer.tasks.classification import Classification
+
+    seen: dict[str, set[tuple[torch.dtype, int]]] = {"train": set(), "eval": set()}
+    loss_sum = Classification.loss_sum
+
+    def record(self: Classification, outputs: torch.Tensor, data: Any) -> torch.Tensor:
+        targets = self.targets(data)
+        seen["train" if torch.is_grad_enabled() else "eval"].add((targets.dtype, targets.ndim))
+        return loss_sum(self, outputs, data)
+
+    monkeypatch.setattr(Classification, "loss_sum", record)
+    smoothing = {"name": "cross_entropy", "args": {"label_smoothing": 0.1}}
+    assert (
+        train("--config", photo_config(data__augment={"mixup": 0.4, "cutmix": 1.0}, task={"loss": smoothing})).code == 0
+    )
+    assert seen == {"train": {(torch.float32, 2)}, "eval": {(torch.int64, 1)}}
+
+
+def test_an_odd_micro_batch_has_no_pairs(train: Train, photo_config: WriteConfig) -> None:
+    code, _, err = train("--config", photo_config(data__augment={"mixup": 0.4}, train__micro_batch_size=5))
+    assert code == 2
+    assert "train.micro_batch_size: augmentation mixes pairs of samples, and 5 samples are not whole pairs" in err
+
+
+def test_augmentation_of_what_is_no_picture_is_refused(train: Train, write_config: WriteConfig) -> None:
+    code, _, err = train("--config", write_config(data__augment={"erase": 0.4}))
+    assert code == 2
+    assert "data.augment: augmentation on the device needs images" in err
+
+
+def test_the_precision_of_the_step_is_that_of_its_images(
+    train: Train, photo_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trainer.small_models import SmallCNN
+
+    seen = set()
+    forward = SmallCNN.forward
+
+    def record(self: SmallCNN, images: torch.Tensor) -> torch.Tensor:
+        seen.add((images.dtype, images.is_contiguous(memory_format=torch.channels_last)))
+        return forward(self, images)
+
+    monkeypatch.setattr(SmallCNN, "forward", record)
+    assert train("--config", photo_config(precision="bf16", train__epochs=1)).code == 0
+    assert seen == {(torch.bfloat16, True)}
+
+
+def test_a_cache_is_made_once_and_noticed_when_the_source_changes(
+    train: Train, photo_config: WriteConfig, photos: Path, tmp_path: Path
+) -> None:
+    cache = {"path": str(tmp_path / "packed"), "encoding": "raw", "max_size": None}
+    file = photo_config()
+    assert train("--config", file, f"run.dir={tmp_path}/plain").code == 0
+    file = photo_config(data__cache=cache)
+    for name in ("first", "second"):
+        code, out, _ = train("--config", file, f"run.dir={tmp_path}/{name}")
+        assert code == 0
+        assert ("packed 30 images" in out) == (name == "first")
+        assert losses(tmp_path, name) == losses(tmp_path, "plain")
+    assert len(list((tmp_path / "packed").iterdir())) == 1  # one for training and evaluation: the same folder
+    Image.new("RGB", (24, 24)).save(photos / "a" / "new.jpg")
+    code, out, _ = train("--config", file, f"run.dir={tmp_path}/third")
+    assert code == 0
+    assert "packed 31 images" in out
+
+
+def test_the_pack_command_makes_the_cache_that_a_run_reads(
+    train: Train, photo_config: WriteConfig, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--max-size", "20", "--encoding", "mixed", "--quality", "80", "--workers", "0", "--verify"]
+    assert main(["pack", str(photos), str(tmp_path / "packed"), *arguments]) == 0
+    folder = Path(capfd.readouterr().out.strip())
+    assert folder.parent == tmp_path / "packed"
+    cache = {"path": str(tmp_path / "packed"), "encoding": "mixed", "max_size": 20, "quality": 80}
+    _, out, _ = train("--config", photo_config(data__cache=cache))
+    assert "packed" not in out
+    assert list((tmp_path / "packed").iterdir()) == [folder]
+    packed = {"name": "packed_images", "args": {"folder": str(folder)}}
+    photos.rename(tmp_path / "gone")
+    file = photo_config(data__cache=None, data__train=packed, data__eval=packed)
+    assert train("--config", file, f"run.dir={tmp_path}/from_pack").code == 0
+    assert losses(tmp_path, "from_pack") == losses(tmp_path)
+
+
+def test_pack_refuses_bad_settings(photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["pack", str(photos), str(tmp_path / "packed"), "--quality", "101"]) == 2
+    assert capfd.readouterr().err == "error: quality: must be less than or equal to 100 (got 101)\n"
+
+
+def test_only_image_folders_are_packed(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
+    code, _, err = train("--config", write_config(data__cache={"path": str(tmp_path)}))
+    assert code == 2
+    assert "data.cache: only an image_folder is packed, and data.train is none" in err
+
+
+@pytest.mark.parametrize("feed", ["host", "device_decode"])
+def test_unreadable_samples_are_counted(
+    feed: str, train: Train, photo_config: WriteConfig, photos: Path, tmp_path: Path
+) -> None:
+    broken = sorted(photos.glob("a/*.jpg"))[3]
+    broken.write_bytes(broken.read_bytes()[:200])
+    file = photo_config(data__feed=feed, train__epochs=2)
+    code, _, err = train("--config", file)
+    assert code == 2
+    assert str(broken) in err
+    assert "Traceback" not in err
+    code, out, _ = train("--config", file, "data.on_error=skip", "data.max_skipped=0.05", "checkpoint.resume=auto")
+    assert code == 0, out
+    assert str(broken) in out
+    assert summary(tmp_path)["skipped_samples"] >= 4  # once per epoch of training, and per evaluation
+    code, _, err = train("--config", file, "data.on_error=skip", "data.max_skipped=0.02", f"run.dir={tmp_path}/strict")
+    assert code == 2
+    assert "1 of 30 samples so far cannot be read" in err or "more than data.max_skipped (0.02)" in err
+    assert str(broken) in err
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_processes_of_one_machine_are_placed(
+    pinned: bool, monkeypatch: pytest.MonkeyPatch, write_config: WriteConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    from conftest import forget_accelerate
+
+    from trainer.config import load_config
+
+    placed: list[tuple[int, int]] = []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(
+        "trainer.runtime.place_this_process",
+        lambda device, local_rank, num_local_ranks: placed.append((local_rank, num_local_ranks)) or "runs on its cores",
+    )
+    forget_accelerate()
+    with caplog.at_level(logging.INFO, logger="lockstep"):
+        Runtime(load_config(str(write_config(parallel__pin_cores=pinned))))
+    assert placed == ([(0, 2)] if pinned else [])
+    assert ("runs on its cores" in caplog.text) == pinned
+
+
+def test_the_way_to_the_device_is_logged(
+    photo_config: WriteConfig, train: Train, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, out, _ = train("--config", photo_config(train__epochs=1))
+    assert "data.train: feed host: there is no GPU to keep it on" in out
+    _, out, _ = train("--config", photo_config(train__epochs=1), "data.feed=resident")
+    assert "data.train: feed resident: its pixels take" in out

@@ -159,6 +159,8 @@ def _train(options: argparse.Namespace) -> int:
     except BaseException as error:
         if _is_lost_peer(error):
             sys.stderr.write(f"rank {_rank()}: another rank has ended, and said why: {one_line(error)[:160]}\n")
+        elif type(error).__name__ == "WorkerDied":  # it says all; importing it here would import torch
+            sys.stderr.write(f"error: rank {_rank()}: {one_line(error)}\n")
         elif not isinstance(error, KeyboardInterrupt):
             traceback.print_exc()
         if trainer is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import yaml
 from launching import local
 
 WORLDS = (1, 2, 3)
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "host": {"feed": "host", "workers": 2},
     "replicated": {"feed": "resident", "resident_placement": "replicated"},
     "sharded": {"feed": "resident", "resident_placement": "sharded"},
@@ -61,6 +62,8 @@ def test_every_way_and_every_world_gives_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("way", ["sharded"])
 def test_mixing_needs_whole_pairs_on_every_process(way: str, tmp_path: Path) -> None:
-    torch.save((torch.zeros(30, 1, 16, 16, dtype=torch.uint8), torch.zeros(30, dtype=torch.int64)), tmp_path / "data.pt")
+    torch.save(
+        (torch.zeros(30, 1, 16, 16, dtype=torch.uint8), torch.zeros(30, dtype=torch.int64)), tmp_path / "data.pt"
+    )
     with pytest.raises(AssertionError, match="12 samples do not split over 4 in pairs to mix; nearest sizes: 8 and 16"):
         train(tmp_path, way, 4)

@@ -38,8 +38,8 @@ def test_a_step_never_waits_for_the_device(write_config: WriteConfig) -> None:
 
 def test_batches_leave_pinned_memory(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     pinned = []
-    trainer = Trainer(load_config(str(write_config())))
-    trainer.feed.check = lambda data, ids: pinned.append(data[0].is_pinned())
+    trainer = Trainer(load_config(str(write_config(data__workers=2))))
+    monkeypatch.setattr(trainer.task, "check", lambda data, ids: pinned.append(data[0].is_pinned()))
     trainer.start()
     trainer.train_step()
     trainer.close()
@@ -79,7 +79,7 @@ def test_synthetic_data_stays_on_the_device(write_config: WriteConfig) -> None:
     trainer = Trainer(load_config(str(write_config(data=data))))
     trainer.start()
     trainer.train_step()
-    dataset: Any = trainer.feed.samples.dataset
+    dataset: Any = trainer.feed.dataset
     images = dataset._images
     trainer.train_step()
     assert images.is_cuda

@@ -222,10 +222,12 @@ def test_processes_of_one_machine_are_placed(
 
     placed: list[tuple[int, int]] = []
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(
-        "trainer.runtime.place_this_process",
-        lambda device, local_rank, num_local_ranks: placed.append((local_rank, num_local_ranks)) or "runs on its cores",
-    )
+
+    def place(device: torch.device, local_rank: int, num_local_ranks: int) -> str:
+        placed.append((local_rank, num_local_ranks))
+        return "runs on its cores"
+
+    monkeypatch.setattr("trainer.runtime.place_this_process", place)
     forget_accelerate()
     with caplog.at_level(logging.INFO, logger="lockstep"):
         Runtime(load_config(str(write_config(parallel__pin_cores=pinned))))

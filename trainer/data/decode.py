@@ -12,6 +12,8 @@ import functools
 import io
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes.util import find_library
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,8 +51,8 @@ def read_size(encoded: Encoded) -> tuple[int, int]:
             return stream.height, stream.width
         except RuntimeError:
             pass  # PIL knows better, or says what is wrong
-    with Image.open(io.BytesIO(encoded)) as image:
-        return image.height, image.width
+    image = _open(encoded)
+    return image.height, image.width
 
 
 def decode(encoded: Encoded) -> Image.Image:
@@ -61,7 +63,23 @@ def decode(encoded: Encoded) -> Image.Image:
     """
     if isinstance(encoded, np.ndarray):
         return Image.fromarray(encoded)
-    return to_rgb(Image.open(io.BytesIO(encoded)))
+    image = _open(encoded)
+    with _as_read_errors():
+        return to_rgb(image)
+
+
+def _open(encoded: bytes | memoryview) -> Image.Image:
+    with _as_read_errors():
+        return Image.open(io.BytesIO(encoded))
+
+
+@contextmanager
+def _as_read_errors() -> Iterator[None]:
+    """PIL has ValueErrors, too, for files that are broken in unusual ways."""
+    try:
+        yield
+    except ValueError as error:
+        raise OSError(str(error)) from error
 
 
 def crop_and_resize(encoded: Encoded, box: NDArray[np.float64], size: tuple[int, int]) -> Pixels:
@@ -116,12 +134,14 @@ def _is_whole_jpeg(encoded: bytes | memoryview) -> bool:
 
 
 def _decode_reduced(encoded: bytes | memoryview, box: NDArray[np.float64], size: tuple[int, int]) -> Pixels:
-    image = Image.open(io.BytesIO(encoded))
+    image = _open(encoded)
     height, width = image.height, image.width
     # PIL picks the smallest scale that is not below what is asked for.
     image.draft("RGB", (int(np.ceil(width * size[1] / box[3])), int(np.ceil(height * size[0] / box[2]))))
     scale = np.array([image.height / height, image.width / width] * 2)
-    return _resample(np.asarray(to_rgb(image)), box * scale, size)
+    with _as_read_errors():
+        image = to_rgb(image)
+    return _resample(np.asarray(image), box * scale, size)
 
 
 def _resample(pixels: Pixels, box: NDArray[np.float64], size: tuple[int, int]) -> Pixels:
@@ -197,7 +217,7 @@ def _decoder() -> Any:
     return _decoder_of(os.getpid())
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache  # a forked process keeps its parent's, which it must not take down
 def _decoder_of(process: int) -> Any:
     library = codec()
     backends = [library.Backend(library.BackendKind.CPU_ONLY)]

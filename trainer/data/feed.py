@@ -178,13 +178,15 @@ class DeviceFeed:
         sampler = EvalSampler(len(self.dataset), batch_size, rank, num_ranks)
         self._stop()
         batches = self._iterate(sampler)
+        prefetcher = self._prefetcher
         try:
             while (item := self._next(batches)) is not None:
                 if len(item.batch.keys):  # else all its samples were unreadable
                     ids = item.batch.sample_ids
                     yield MicroBatch(self._augmented(item), len(ids), ids, is_last=True)
         finally:
-            self._stop()
+            if self._prefetcher is prefetcher:  # else this evaluation was left early, and another has begun
+                self._stop()
 
     def close(self) -> None:
         """Ends the thread and the workers, and gives shared memory back."""
@@ -281,7 +283,7 @@ class DeviceFeed:
         return batch._replace(data=data)
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and tensor.device.type == "cpu":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
@@ -345,7 +347,7 @@ class DeviceFeed:
     # ---- samples that could not be read ----------------------------------------------------------------------
 
     def _count(self, batch: LoadedBatch) -> None:
-        self._num_read += len(batch.keys)
+        self._num_read += len(batch.keys) + (0 if self._is_train else len(batch.skipped))  # these have no replacement
         if batch.skipped:
             self._count_skipped(batch.skipped)
 

@@ -69,6 +69,16 @@ def test_workers_are_settled_by_what_loading_and_training_take() -> None:
     assert tuned(load=0.001, train=0.001, batches=100) is None  # not three seconds yet
 
 
+def test_the_log_says_when_no_number_of_workers_is_enough() -> None:
+    for load, is_enough in ((0.4, True), (4.0, False)):
+        tuner, now = WorkerTuner(8), 0.0
+        for _ in range(50):
+            tuner.observe(now, 0.0, load)
+            now += 0.2
+        assert tuner.chosen() is not None
+        assert ("will wait for data" in tuner.reason) != is_enough
+
+
 def test_cores_are_divided_by_the_processes_that_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
     monkeypatch.setattr(tuning.Path, "read_text", lambda path: "max 100000\n")

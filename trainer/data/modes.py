@@ -111,11 +111,13 @@ def _choose_mode(
     size_text = f"its pixels take {_gib(size)} of {_gib(memory)} on the device"
     if placement != "sharded" and size <= limit:
         return "resident", size_text, False
-    if placement != "replicated" and num_ranks > 1 and size / num_ranks <= limit:
+    if placement != "replicated" and 1 < num_ranks <= len(pictures) and size / num_ranks <= limit:
         return "resident", f"{size_text}, shared by {num_ranks} ranks", True
-    if asked == "resident" and not (placement == "sharded" and num_ranks == 1 and size <= limit):
+    if placement == "sharded" and size <= limit:  # nobody to share with, or not a sample for each
+        return "resident", size_text, False
+    if asked == "resident":
         raise UserError(f"data.{split} does not fit: {size_text}, where {_gib(limit)} may be used", path="data.feed")
-    return ("resident" if asked == "resident" else "host"), size_text, False
+    return "host", size_text, False
 
 
 def _obstacle(split: str, pictures: Any, geometry: Geometry | None, on_host: Sequence[Any]) -> str:

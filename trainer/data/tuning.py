@@ -45,6 +45,8 @@ class WorkerTuner:
             return None
         load, train = self._load_seconds / measured, self._train_seconds / measured
         self.reason = f"a batch takes a worker {load * 1e3:.0f} ms to load and the step {train * 1e3:.0f} ms"
+        if load / train > self.most:
+            self.reason += ", so the step will wait for data; a data.cache or data.feed: device_decode loads faster"
         return min(max(math.ceil(_HEADROOM * load / train), 1), self.most)
 
 

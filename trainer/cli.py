@@ -82,6 +82,9 @@ def run_command(command: Callable[[], int], log_to_stderr: bool = False) -> int:
     except UserError as error:
         show_problems(error)
         return EXIT_USAGE
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return EXIT_FAILED
 
 
 def set_up_logging(to_stderr: bool) -> None:
@@ -164,7 +167,10 @@ def _train(options: argparse.Namespace) -> int:
         elif not isinstance(error, KeyboardInterrupt):
             traceback.print_exc()
         if trainer is not None:
-            trainer.abandon(error)
+            lost = RuntimeError("another rank has ended, and said why")
+            trainer.abandon(lost if _is_lost_peer(error) else error)
+        elif isinstance(error, KeyboardInterrupt):
+            sys.stderr.write("interrupted before training began\n")
         return EXIT_FAILED
     return EXIT_FINISHED if status == "finished" else EXIT_STOPPED
 

@@ -151,7 +151,7 @@ class NormalizeConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Augmentation of whole training batches on the device, after `transforms` and before normalisation ends."""
+    """Augmentation of whole training batches on the device: flips of `transforms`, mix, `normalize`, erase."""
 
     mixup: NonNegativeFloat = Field(
         0.0, description="Mix pairs of images and their labels with a share from Beta(mixup, mixup); 0 is off."
@@ -240,6 +240,12 @@ class DataConfig(Section):
         False,
         description="Leave out the last, smaller batch of an epoch. Off: every sample is seen in every epoch.",
     )
+
+    @model_validator(mode="after")
+    def _decodable(self) -> DataConfig:
+        if self.feed == "device_decode" and self.cache is not None and self.cache.encoding != "jpeg":
+            raise ValueError(f"feed: device_decode decodes JPEGs, and cache.encoding is {self.cache.encoding}")
+        return self
 
 
 class ModelConfig(Component):

@@ -55,6 +55,11 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"; did you mean '{by_lower[match[0]]}'?" if match else ""
 
 
+def one_line_text(error: BaseException) -> str:
+    """Returns what an exception says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def one_line(error: BaseException) -> str:
     """Returns `ValueError: text (file.py:12)`: an exception in one line, with the place it was raised."""
     text = " ".join(str(error).split())

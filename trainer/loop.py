@@ -13,12 +13,14 @@ from typing import Any, Literal
 import torch
 
 from trainer.checkpoint import CheckpointFolder, Identity, Progress
-from trainer.config import Config, Interval
-from trainer.data.build import build_data
+from trainer.config import Config, DataConfig, Interval
+from trainer.data.build import build_data, packed
 from trainer.data.datasets import SizedDataset, class_names
 from trainer.data.feed import DeviceFeed, MicroBatch
+from trainer.data.modes import device_memory
 from trainer.data.resident import Share
 from trainer.data.sampler import BatchPlan, StepSampler
+from trainer.data.transforms import build_transforms
 from trainer.errors import UserError, one_line
 from trainer.faults import StopRequests
 from trainer.model import build_model
@@ -38,13 +40,15 @@ class Trainer:
 
     Args:
         config: the whole run.
+        to_train: whether it will train; else the training data is neither packed nor moved to the device.
 
     Raises:
         UserError: the config cannot be carried out here; on every rank alike.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, to_train: bool = True) -> None:
         self.config = config
+        self.to_train = to_train
         self.clock = Clock()
         with self.clock.phase("startup"):
             self.runtime = Runtime(config)
@@ -64,11 +68,23 @@ class Trainer:
         config, runtime = self.config, self.runtime
         runtime.agree(self._check_surroundings)
         train_set, eval_set = build_data(config.data, runtime)
+        runtime.agree(self._check_transforms)
         num_classes = runtime.agree(lambda: _num_classes(config, train_set))
         runtime.agree(lambda: self._build_order_and_task(train_set, num_classes))
         runtime.agree(lambda: self._build_model(num_classes))
-        self.feed = runtime.agree(lambda: self._feed(train_set, "train"))
-        self.eval_feed = runtime.agree(lambda: self._feed(eval_set, "eval")) if eval_set is not None else None
+        # What takes long comes last, when all else is known to be good.
+        data = config.data
+        if self.to_train:
+            train_set = packed(train_set, data, runtime)
+        else:
+            data = data.model_copy(update={"feed": "host"})  # which moves nothing
+        memory = min(runtime.gather(device_memory(runtime.device)))
+        self.feed = runtime.agree(lambda: self._feed(train_set, data, "train", memory))
+        self.eval_feed: DeviceFeed | None = None
+        if eval_set is not None:
+            eval_set = packed(eval_set, config.data, runtime)
+            left = min(runtime.gather(memory - self.feed.resident_bytes))
+            self.eval_feed = runtime.agree(lambda: self._feed(eval_set, config.data, "eval", left))
 
     def _check_surroundings(self) -> None:
         check_trackers(self.config)
@@ -106,10 +122,16 @@ class Trainer:
         self.bare_optimizer = build_optimizer(config.optim, self.bare_model)
         seed_everything(config.run.seed + 1 + self.runtime.rank)  # dropout differs per rank
 
-    def _feed(self, dataset: SizedDataset, split: Literal["train", "eval"]) -> DeviceFeed:
+    def _check_transforms(self) -> None:
+        for split in ("train", "eval"):
+            build_transforms(getattr(self.config.data.transforms, split), f"data.transforms.{split}")
+
+    def _feed(
+        self, dataset: SizedDataset, data: DataConfig, split: Literal["train", "eval"], memory: int
+    ) -> DeviceFeed:
         return DeviceFeed(
             dataset,
-            self.config.data,
+            data,
             split,
             self.runtime.device,
             self.config.run.seed,
@@ -117,6 +139,7 @@ class Trainer:
             self.runtime.step_dtype,
             max_workers=max(self.runtime.num_cores - 1, 1),  # a core for the step
             ranks=Share(self.runtime.rank, self.runtime.num_ranks),
+            memory=memory,
         )
 
     # ---- the run ------------------------------------------------------------------------------------------

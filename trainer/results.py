@@ -35,7 +35,7 @@ def evaluate(run_dir: Path, *, best: bool) -> dict[str, float]:
     if config.data.eval is None:
         raise UserError(f"the run in '{run_dir}' has no evaluation data", path="data.eval")
     step = _choose(_checkpoints(run_dir, config), best)
-    trainer = Trainer(config)
+    trainer = Trainer(config, to_train=False)
     trainer.load(step)
     metrics = trainer.evaluate()
     trainer.close()

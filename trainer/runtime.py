@@ -29,7 +29,7 @@ from torch import nn
 
 from trainer.config import Config
 from trainer.data.tuning import cores_of_a_rank
-from trainer.errors import Problem, UserError
+from trainer.errors import Problem, UserError, one_line
 from trainer.placement import place_this_process
 
 logger = logging.getLogger("lockstep")
@@ -234,7 +234,7 @@ def _gloo_group() -> dist.ProcessGroup:
 
 @contextmanager
 def explained_model_errors() -> Iterator[None]:
-    """Turns two errors of a model's forward that a key mends into one line that names the key."""
+    """Turns errors of a model's forward that a user can mend into one line that says how."""
     try:
         yield
     except ValueError as error:
@@ -245,6 +245,11 @@ def explained_model_errors() -> Iterator[None]:
         )
         raise UserError(message, path="data.drop_last") from error
     except RuntimeError as error:
+        if "view size is not compatible" in str(error):
+            message = (
+                "the model views its input as flat, but images come in channels_last memory: use flatten or reshape"
+            )
+            raise UserError(f"{message} there; {one_line(error)}", path="model", agreed=True) from error
         if "find_unused_parameters" not in str(error):
             raise
         message = "the last step left parameters unused (without a gradient); if the model is meant so, set it to true"

@@ -19,7 +19,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def train(folder: Path, way: str, world: int) -> list[list[str]]:
+def train(folder: Path, way: str, world: int, **settings: Any) -> list[list[str]]:
     """Returns the hashes of all samples of every step."""
     hashes = folder / f"{way}-{world}"
     hashes.mkdir()
@@ -33,11 +33,12 @@ def train(folder: Path, way: str, world: int) -> list[list[str]]:
             "normalize": {"mean": [0.5], "std": [0.25]},
             "augment": {"mixup": 0.3, "cutmix": 1.0, "erase": 0.25, "erase_with": "noise"},
             **WAYS[way],
+            **{key: value for key, value in settings.items() if key == "augment"},
         },
         "model": {"name": "small_cnn", "args": {"width": 8, "in_channels": 1, "num_classes": 3}},
         "task": {"name": "hashing:Hashing", "args": {"folder": str(hashes), "num_classes": 3}},
         "optim": {"lr": 0.001},
-        "train": {"epochs": 2, "batch_size": 12},
+        "train": settings.get("train", {"epochs": 2, "batch_size": 12}),
         "tracking": {"trackers": []},
     }
     file = folder / f"{way}-{world}.yaml"
@@ -67,3 +68,10 @@ def test_mixing_needs_whole_pairs_on_every_process(way: str, tmp_path: Path) -> 
     )
     with pytest.raises(AssertionError, match="12 samples do not split over 4 in pairs to mix; nearest sizes: 8 and 16"):
         train(tmp_path, way, 4)
+
+
+def test_a_process_that_nobody_asks_for_a_sample_takes_part_in_the_exchange(tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (30, 1, 16, 16), dtype=torch.uint8)
+    torch.save((images, torch.arange(30) % 3), tmp_path / "data.pt")
+    settings = {"augment": {}, "train": {"steps": 20, "batch_size": 3}}
+    assert train(tmp_path, "sharded", 3, **settings) == train(tmp_path, "host", 1, **settings)

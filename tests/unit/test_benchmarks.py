@@ -91,7 +91,7 @@ def _result() -> dict[str, Any]:
         _measured("dali", [400, 410, 420]),
         _measured("timm", [], problem=Problem("No module named 'timm'", is_absence=True)),
         _measured("ours", [840], foreign=0.5),
-        _measured("ours-host-only", [840, 1050, 630]),
+        _measured("ours-all-on-cpu", [840, 1050, 630]),
     ]
     add_ratios(entries)
     return {
@@ -108,7 +108,7 @@ def test_table_shows_medians_ratios_gaps_and_dropped_rounds() -> None:
     cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[2:7]}
     assert len({line.count("|") for line in lines[:7]}) == 1
     assert cells["`torchvision`"][:5] == ["float32 CHW, normalised", "210", "200 to 230", "1.00", "0.51"]
-    assert cells["`ours-host-only`"][1:5] == ["840", "630 to 1050", "4.00", "2.05"]
+    assert cells["`ours-all-on-cpu`"][1:5] == ["840", "630 to 1050", "4.00", "2.05"]
     assert cells["`timm`"][1:3] == ["-", "No module named 'timm'"]
     assert cells["`ours`"][1:3] == ["-", "no quiet round"]
     assert "1 of 10 dropped for other load" in lines[-1]

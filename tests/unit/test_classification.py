@@ -12,7 +12,7 @@ from torch.nn import functional
 from trainer.config import TaskConfig
 from trainer.errors import UserError
 from trainer.tasks import build_task
-from trainer.tasks.classification import Classification
+from trainer.tasks.classification import Classification, CrossEntropy
 
 LOGITS = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(12) % 5
@@ -136,8 +136,8 @@ def test_number_of_classes_is_learned_from_the_outputs() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (LOGITS, r"must be \(input, target\) pairs or dicts"),
-        ([LOGITS], r"must be \(input, target\) pairs or dicts"),
+        (LOGITS, r"must be \(input, target\) pairs, dicts or dataclasses"),
+        ([LOGITS], r"must be \(input, target\) pairs, dicts or dataclasses"),
         ([LOGITS, ("a", "b")], "must be numbers or tensors"),
         ({"input": LOGITS, "label": LABELS}, r"no key 'target' \(they have: input, label\)"),
     ],
@@ -151,3 +151,20 @@ def test_a_loss_of_the_wrong_shape() -> None:
     t = Classification(loss=lambda outputs, targets: outputs.sum(0))
     with pytest.raises(UserError, match=r"returned shape \[5\] for a batch of 12"):
         t.loss_sum(LOGITS, [None, LABELS])
+
+
+def test_soft_targets_cost_what_torch_says_and_ignored_ones_nothing() -> None:
+    outputs = torch.randn(6, 4)
+    targets = torch.softmax(torch.randn(6, 4), 1)
+    for smoothing, weight in ((0.0, None), (0.1, None), (0.1, [1.0, 2.0, 0.5, 1.5])):
+        loss = CrossEntropy(label_smoothing=smoothing, weight=weight)
+        weights = None if weight is None else torch.tensor(weight)
+        expected = torch.nn.functional.cross_entropy(
+            outputs, targets, weight=weights, reduction="none", label_smoothing=smoothing
+        )
+        torch.testing.assert_close(loss(outputs, targets), expected)
+    ignoring = CrossEntropy(label_smoothing=0.1, ignore_index=255)
+    nothing = torch.zeros(6, 4)
+    assert torch.equal(ignoring(outputs, nothing), torch.zeros(6))
+    half = 0.5 * torch.eye(4)[[0, 1, 2, 3, 0, 1]]
+    torch.testing.assert_close(ignoring(outputs, half), 0.5 * ignoring(outputs, 2 * half))

@@ -194,7 +194,7 @@ def test_a_way_that_does_not_exist_is_refused(feed: str, settings: dict[str, Any
 
 def test_a_data_set_that_does_not_fit_is_refused_or_shared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = ImageFolder(str(folder))
-    monkeypatch.setattr("trainer.data.modes._memory", lambda device: 300_000)  # the pixels take about 260,000
+    monkeypatch.setattr("trainer.data.feed.device_memory", lambda device: 300_000)  # the pixels take about 260,000
     with pytest.raises(UserError, match="does not fit"):
         open_feed(dataset, config(folder, feed="resident"))
     with pytest.raises(UserError, match="does not fit"):

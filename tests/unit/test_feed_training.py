@@ -14,6 +14,7 @@ from conftest import Train, WriteConfig
 from PIL import Image
 
 from trainer.cli import main
+from trainer.data.datasets import ImageFolder
 from trainer.runtime import Runtime
 
 NORMALIZE = {"mean": [0.5] * 3, "std": [0.25] * 3}
@@ -188,7 +189,7 @@ def test_pack_refuses_bad_settings(photos: Path, tmp_path: Path, capfd: pytest.C
 def test_only_image_folders_are_packed(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
     code, _, err = train("--config", write_config(data__cache={"path": str(tmp_path)}))
     assert code == 2
-    assert "data.cache: only an image_folder is packed, and data.train is none" in err
+    assert "data.cache: image folders are packed, and neither data.train nor data.eval is one" in err
 
 
 @pytest.mark.parametrize("feed", ["host", "device_decode"])
@@ -208,7 +209,7 @@ def test_unreadable_samples_are_counted(
     assert summary(tmp_path)["skipped_samples"] >= 4  # once per epoch of training, and per evaluation
     code, _, err = train("--config", file, "data.on_error=skip", "data.max_skipped=0.02", f"run.dir={tmp_path}/strict")
     assert code == 2
-    assert "1 of 30 samples so far cannot be read" in err or "more than data.max_skipped (0.02)" in err
+    assert "1 of the first 30 samples cannot be read, more than data.max_skipped (0.02)" in err
     assert str(broken) in err
 
 
@@ -242,3 +243,103 @@ def test_the_way_to_the_device_is_logged(
     assert "data.train: feed host: there is no GPU to keep it on" in out
     _, out, _ = train("--config", photo_config(train__epochs=1), "data.feed=resident")
     assert "data.train: feed resident: its pixels take" in out
+
+
+def test_labels_are_checked_before_they_live_on_the_device(
+    train: Train, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    images, labels = torch.zeros(30, 1, 8, 8, dtype=torch.uint8), torch.arange(30) % 3
+    labels[7] = 9
+    torch.save((images, labels), tmp_path / "data.pt")
+    data = {
+        "train": {"name": "torch_file", "args": {"path": str(tmp_path / "data.pt")}},
+        "normalize": {"mean": [0.5], "std": [0.5]},
+        "feed": "resident",
+    }
+    model = {"name": "small_cnn", "args": {"width": 8, "num_classes": 3}}
+    code, _, err = train("--config", write_config(data=data, model=model))
+    assert code == 2
+    assert "data.train: sample 7 has label 9; the model's are 0 to 2" in err
+
+
+class Relabelled(ImageFolder):
+    """A user's subclass that changes what an item is."""
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = super().__getitem__(index)
+        return image, 1 - label
+
+
+def test_a_subclass_that_changes_items_is_read_through_them(photos: Path) -> None:
+    from trainer.config import DataConfig
+    from trainer.data.feed import DeviceFeed
+    from trainer.tasks.classification import Classification
+
+    config = DataConfig.model_validate(
+        {"train": {"name": "x:y"}, "transforms": {"train": CROPS, "eval": EVAL}, "workers": 0}
+    )
+    labels = []
+    for dataset in (ImageFolder(str(photos)), Relabelled(str(photos))):
+        feed = DeviceFeed(dataset, config, "eval", torch.device("cpu"), 0, Classification(num_classes=2))
+        labels.append(torch.cat([batch.data[1] for batch in feed.eval_batches(8, 0, 1)]))
+    assert torch.equal(labels[1], 1 - labels[0])
+
+
+def test_mistakes_are_found_before_anything_is_packed(train: Train, photo_config: WriteConfig, tmp_path: Path) -> None:
+    cache = {"path": str(tmp_path / "packed")}
+    wrong: list[dict[str, Any]] = [
+        {"data__transforms": {"train": [{"name": "RandomResizedCop"}]}},
+        {"train__micro_batch_size": 3},
+    ]
+    for changes in wrong:
+        assert train("--config", photo_config(data__cache=cache, **changes)).code == 2
+    code, _, err = train("--config", photo_config(data__cache={**cache, "encoding": "raw"}, data__feed="device_decode"))
+    assert code == 2
+    assert "data: feed: device_decode decodes JPEGs, and cache.encoding is raw" in err
+    assert not (tmp_path / "packed").exists()
+
+
+def test_evaluating_a_run_does_not_move_or_pack_its_training_data(
+    train: Train, photo_config: WriteConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train("--config", photo_config(data__feed="resident")).code == 0
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    captured = capfd.readouterr()
+    assert captured.err.count("pictures, ") == 1  # those of the evaluation
+    assert json.loads(captured.out)["accuracy"] == summary(tmp_path)["metrics"]["eval/accuracy"]
+
+
+def test_keys_without_effect_are_named(train: Train, photo_config: WriteConfig) -> None:
+    _, out, _ = train("--config", photo_config(train__epochs=1), "data.feed=resident", "data.prefetch=3")
+    assert "without effect here: data.workers, data.prefetch" in out
+    _, out, _ = train("--config", photo_config("b.yaml", train__epochs=1), "run.name=b", "checkpoint.resume=auto")
+    assert "without effect" not in out
+
+
+def test_a_model_that_views_its_input_gets_a_line(train: Train, photo_config: WriteConfig) -> None:
+    code, _, err = train("--config", photo_config(model={"name": "test_feed_training:Viewing"}))
+    assert code == 2
+    assert "model: the model views its input as flat, but images come in channels_last memory" in err
+
+
+class Viewing(torch.nn.Module):
+    """A model that takes its input for contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(3 * 16 * 16, 2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(images.view(len(images), -1))
+        return out
+
+
+def test_a_loss_that_takes_labels_alone_is_named_when_samples_are_mixed(
+    train: Train, photo_config: WriteConfig
+) -> None:
+    loss = {"name": "torch.nn.functional:nll_loss"}
+    code, _, err = train("--config", photo_config(data__augment={"mixup": 0.4}, task={"loss": loss}))
+    assert code == 2
+    assert "task.loss: with mixed samples the loss gets class probabilities" in err
+    wide = {"name": "resnet18", "args": {"num_classes": 7}}
+    assert train("--config", photo_config(data__augment={"mixup": 0.4}, model=wide, train__epochs=1)).code == 0

@@ -25,30 +25,27 @@ def dataset(tmp_path: Path) -> TorchFile:
     return TorchFile(str(tmp_path / "data.pt"))
 
 
-def choose(
-    dataset: Any, monkeypatch: pytest.MonkeyPatch, memory: int, device: torch.device = CUDA, ranks: int = 1, **data: Any
-) -> modes.Route:
-    monkeypatch.setattr(modes, "_memory", lambda device: memory)
+def choose(dataset: Any, memory: int, device: torch.device = CUDA, ranks: int = 1, **data: Any) -> modes.Route:
     config = DataConfig.model_validate({"train": {"name": "x:y"}, **data})
     transforms = data.pop("built", [v2.RandomCrop(8, padding=1)])
-    return modes.choose_route(dataset, config, "train", transforms, device, ranks)
+    return modes.choose_route(dataset, config, "train", transforms, device, ranks, memory)
 
 
-def test_auto_keeps_a_small_data_set_on_a_gpu(dataset: TorchFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose(dataset, monkeypatch, PIXELS * 5).mode == "resident"
-    large = choose(dataset, monkeypatch, PIXELS * 5 - 10)
+def test_auto_keeps_a_small_data_set_on_a_gpu(dataset: TorchFile) -> None:
+    assert choose(dataset, PIXELS * 5).mode == "resident"
+    large = choose(dataset, PIXELS * 5 - 10)
     assert large.mode == "host"
     assert "GiB" in large.reason
-    shared = choose(dataset, monkeypatch, PIXELS * 3, ranks=2)
+    shared = choose(dataset, PIXELS * 3, ranks=2)
     assert (shared.mode, shared.is_sharded) == ("resident", True)
-    whole = choose(dataset, monkeypatch, PIXELS * 3, ranks=2, resident_placement="replicated")
+    whole = choose(dataset, PIXELS * 3, ranks=2, resident_placement="replicated")
     assert whole.mode == "host"
-    asked = choose(dataset, monkeypatch, PIXELS * 5, ranks=2, resident_placement="sharded")
+    asked = choose(dataset, PIXELS * 5, ranks=2, resident_placement="sharded")
     assert (asked.mode, asked.is_sharded) == ("resident", True)
 
 
-def test_auto_on_the_cpu_loads_on_the_host(dataset: TorchFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    route = choose(dataset, monkeypatch, PIXELS * 5, torch.device("cpu"))
+def test_auto_on_the_cpu_loads_on_the_host(dataset: TorchFile) -> None:
+    route = choose(dataset, PIXELS * 5, torch.device("cpu"))
     assert (route.mode, route.reason) == ("host", "there is no GPU to keep it on")
 
 
@@ -89,3 +86,11 @@ def test_cores_are_divided_by_the_processes_that_share_them(monkeypatch: pytest.
     assert tuning.cores_of_a_rank(1) == 6
     assert tuning.cores_of_a_rank(3, has_its_own=True) == 2
     assert tuning.cores_of_a_rank(40) == 1
+
+
+def test_evaluations_between_steps_do_not_count_as_steps() -> None:
+    tuner, now = WorkerTuner(8), 0.0
+    for i in range(400):
+        tuner.observe(now, 0.0, 0.04)
+        now += 10.0 if i == 100 else 0.01  # an evaluation
+    assert tuner.chosen() == 6

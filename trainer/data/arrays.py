@@ -50,6 +50,14 @@ class ArrayPictures:
         target = self.targets[index]
         return self.images[index], target if isinstance(target, torch.Tensor) else np.asarray(target)[()]
 
+    def sizes(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+        """Returns heights and widths (n, 2), and the number of channels."""
+        return np.tile(np.array(self.images.shape[1:3], dtype=np.int64), (len(indices), 1)), self.images.shape[3]
+
+    def read(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8], list[Any]]:
+        """Returns the pixels of pictures, one after the other, and their targets."""
+        return np.ascontiguousarray(self.images[indices]).reshape(-1), [self.encoded(int(i))[1] for i in indices]
+
 
 def as_array_pictures(dataset: SizedDataset) -> ArrayPictures | None:
     """Returns a data set as an array of pictures, or None where it is not kept as one."""

@@ -10,9 +10,16 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from trainer.config import DataConfig
-from trainer.data.datasets import ImageFolder, RankOrder, SizedDataset, build_dataset, build_eval_dataset
+from trainer.data.datasets import (
+    ImageFolder,
+    RankOrder,
+    SizedDataset,
+    build_dataset,
+    build_eval_dataset,
+    gives_encoded,
+)
 from trainer.data.packed import PackedImages
-from trainer.data.packing import cache_key, open_or_pack
+from trainer.data.packing import OtherRankFailed, cache_key, open_or_pack
 from trainer.errors import UserError, place_at
 
 T = TypeVar("T")
@@ -32,29 +39,33 @@ class Ranks(RankOrder, Protocol):
 
 
 def build_data(config: DataConfig, ranks: Ranks) -> tuple[SizedDataset, SizedDataset | None]:
-    """Builds the training and the evaluation data set; makes their packed copies first where `data.cache` asks.
+    """Builds the training and the evaluation data set.
 
     Raises:
-        UserError: one of them cannot be built or packed; on all ranks alike.
+        UserError: one of them cannot be built, or there is nothing to pack; on all ranks alike.
     """
     train = ranks.agree(lambda: build_dataset(config.train, "data.train", ranks))
     evaluation = ranks.agree(lambda: build_eval_dataset(config, train, ranks))
-    if config.cache is None:
-        return train, evaluation
-    train = _packed(train, config, "data.train", ranks)
-    return train, None if evaluation is None else _packed(evaluation, config, "data.eval", ranks)
+    if config.cache is not None and not _is_packable(train) and not _is_packable(evaluation):
+        message = "image folders are packed, and neither data.train nor data.eval is one"
+        raise UserError(message, path="data.cache", agreed=True)
+    return train, evaluation
 
 
-def _packed(dataset: SizedDataset, config: DataConfig, path: str, ranks: Ranks) -> PackedImages:
+def packed(dataset: SizedDataset, config: DataConfig, ranks: Ranks) -> SizedDataset:
+    """Returns the packed copy of a data set, which all ranks make first; the data set itself where it is no folder.
+
+    Raises:
+        UserError: it cannot be packed; on all ranks alike.
+    """
     cache = config.cache
-    assert cache is not None
-    if not isinstance(dataset, ImageFolder):
-        raise UserError(f"only an image_folder is packed, and {path} is none", path="data.cache", agreed=True)
+    if cache is None or not isinstance(dataset, ImageFolder) or not _is_packable(dataset):
+        return dataset
     # Rank 0 lists the files, the others take its word: a listing is slow on a network file system.
     listed = ranks.agree(lambda: cache_key(dataset, cache) if ranks.rank == 0 else "")
     key = ranks.from_main(lambda: listed)
 
-    def pack() -> PackedImages:
+    def pack() -> PackedImages | None:
         try:
             return open_or_pack(
                 dataset,
@@ -67,7 +78,17 @@ def _packed(dataset: SizedDataset, config: DataConfig, path: str, ranks: Ranks) 
                 key=key,
                 read_ahead=ranks.local_rank == 0,
             )
+        except OtherRankFailed:
+            return None  # that rank says why
         except UserError as error:
             raise place_at("data.cache", error) from None
 
-    return ranks.agree(pack)
+    copy = ranks.agree(pack)
+    if copy is None:
+        message = f"the packed copy in '{cache.path}' is not complete, or this host does not see it"
+        raise UserError(message, path="data.cache")
+    return copy
+
+
+def _is_packable(dataset: SizedDataset | None) -> bool:
+    return isinstance(dataset, ImageFolder) and gives_encoded(dataset)

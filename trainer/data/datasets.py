@@ -275,6 +275,17 @@ def class_names(dataset: SizedDataset) -> list[str] | None:
     return [str(name) for name in classes] if isinstance(classes, list | tuple) else None
 
 
+def gives_encoded(dataset: Any) -> bool:
+    """Tells whether a data set's `encoded` speaks for its items: no subclass has changed these since."""
+    classes = type(dataset).__mro__
+    first = {name: next((i for i, c in enumerate(classes) if name in vars(c)), None) for name in _ITEM_METHODS}
+    encoded, item = first["encoded"], first["__getitem__"]
+    return encoded is not None and item is not None and encoded <= item
+
+
+_ITEM_METHODS = ("encoded", "__getitem__")
+
+
 def is_image_data(dataset: SizedDataset) -> bool:
     """Tells whether inputs are images of a built-in data set, which we may convert to [0, 1] floats."""
     own = getattr(dataset, "is_image_data", None)

@@ -1,9 +1,10 @@
 """Encoded pictures -> the pixels of a box, resized, on the host: decodes no more than the crop needs.
 
 JPEGs go through nvImageCodec's CPU decoder (libjpeg-turbo), which decodes only the box; its pixels are bitwise
-those of PIL's full decode. A crop that shrinks at least twofold is decoded at a half, a quarter or an eighth of
-the size by PIL (`draft`). Whatever else there is (other formats, broken files, a machine without nvImageCodec),
-PIL decodes in full, and its errors are the ones that users see.
+those of PIL's full decode. A crop that shrinks at least fourfold is decoded at a half, a quarter or an eighth of
+the size by PIL (`draft`), which leaves at least a twofold reduction to the antialiasing resize. Whatever else there
+is (other formats, broken files, a machine without nvImageCodec), PIL decodes in full, and its errors are the ones
+that users see.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ from PIL import Image
 Pixels = NDArray[np.uint8]  # (height, width, channels), RGB where they were decoded
 Encoded = bytes | memoryview | Pixels  # a file's bytes, or pixels that need no decoding
 
+UNREADABLE = (OSError, SyntaxError)  # what reading a broken picture raises, here and in PIL
+
 CPU_ONLY = -99999  # NVIMGCODEC_DEVICE_CPU_ONLY of its C header
 _JPEG = b"\xff\xd8"
 _END_OF_JPEG = b"\xff\xd9"
+_REDUCED_GAP = 2  # how much larger than the result a reduced decode is, so that the resize can still antialias
 _FILTER_PIXELS = 2  # what the triangle filter reaches beyond a box, per source pixel of one output pixel, and rounding
 
 
@@ -45,7 +49,7 @@ def read_size(encoded: Encoded) -> tuple[int, int]:
     if isinstance(encoded, np.ndarray):
         return encoded.shape[0], encoded.shape[1]
     library = codec()
-    if library is not None and _is_whole_jpeg(encoded):
+    if library is not None and is_whole_jpeg(encoded):
         try:
             stream = library.CodeStream(bytes(encoded))
             return stream.height, stream.width
@@ -75,11 +79,13 @@ def _open(encoded: bytes | memoryview) -> Image.Image:
 
 @contextmanager
 def _as_read_errors() -> Iterator[None]:
-    """PIL has ValueErrors, too, for files that are broken in unusual ways."""
+    """PIL raises many types for files that are broken in unusual ways; they become OSError."""
     try:
         yield
-    except ValueError as error:
-        raise OSError(str(error)) from error
+    except (OSError, SyntaxError, MemoryError):
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def crop_and_resize(encoded: Encoded, box: NDArray[np.float64], size: tuple[int, int]) -> Pixels:
@@ -97,7 +103,7 @@ def crop_and_resize(encoded: Encoded, box: NDArray[np.float64], size: tuple[int,
     if isinstance(encoded, np.ndarray):
         return _resample(encoded, box, size)
     if bytes(encoded[:2]) == _JPEG:
-        if min(box[2] / size[0], box[3] / size[1]) >= 2:
+        if min(box[2] / size[0], box[3] / size[1]) >= 2 * _REDUCED_GAP:
             return _decode_reduced(encoded, box, size)
         margin = np.ceil(_FILTER_PIXELS * np.maximum(box[2:] / size, 1)) if _has_fraction(box) else np.zeros(2)
         region = _decode_region(encoded, box, margin)
@@ -112,7 +118,7 @@ def _decode_region(
 ) -> tuple[Pixels, NDArray[np.float64]] | None:
     """Returns the decoded pixels around a box and their (top, left); None where PIL must do it."""
     library = codec()
-    if library is None or not _is_whole_jpeg(encoded):
+    if library is None or not is_whole_jpeg(encoded):
         return None
     try:
         stream = library.CodeStream(bytes(encoded))
@@ -128,7 +134,7 @@ def _decode_region(
     return np.asarray(image), np.array([top, left], dtype=np.float64)
 
 
-def _is_whole_jpeg(encoded: bytes | memoryview) -> bool:
+def is_whole_jpeg(encoded: bytes | memoryview) -> bool:
     """Tells whether a file starts and ends as a JPEG: what is cut off PIL reports, the codec on standard error."""
     return bytes(encoded[:2]) == _JPEG and bytes(encoded[-2:]) == _END_OF_JPEG
 
@@ -137,7 +143,8 @@ def _decode_reduced(encoded: bytes | memoryview, box: NDArray[np.float64], size:
     image = _open(encoded)
     height, width = image.height, image.width
     # PIL picks the smallest scale that is not below what is asked for.
-    image.draft("RGB", (int(np.ceil(width * size[1] / box[3])), int(np.ceil(height * size[0] / box[2]))))
+    wanted = _REDUCED_GAP * np.array([width * size[1] / box[3], height * size[0] / box[2]])
+    image.draft("RGB", (int(np.ceil(wanted[0])), int(np.ceil(wanted[1]))))
     scale = np.array([image.height / height, image.width / width] * 2)
     with _as_read_errors():
         image = to_rgb(image)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trainer.data.decode import CPU_ONLY, codec
+from trainer.data.decode import CPU_ONLY, codec, is_whole_jpeg
 from trainer.data.device_crop import crop_resize
 from trainer.data.draws import sample_keys
 from trainer.data.geometry import Crops
@@ -47,7 +47,8 @@ class DeviceDecoder:
         streams: list[Any] = []
         for file in files:
             try:
-                streams.append(self._library.CodeStream(file.tobytes()))
+                data = file.tobytes()
+                streams.append(self._library.CodeStream(data) if is_whole_jpeg(data) else None)
             except RuntimeError:
                 streams.append(None)
         known = [stream for stream in streams if stream is not None]
@@ -100,7 +101,8 @@ class DeviceDecoder:
         keys, skipped, files = batch.keys.copy(), list(batch.skipped), encoded.files()
         crops = loader.geometry(encoded.sizes, sample_keys(seed, keys))
         if (crops.sizes != crops.sizes[0]).any():
-            raise UserError("pictures differ in size; make them equal with a resize or crop in data.transforms")
+            message = "its pictures differ in size; make them equal with a resize or crop"
+            raise UserError(message, path="data.transforms")
         size = int(crops.sizes[0, 0]), int(crops.sizes[0, 1])
 
         def decode_on_host(i: int) -> NDArray[np.uint8] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -23,8 +23,8 @@ from trainer.data.datasets import SizedDataset
 from trainer.data.device_decode import DeviceDecoder
 from trainer.data.draws import sample_keys
 from trainer.data.loader import LoadedBatch, LoadFailure, SampleLoader, Skipped, preserved_generators
-from trainer.data.modes import choose_route
-from trainer.data.nested import map_tensors
+from trainer.data.modes import Route, choose_route, device_memory, without_effect
+from trainer.data.nested import map_tensors, part, with_part
 from trainer.data.prefetch import DeviceBatch, Prefetcher
 from trainer.data.resident import ResidentPictures, Share
 from trainer.data.sampler import EvalSampler, MicroBatchSampler, SampleKey, StepSampler
@@ -79,6 +79,7 @@ class DeviceFeed:
         dtype: of the images that the device half makes: that of the step.
         max_workers: most worker processes that `workers: auto` starts.
         ranks: which of how many processes this is, for a resident data set that they share.
+        memory: bytes of device memory from which to judge whether the data fits; the same on every rank.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class DeviceFeed:
         dtype: torch.dtype = torch.float32,
         max_workers: int = 1,
         ranks: Share | None = None,
+        memory: int | None = None,
     ) -> None:
         self.dataset = dataset
         self.config = config
@@ -104,7 +106,13 @@ class DeviceFeed:
         self._num_read = 0
         self._unreadable: set[int] = set()
         self._is_train = split == "train"
-        self._build(config, split, dtype, ranks or Share())
+        transforms = build_transforms(getattr(config.transforms, split), f"data.transforms.{split}")
+        memory = device_memory(device) if memory is None else memory
+        route = choose_route(dataset, config, split, transforms, device, (ranks or Share()).num_ranks, memory)
+        logger.info("%s: feed %s: %s", self.name, route.mode, route.reason)
+        if self._is_train and (unused := without_effect(config, route)):
+            logger.info("without effect here: %s", ", ".join(f"data.{key}" for key in unused))
+        self._build(route, dtype, ranks or Share(), max_workers)
         self._pool: WorkerPool | None = None
         self._prefetcher: Prefetcher | None = None
         self._tuner: WorkerTuner | None = None
@@ -114,10 +122,13 @@ class DeviceFeed:
         self._batches: Iterator[DeviceBatch] | None = None
         self._micro_batches: MicroBatchSampler | None = None
 
-    def _build(self, config: DataConfig, split: Literal["train", "eval"], dtype: torch.dtype, ranks: Share) -> None:
-        transforms = build_transforms(getattr(config.transforms, split), f"data.transforms.{split}")
-        route = choose_route(self.dataset, config, split, transforms, self.device, ranks.num_ranks)
-        logger.info("%s: feed %s: %s", self.name, route.mode, route.reason)
+    @property
+    def resident_bytes(self) -> int:
+        """Device memory that the data set itself takes."""
+        return 0 if self._resident is None else self._resident.num_bytes
+
+    def _build(self, route: Route, dtype: torch.dtype, ranks: Share, num_threads: int) -> None:
+        config = self.config
         augment = config.augment if self._is_train else AugmentConfig()
         if augment.mixes and self.task.num_classes is None:
             message = "mixing needs to know the number of classes: set model.args.num_classes"
@@ -129,26 +140,33 @@ class DeviceFeed:
         elif augment.mixes or augment.erase:
             message = "augmentation on the device needs images: set data.normalize for a data set of your own"
             raise UserError(message, path="data.augment")
-        self._loader: SampleLoader | None = None
-        self._resident: ResidentPictures | None = None
+        skip: Literal["replace", "drop"] = "replace" if self._is_train else "drop"
+        loader = SampleLoader(
+            route.dataset,
+            HostTransform(route.on_host, self.task.input_key, as_bytes=route.is_image_data),
+            route.geometry,
+            self.seed,
+            self.name,
+            on_error="raise" if config.on_error == "raise" else skip,
+        )
+        self._loader = loader if route.mode in ("host", "device_decode") else None
         self._decoder = DeviceDecoder(self.device) if route.mode == "device_decode" else None
+        self._resident: ResidentPictures | None = None
         if route.mode == "resident":
             assert route.geometry is not None
-            share = ranks if route.is_sharded else None
             try:
-                self._resident = ResidentPictures(route.dataset, route.geometry, self.device, self.seed, share)
+                self._resident = ResidentPictures(
+                    route.dataset,
+                    route.geometry,
+                    self.device,
+                    self.seed,
+                    loader.describe,
+                    lambda targets, ids: self.task.check([None, targets], ids),
+                    num_threads,
+                    ranks if route.is_sharded else None,
+                )
             except UserError as error:
                 raise place_at(self.name, error) from None
-        elif route.mode != "made_on_device":
-            skip: Literal["replace", "drop"] = "replace" if self._is_train else "drop"
-            self._loader = SampleLoader(
-                route.dataset,
-                HostTransform(route.on_host, self.task.input_key, as_bytes=route.is_image_data),
-                route.geometry,
-                self.seed,
-                self.name,
-                on_error="raise" if config.on_error == "raise" else skip,
-            )
 
     # ---- batches ---------------------------------------------------------------------------------------------
 
@@ -216,6 +234,8 @@ class DeviceFeed:
     # ---- where batches come from -----------------------------------------------------------------------------
 
     def _iterate(self, requests: Iterable[list[SampleKey]]) -> Iterator[DeviceBatch]:
+        if self._resident is not None:
+            return self._cropped_on_device(self._resident, requests)
         if self._loader is None:
             return self._made_on_device(requests)
         if self._num_workers == 0:
@@ -235,11 +255,15 @@ class DeviceFeed:
         dataset: Any = self.dataset
         for keys in requests:
             batch = LoadedBatch(np.array(keys, dtype=np.int64), None)
-            if self._resident is not None:
-                data = self._resident.batch(batch.keys)
-            else:
-                data = dataset.device_batch(batch.sample_ids, self.device)
-            batch = batch._replace(data=data)
+            batch = batch._replace(data=dataset.device_batch(batch.sample_ids, self.device))
+            yield DeviceBatch(batch, self._to_device(self._draw(batch)))
+
+    def _cropped_on_device(
+        self, pictures: ResidentPictures, requests: Iterable[list[SampleKey]]
+    ) -> Iterator[DeviceBatch]:
+        for request in requests:
+            keys = np.array(request, dtype=np.int64)
+            batch = LoadedBatch(keys, pictures.batch(keys))
             yield DeviceBatch(batch, self._to_device(self._draw(batch)))
 
     def _loaded_here(self, loader: SampleLoader, requests: Iterable[list[SampleKey]]) -> Iterator[DeviceBatch]:
@@ -323,12 +347,7 @@ class DeviceFeed:
         if self._augmentation is None:
             return data
         images = self._augmentation(self._input(data), item.plan)
-        if isinstance(data, torch.Tensor):
-            data = images
-        elif isinstance(data, Mapping):
-            data = {**data, self.task.input_key: images}
-        else:
-            data = [images, *data[1:]]
+        data = images if isinstance(data, torch.Tensor) else with_part(data, self.task.input_key, 0, images)
         if self._augmentation.mixes:
             assert item.plan is not None
             assert self.task.num_classes is not None
@@ -338,11 +357,11 @@ class DeviceFeed:
     def _input(self, data: Any) -> Any:
         if isinstance(data, torch.Tensor):
             return data
-        if isinstance(data, Mapping):
-            if self.task.input_key not in data:
-                raise UserError(f"samples have no key '{self.task.input_key}' to normalise", path="data.normalize")
-            return data[self.task.input_key]
-        return data[0]
+        try:
+            return part(data, self.task.input_key, 0)
+        except LookupError:
+            message = f"samples have no key '{self.task.input_key}' to normalise"
+            raise UserError(message, path="data.normalize") from None
 
     # ---- samples that could not be read ----------------------------------------------------------------------
 
@@ -360,7 +379,7 @@ class DeviceFeed:
         read = min(max(self._num_read, _JUDGED_FROM), len(self.dataset))
         if len(self._unreadable) > self.config.max_skipped * read:
             message = (
-                f"{len(self._unreadable)} of {min(self._num_read, len(self.dataset))} samples so far cannot be read, "
+                f"{len(self._unreadable)} of the first {read} samples cannot be read, "
                 f"more than data.max_skipped ({self.config.max_skipped:g}); the last: {problem}"
             )
             raise UserError(message, path=self.name)

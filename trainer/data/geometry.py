@@ -98,7 +98,10 @@ class ResizeAndCenterCrop:
         if self.crop is None:
             return Crops(np.concatenate([np.zeros_like(sizes), sizes], axis=1).astype(float), resized)
         size = np.broadcast_to(np.array(self.crop), sizes.shape)
-        corner = np.rint((resized - size) / 2.0)
+        room = resized - size
+        corner = np.where(
+            room < 0, -(-room // 2), np.rint(room / 2.0)
+        )  # torchvision rounds padding down, crops to even
         pixels = sizes / resized  # source pixels per resized pixel
         return Crops(np.concatenate([corner * pixels, size * pixels], axis=1), size)
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from trainer.data.datasets import SizedDataset
-from trainer.data.decode import Encoded, crop_and_resize, read_size
+from trainer.data.decode import UNREADABLE, Encoded, crop_and_resize, read_size
 from trainer.data.draws import Stream, sample_keys, uniforms
 from trainer.data.geometry import Geometry
 from trainer.data.nested import Allocate, collate
@@ -30,10 +30,10 @@ from trainer.data.sampler import SampleKey
 from trainer.data.transforms import HostTransform
 from trainer.errors import Problem, UserError, one_line, place_at
 
-_UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what PIL raises for a broken file
+_UNREADABLE = (*UNREADABLE, Image.DecompressionBombError)  # also of data sets that use PIL themselves
 _MOST_REPLACEMENTS = 10
 
-Reading = Callable[[int], None]  # told of each sample before it is read
+OnRead = Callable[[int], None]  # told of each sample before it is read
 
 
 class Skipped(NamedTuple):
@@ -141,11 +141,8 @@ class SampleLoader:
         self.seed = seed
         self.name = name
         self.on_error = on_error
-        # Without code of the user's nothing draws from the global generators.
-        is_ours = type(dataset).__module__.startswith("trainer.")
-        self.draws_globally = not (is_ours and geometry is not None and not transform.transforms)
 
-    def load(self, keys: Sequence[Sequence[int]], allocate: Allocate, reading: Reading) -> LoadedBatch | LoadFailure:
+    def load(self, keys: Sequence[Sequence[int]], allocate: Allocate, reading: OnRead) -> LoadedBatch | LoadFailure:
         """Loads one batch, its tensors in memory from `allocate`. Disturbs the global generators.
 
         Raises:
@@ -160,7 +157,7 @@ class SampleLoader:
         return LoadedBatch(np.array(read, dtype=np.int64).reshape(-1, 2), data, tuple(skipped))
 
     def load_encoded(
-        self, keys: Sequence[Sequence[int]], allocate: Allocate, reading: Reading
+        self, keys: Sequence[Sequence[int]], allocate: Allocate, reading: OnRead
     ) -> LoadedBatch | LoadFailure:
         """Loads the files of one batch, undecoded: data are [EncodedPictures, targets]."""
         skipped: list[Skipped] = []
@@ -205,7 +202,7 @@ class SampleLoader:
     # ---- samples that the data set gives ready -------------------------------------------------------------
 
     def _load_items(
-        self, keys: Sequence[SampleKey], allocate: Allocate, reading: Reading, skipped: list[Skipped]
+        self, keys: Sequence[SampleKey], allocate: Allocate, reading: OnRead, skipped: list[Skipped]
     ) -> tuple[list[SampleKey], Any]:
         found = [self._first_readable(key, self._read_item, reading, skipped) for key in keys]
         pairs = [pair for pair in found if pair is not None]
@@ -219,7 +216,7 @@ class SampleLoader:
     # ---- encoded pictures, of which only what the crop keeps is decoded ------------------------------------
 
     def _load_pictures(
-        self, keys: Sequence[SampleKey], allocate: Allocate, reading: Reading, skipped: list[Skipped]
+        self, keys: Sequence[SampleKey], allocate: Allocate, reading: OnRead, skipped: list[Skipped]
     ) -> tuple[list[SampleKey], Any]:
         found = [self._first_readable(key, self._open, reading, skipped) for key in keys]
         pictures = [picture for picture in found if picture is not None]
@@ -271,7 +268,7 @@ class SampleLoader:
         return _Picture(key, encoded, target, read_size(encoded))
 
     def _decoded(
-        self, picture: _Picture, box: Any, size: tuple[int, int], reading: Reading, skipped: list[Skipped]
+        self, picture: _Picture, box: Any, size: tuple[int, int], reading: OnRead, skipped: list[Skipped]
     ) -> tuple[SampleKey, Any, Any] | None:
         try:
             return picture.key, crop_and_resize(picture.encoded, box, size), picture.target
@@ -294,7 +291,7 @@ class SampleLoader:
         self,
         key: SampleKey,
         read: Callable[[SampleKey], Any],
-        reading: Reading,
+        reading: OnRead,
         skipped: list[Skipped],
         first_attempt: int = 0,
     ) -> Any:

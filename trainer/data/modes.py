@@ -1,4 +1,4 @@
-"""`data.feed`: where pictures are decoded and kept. Takes a list of transforms apart and chooses the way of a data set.
+"""`data.feed`: chooses where a data set's pictures are decoded and kept.
 
 Owns the choice and its reasons; `trainer.data.feed` goes the way.
 """
@@ -14,7 +14,7 @@ import torch
 
 from trainer.config import DataConfig
 from trainer.data.arrays import ArrayPictures, as_array_pictures
-from trainer.data.datasets import SizedDataset, is_image_data
+from trainer.data.datasets import SizedDataset, gives_encoded, is_image_data
 from trainer.data.decode import codec, decodes_on_gpu
 from trainer.data.geometry import Geometry, split_transforms, whole_pictures
 from trainer.data.resident import estimate_bytes
@@ -46,8 +46,9 @@ def choose_route(
     transforms: Sequence[Callable[[Any], Any]],
     device: torch.device,
     num_ranks: int,
+    memory: int,
 ) -> Route:
-    """Chooses how a data set's samples reach the device; the same on every rank with the same devices.
+    """Chooses how a data set's samples reach the device; the same on every rank that is given the same `memory`.
 
     Raises:
         UserError: the config asks for a way that this data set or this machine does not have.
@@ -64,7 +65,7 @@ def choose_route(
             raise UserError(f"{asked} is for pictures, which data.{split} does not have", path="data.feed")
         return Route("host", "its samples are no pictures", dataset, False, None, tuple(transforms))
     arrays = as_array_pictures(dataset)
-    pictures: Any = arrays or (dataset if hasattr(dataset, "encoded") else None)
+    pictures: Any = arrays or (dataset if gives_encoded(dataset) else None)
     parts = split_transforms(transforms, pads=arrays is not None)
     if pictures is None or (arrays is not None and arrays.as_tensors and parts.rest):
         geometry, on_host, pictures = None, (*parts.geometric, *parts.rest), dataset
@@ -74,7 +75,7 @@ def choose_route(
             geometry = whole_pictures
     if geometry is None:
         pictures = dataset
-    mode, reason, is_sharded = _choose_mode(config, split, pictures, geometry, on_host, device, num_ranks)
+    mode, reason, is_sharded = _choose_mode(config, split, pictures, geometry, on_host, device, num_ranks, memory)
     return Route(
         mode, reason, pictures, True, geometry, on_host, parts.horizontal_flip, parts.vertical_flip, is_sharded
     )
@@ -88,6 +89,7 @@ def _choose_mode(
     on_host: Sequence[Any],
     device: torch.device,
     num_ranks: int,
+    memory: int,
 ) -> tuple[Literal["host", "device_decode", "resident"], str, bool]:
     asked = config.feed
     obstacle = _obstacle(split, pictures, geometry, on_host)
@@ -104,8 +106,9 @@ def _choose_mode(
         return "host", obstacle, False
     if asked == "auto" and device.type != "cuda":
         return "host", "there is no GPU to keep it on", False
+    if asked == "auto" and config.on_error == "skip" and not isinstance(pictures, ArrayPictures):
+        return "host", "data.on_error: skip needs pictures that are read one by one", False
     size = estimate_bytes(pictures)
-    memory = _memory(device)
     limit = int(memory * (_AUTO_SHARE if asked == "auto" else _MOST_SHARE))
     placement = config.resident_placement
     size_text = f"its pixels take {_gib(size)} of {_gib(memory)} on the device"
@@ -124,7 +127,7 @@ def _obstacle(split: str, pictures: Any, geometry: Geometry | None, on_host: Seq
     """Returns why the pixels of a data set cannot be handled on the device; nothing where they can."""
     if on_host:
         return f"{type(on_host[0]).__name__} of data.transforms.{split} runs on the host only"
-    if not hasattr(pictures, "encoded"):
+    if not gives_encoded(pictures):
         return "the data set does not give its pictures undecoded"
     if geometry is None:
         return f"data.transforms.{split} does not make its pictures equal in size"
@@ -137,11 +140,23 @@ def _no_decoder(pictures: Any, device: torch.device) -> str:
     if codec() is None:
         return "nvidia-nvimgcodec-cu13 is not installed"
     if device.type == "cuda" and not decodes_on_gpu():
-        return "nvJPEG is missing: install nvidia-nvjpeg-cu13"
+        return "nvJPEG is missing: install nvidia-nvjpeg"
     return ""
 
 
-def _memory(device: torch.device) -> int:
+def without_effect(config: DataConfig, route: Route) -> list[str]:
+    """Returns which keys of the section somebody set that do nothing on this way."""
+    idle = [] if route.mode == "resident" else ["resident_placement"]
+    if route.mode in ("resident", "made_on_device"):
+        idle += ["workers", "prefetch", "prefetch_factor", "on_error", "max_skipped"]
+    elif config.workers == 0:
+        idle += ["prefetch", "prefetch_factor"]
+    if config.on_error == "raise":
+        idle.append("max_skipped")
+    return [key for key in dict.fromkeys(idle) if key in config.model_fields_set]
+
+
+def device_memory(device: torch.device) -> int:
     """Returns a device's whole memory in bytes: like devices then choose alike, whatever else runs there."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)

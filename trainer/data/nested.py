@@ -57,6 +57,35 @@ def _with_fields(data: Any, value: Callable[[str], Any]) -> Any:
     return same
 
 
+def part(data: Any, key: str, position: int) -> Any:
+    """Returns `data[key]` of a dict, the field `key` of a dataclass, or `data[position]` of a pair.
+
+    Raises:
+        LookupError: there is no such part.
+    """
+    if isinstance(data, Mapping):
+        return data[key]
+    if isinstance(data, list | tuple):
+        return data[position]
+    if dataclasses.is_dataclass(data) and hasattr(data, key):
+        return getattr(data, key)
+    raise LookupError(key)
+
+
+def with_part(data: Any, key: str, position: int, value: Any) -> Any:
+    """Returns `data`, of the same type, with one `part` replaced."""
+    if isinstance(data, Mapping):
+        changed = dict(data) | {key: value}
+        return changed if type(data) is dict else _like(data, changed)
+    if isinstance(data, tuple) and hasattr(data, "_fields"):
+        return type(data)(*(value if i == position else old for i, old in enumerate(data)))
+    if isinstance(data, list | tuple):
+        return [*data[:position], value, *data[position + 1 :]]
+    changed = copy.copy(data)
+    object.__setattr__(changed, key, value)  # also where the dataclass is frozen
+    return changed
+
+
 def collate(items: Sequence[Any], allocate: Allocate) -> Any:
     """Makes one batch of samples, as torch's `default_collate`; also of dataclasses, and of None.
 

@@ -85,6 +85,10 @@ class FolderSource(Protocol):
     classes: list[str]
 
 
+class OtherRankFailed(UserError):
+    """A pack is not complete, for a reason that another rank knows."""
+
+
 class Corrupt(Exception):
     """A picture that cannot be decoded; the text does not depend on where the source lies."""
 
@@ -263,7 +267,7 @@ def pack_folder(
     if failure is not None:
         raise failure
     if not _appears(folder / MANIFEST):
-        raise UserError(f"the packed data set '{folder}' is not complete: another rank could not do its part")
+        raise OtherRankFailed(f"the packed data set '{folder}' is not complete: another rank could not do its part")
     return folder
 
 

@@ -7,6 +7,7 @@ what the device does with a batch is `trainer.data.augment`.
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import threading
 import time
@@ -75,7 +76,7 @@ class Prefetcher:
         self._check = check
         self._move = move
         self._draw = draw
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = _copy_stream(device) if device.type == "cuda" else None
         self._ready: collections.deque[DeviceBatch | _Failure | None] = collections.deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -149,7 +150,7 @@ class Prefetcher:
             batch = self._move(batch)
             plan = self._draw(batch)
             plan = plan.pin_memory().to(self._device, non_blocking=True) if plan is not None else None
-            copied = torch.cuda.Event()
+            copied = torch.cuda.Event(blocking=True)  # waiting for it must not take a core from the workers
             copied.record(self._stream)
         # This thread has nothing else to do, and the workers may write into the slot again only after the copy.
         copied.synchronize()
@@ -194,3 +195,9 @@ class Prefetcher:
                 where,
                 longest.seconds,
             )
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all: freed memory stays with the stream that it was allocated on."""
+    return torch.cuda.Stream(device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,18 +19,19 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from trainer.data.arrays import ArrayPictures
-from trainer.data.decode import decode, read_size
+from trainer.data.decode import UNREADABLE, decode, read_size
 from trainer.data.device_crop import crop_resize
 from trainer.data.draws import sample_keys
 from trainer.data.geometry import Geometry
 from trainer.data.loader import LoadedBatch
-from trainer.data.nested import collate, map_tensors
+from trainer.data.nested import collate
 from trainer.data.sampler import MicroBatchSampler, StepSampler
-from trainer.data.tuning import cores_of_a_rank
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line_text
 
 logger = logging.getLogger("lockstep")
 
+_CHUNK = 512  # pictures
+_REPORT_SECONDS = 10.0
 _ESTIMATED_FROM = 64  # pictures whose size stands for all of a folder's
 
 
@@ -41,7 +42,7 @@ def estimate_bytes(dataset: Any) -> int:
     chosen = np.unique(np.linspace(0, len(dataset) - 1, _ESTIMATED_FROM).astype(int))
     sizes = []
     for i in chosen:
-        with suppress(OSError, SyntaxError):  # reading all of them will say which is broken
+        with suppress(*UNREADABLE):  # reading all of them will say which is broken
             height, width = read_size(dataset.encoded(int(i))[0])
             sizes.append(height * width * 3)
     return int(np.mean(sizes or [0]) * len(dataset))
@@ -68,14 +69,25 @@ class ResidentPictures:
         geometry: crops of a batch.
         device: where the pixels are kept.
         seed: seed of the samples' random state.
-        share: which samples this rank keeps; all by default.
+        describe: names a sample, for messages.
+        check: called with the targets and their samples' indices; raises UserError on bad ones.
+        num_threads: how many read and decode.
+        share: which samples this rank keeps, at least one; all by default.
 
     Raises:
-        UserError: the pictures cannot be read, or targets are no numbers.
+        UserError: a picture cannot be read, targets are no numbers or bad ones, or crops differ in size.
     """
 
     def __init__(
-        self, dataset: Any, geometry: Geometry, device: torch.device, seed: int, share: Share | None = None
+        self,
+        dataset: Any,
+        geometry: Geometry,
+        device: torch.device,
+        seed: int,
+        describe: Callable[[int], str],
+        check: Callable[[torch.Tensor, torch.Tensor], None],
+        num_threads: int = 1,
+        share: Share | None = None,
     ) -> None:
         self.geometry = geometry
         self.device = device
@@ -83,28 +95,51 @@ class ResidentPictures:
         self.share = share or Share()
         started = time.perf_counter()
         indices = np.arange(self.share.rank, len(dataset), self.share.num_ranks)
-        pictures, targets = _read(dataset, indices)
-        self.sizes = np.array([picture.shape[:2] for picture in pictures], dtype=np.int64).reshape(-1, 2)
-        self.channels = pictures[0].shape[2]
+        assert len(indices) > 0
+        source = dataset if isinstance(dataset, ArrayPictures) else _Files(dataset, describe, num_threads)
+        self.sizes, self.channels = source.sizes(indices)
         self._offsets = np.concatenate([[0], np.cumsum(self.sizes.prod(1) * self.channels)])
-        self._pixels = _moved(pictures, int(self._offsets[-1]), device)
-        self.targets = map_tensors(lambda tensor: tensor.to(device), targets)
+        self._pixels = torch.empty(int(self._offsets[-1]), dtype=torch.uint8, device=device)
+        labels: list[Any] = []
+        reported = started
+        # A few at a time: the host never holds the whole.
+        for first in range(0, len(indices), _CHUNK):
+            pixels, targets = source.read(indices[first : first + _CHUNK])
+            start = int(self._offsets[first])
+            self._pixels[start : start + len(pixels)] = torch.from_numpy(pixels).to(device)
+            labels += targets
+            if time.perf_counter() - reported > _REPORT_SECONDS:
+                reported = time.perf_counter()
+                logger.info("%d of %d pictures are on %s", len(labels), len(indices), device)
+        self.targets = _collated(labels)
+        check(self.targets, torch.from_numpy(indices))
+        self.targets = self.targets.to(device)
         # Pictures of one size are indexed by one gather.
         self._is_uniform = bool((self.sizes == self.sizes[0]).all())
+        crops = geometry(self.sizes, sample_keys(seed, np.stack([np.zeros_like(indices), indices], axis=1)))
+        if (crops.sizes != crops.sizes[0]).any():
+            message = "its pictures differ in size; make them equal with a resize or crop"
+            raise UserError(message, path="data.transforms")
+        self._size = int(crops.sizes[0, 0]), int(crops.sizes[0, 1])
         seconds = time.perf_counter() - started
         size = self._offsets[-1] / 2**20
-        logger.info("%d pictures, %.0f MiB, moved to %s in %.1f s", len(pictures), size, device, seconds)
+        logger.info("%d pictures, %.0f MiB, moved to %s in %.1f s", len(indices), size, device, seconds)
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory of the pixels."""
+        return self._pixels.numel()
 
     def batch(self, keys: NDArray[np.int64]) -> list[Any]:
         """Returns [images (B, C, height, width) uint8 in channels_last, targets] for sample keys (B, 2), all ours."""
         rows = keys[:, 1] // self.share.num_ranks
-        crops = self.geometry(self.sizes[rows], sample_keys(self.seed, keys))
-        size = int(crops.sizes[0, 0]), int(crops.sizes[0, 1])
-        if (crops.sizes != crops.sizes[0]).any():
-            raise UserError("pictures differ in size; make them equal with a resize or crop in data.transforms")
         index = self._uploaded(rows)
-        targets = map_tensors(lambda tensor: tensor[index], self.targets)
-        return [crop_resize(self._pictures(rows, index), crops.boxes, size), targets]
+        targets = self.targets[index]
+        if not len(rows):  # nobody asks this rank for anything in this step
+            shape = (0, self.channels, *self._size)
+            return [torch.empty(shape, dtype=torch.uint8, device=self.device), targets]
+        crops = self.geometry(self.sizes[rows], sample_keys(self.seed, keys))
+        return [crop_resize(self._pictures(rows, index), crops.boxes, self._size), targets]
 
     def exchanged_batches(self, sampler: StepSampler, start: int, stop: int) -> Iterator[LoadedBatch]:
         """Yields this rank's micro-batches of some steps; all ranks exchange what the others ask of them.
@@ -157,22 +192,41 @@ class ResidentPictures:
         return index.to(self.device)
 
 
-def _read(dataset: Any, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8] | list[NDArray[np.uint8]], Any]:
-    if isinstance(dataset, ArrayPictures):
-        labels = [dataset.encoded(int(i))[1] for i in indices]
-        return dataset.images[indices], _collated(labels)
+class _Files:
+    """Reads and decodes pictures on several threads: decoding lets other threads run."""
 
-    def read(index: int) -> tuple[NDArray[np.uint8], Any]:
-        try:
-            encoded, target = dataset.encoded(index)
-            return encoded if isinstance(encoded, np.ndarray) else np.asarray(decode(encoded)), target
-        except (OSError, SyntaxError) as error:
-            problem = " ".join(str(error).split())
-            raise UserError(f"cannot read sample {index}: {problem}; a resident data set has no holes") from error
+    def __init__(self, dataset: Any, describe: Callable[[int], str], num_threads: int) -> None:
+        self.dataset = dataset
+        self.describe = describe
+        self.num_threads = num_threads
 
-    with ThreadPoolExecutor(cores_of_a_rank(1)) as threads:  # decoding lets other threads run
-        items = list(threads.map(read, indices.tolist()))
-    return [pixels for pixels, _ in items], _collated([target for _, target in items])
+    def sizes(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+        """Returns heights and widths (n, 2), and the number of channels."""
+        sizes = self._map(lambda index: read_size(self.dataset.encoded(index)[0]), indices)
+        return np.array(sizes, dtype=np.int64).reshape(-1, 2), 3
+
+    def read(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8], list[Any]]:
+        """Returns the pixels of pictures, one after the other, and their targets."""
+
+        def read(index: int) -> tuple[NDArray[np.uint8], Any]:
+            encoded, target = self.dataset.encoded(index)
+            pixels = encoded if isinstance(encoded, np.ndarray) else np.asarray(decode(encoded))
+            return pixels.reshape(-1), target
+
+        items = self._map(read, indices)
+        return np.concatenate([pixels for pixels, _ in items]), [target for _, target in items]
+
+    def _map(self, function: Callable[[int], Any], indices: NDArray[np.int64]) -> list[Any]:
+        def called(index: int) -> Any:
+            try:
+                return function(index)
+            except UNREADABLE as error:
+                # There is no replacing here: what is on the device would depend on the number of ranks.
+                message = f"cannot read {self.describe(index)}: {one_line_text(error)}"
+                raise UserError(f"{message}; with data.feed: host, data.on_error may skip it") from error
+
+        with ThreadPoolExecutor(self.num_threads) as threads:
+            return list(threads.map(called, indices.tolist()))
 
 
 def _collated(labels: list[Any]) -> Any:
@@ -180,16 +234,3 @@ def _collated(labels: list[Any]) -> Any:
     if not isinstance(targets, torch.Tensor):
         raise UserError("targets of a resident data set must be numbers or tensors of one shape")
     return targets
-
-
-def _moved(pictures: NDArray[np.uint8] | list[NDArray[np.uint8]], size: int, device: torch.device) -> torch.Tensor:
-    """Copies pictures one after the other into one tensor on the device, through a small buffer."""
-    if isinstance(pictures, np.ndarray):
-        return torch.from_numpy(np.ascontiguousarray(pictures).reshape(-1)).to(device, copy=True)
-    pixels = torch.empty(size, dtype=torch.uint8, device=device)
-    start = 0
-    for picture in pictures:
-        part = torch.from_numpy(np.array(picture).reshape(-1))
-        pixels[start : start + len(part)] = part.to(device)
-        start += len(part)
-    return pixels

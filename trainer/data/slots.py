@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 import tempfile
+from contextlib import suppress
 from multiprocessing import reduction
 from typing import Any, NamedTuple
 
@@ -124,6 +125,8 @@ class Slot:
         if int(error) == 0:
             self._registered = memory
         else:
+            with suppress(RuntimeError):  # CUDA reports the failed call once more, with the next kernel
+                torch.zeros(1, device="cuda")
             logger.warning("cannot pin %d MiB of host memory (CUDA error %s)", memory.numel() >> 20, error)
 
     def _unpin(self) -> None:

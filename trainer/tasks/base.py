@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from trainer.data.nested import part, with_part
 from trainer.errors import UserError
 
 
@@ -42,7 +43,10 @@ class Task(ABC):
                 value.to(device)
 
     def check(self, data: Any, sample_ids: torch.Tensor) -> None:  # noqa: B027  # optional, not abstract
-        """Raises UserError where a batch in host memory cannot be trained on."""
+        """Raises UserError where a batch in host memory cannot be trained on.
+
+        In place of images `data` may hold undecoded pictures, or None where the images are on the device already.
+        """
 
     def inputs(self, data: Any) -> Any:
         """Returns what the model is called with: the first of a pair, or `input_key` of a dict."""
@@ -54,9 +58,7 @@ class Task(ABC):
 
     def with_targets(self, data: Any, targets: Any) -> Any:
         """Returns the batch with other targets: where augmentation mixes samples."""
-        if isinstance(data, Mapping):
-            return {**data, self.target_key: targets}
-        return [data[0], targets, *data[2:]]
+        return with_part(data, self.target_key, 1, targets)
 
     def forward(self, model: nn.Module, data: Any) -> Any:
         """Runs the model on a batch."""
@@ -86,6 +88,7 @@ class Task(ABC):
                 keys = ", ".join(map(str, data))
                 raise UserError(f"samples have no key '{key}' (they have: {keys}); name it in task.args", path="task")
             return data[key]
-        if isinstance(data, list | tuple) and len(data) > position:
-            return data[position]
-        raise UserError("samples must be (input, target) pairs or dicts")
+        try:
+            return part(data, key, position)
+        except LookupError:
+            raise UserError("samples must be (input, target) pairs, dicts or dataclasses") from None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.errors import UserError, place_at
+from trainer.errors import UserError, one_line, place_at
 from trainer.tasks.base import Task
 
 
@@ -32,6 +32,19 @@ class CrossEntropy(nn.CrossEntropyLoss):
             reduction="none",
             label_smoothing=label_smoothing,
         )
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Returns one loss per sample, for labels (B,) or class probabilities (B, classes).
+
+        Probabilities that sum to less than 1, of a mixed sample whose other label is ignored, weigh that much less.
+        """
+        if not targets.is_floating_point() or targets.ndim != 2:
+            return super().forward(outputs, targets)
+        share = targets.sum(1, keepdim=True)
+        smoothed = targets * (1 - self.label_smoothing) + share * (self.label_smoothing / targets.shape[1])
+        if self.weight is not None:
+            smoothed = smoothed * self.weight
+        return -(smoothed * torch.log_softmax(outputs.float(), 1)).sum(1)
 
 
 class Classification(Task):
@@ -100,7 +113,13 @@ class Classification(Task):
         if not self._outputs_checked:
             self._check_outputs(outputs, targets)
             self._outputs_checked = True
-        loss = self.loss(outputs, targets)
+        try:
+            loss = self.loss(outputs, targets)
+        except (RuntimeError, TypeError, IndexError) as error:
+            if not targets.is_floating_point() or targets.ndim != 2:
+                raise
+            message = f"with mixed samples the loss gets class probabilities (batch, classes): {one_line(error)}"
+            raise UserError(message, path="task.loss", agreed=True) from error
         if loss.ndim == 0:  # a mean over the batch
             return loss * len(outputs)
         if loss.shape[0] != len(outputs):
@@ -110,6 +129,9 @@ class Classification(Task):
 
     def _check_outputs(self, outputs: torch.Tensor, targets: torch.Tensor) -> None:
         """Compares the first outputs with the classes; where these were unknown, waits once for the device."""
+        if targets.ndim == 2 and targets.is_floating_point() and outputs.shape != targets.shape:
+            message = f"the model returned {list(outputs.shape)} for class probabilities {list(targets.shape)}"
+            raise UserError(f"{message}; set model.args.num_classes", path="model", agreed=True)
         if targets.ndim != 1 or targets.is_floating_point():
             return
         if outputs.ndim != 2 or outputs.shape[1] < 2:

@@ -1,0 +1,37 @@
+"""The tables in docs/ are those of the committed results, and what is linked exists."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from benchmarks.feed import table
+
+DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
+TABLES = re.findall(
+    r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", (REPOSITORY / "docs" / "performance.md").read_text(), re.DOTALL
+)
+
+
+@pytest.mark.parametrize(("file", "text"), TABLES)
+def test_tables_are_those_of_the_results(file: str, text: str) -> None:
+    assert text == table(json.loads((REPOSITORY / file).read_text()))
+
+
+def test_every_result_has_a_table() -> None:
+    results = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "benchmarks" / "results").glob("*.json")}
+    assert {file for file, _ in TABLES} == results
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_linked_and_named_files_exist(page: Path) -> None:
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / link).exists(), link
+    for name in re.findall(r"`(tests/[a-z_/]+\.py)`", text):
+        assert (REPOSITORY / name).exists(), name

@@ -34,7 +34,7 @@ import yaml
 from PIL import Image
 
 from benchmarks.feed import TIMEOUT, Problem, _show_progress, _spread, describe_environment
-from benchmarks.peers import AREA, ASPECT, ENTRIES, MEAN, SIZE, STD
+from benchmarks.peers import AREA, ASPECT, ENTRIES, MEAN, SIZE, STD, open_timm_loader
 from benchmarks.pictures import DEFAULT_FOLDER, NUM_CLASSES, Shape, describe, make_picture, make_pictures
 from trainer.config import DataConfig, ModelConfig
 from trainer.data.datasets import ImageFolder
@@ -125,24 +125,11 @@ def timm(setup: Setup, seed: int) -> Batches:
     Two of its options that are off by default make it faster and are on: pinned memory, and workers that go on from
     epoch to epoch, for our few pictures make short epochs.
     """
-    from timm.data import create_dataset, create_loader
-
-    torch.manual_seed(seed)
-    loader = create_loader(
-        create_dataset("", root=str(setup.folder), is_training=True, batch_size=setup.batch_size),
-        input_size=(3, setup.image_size, setup.image_size),
-        batch_size=setup.batch_size,
-        is_training=True,
-        use_prefetcher=True,
-        scale=AREA,
-        ratio=ASPECT,
-        hflip=0.5,
-        color_jitter=0.0,
-        auto_augment=None,
-        re_prob=0.0,
-        interpolation="bilinear",
-        mean=MEAN,
-        std=STD,
+    loader = open_timm_loader(
+        setup.folder,
+        setup.batch_size,
+        seed,
+        setup.image_size,
         num_workers=setup.workers,
         pin_memory=setup.device.type == "cuda",
         device=setup.device,

@@ -137,14 +137,28 @@ def _timm_bytes(folder: Path, batch_size: int, seed: int) -> Batches:
 
 
 def _timm_loader(folder: Path, batch_size: int, seed: int) -> Any:
-    """With timm's prefetcher, as its train.py has it: workers collate bytes, the device normalises."""
+    import torch
+
+    return open_timm_loader(folder, batch_size, seed, SIZE, num_workers=1, device=torch.device("cpu"))
+
+
+def open_timm_loader(folder: Path, batch_size: int, seed: int, size: int, **options: Any) -> Any:
+    """Returns timm's loader with its prefetcher, as its train.py has it: workers collate bytes, the device normalises.
+
+    Args:
+        folder: class folders of JPEGs.
+        batch_size: pictures per batch.
+        seed: seed of order and augmentation.
+        size: pixels of both sides of the crops.
+        **options: further arguments of timm's `create_loader`.
+    """
     import torch
     from timm.data import create_dataset, create_loader
 
     torch.manual_seed(seed)
     return create_loader(
         create_dataset("", root=str(folder), is_training=True, batch_size=batch_size),
-        input_size=(3, SIZE, SIZE),
+        input_size=(3, size, size),
         batch_size=batch_size,
         is_training=True,
         use_prefetcher=True,
@@ -157,8 +171,7 @@ def _timm_loader(folder: Path, batch_size: int, seed: int) -> Any:
         interpolation="bilinear",
         mean=MEAN,
         std=STD,
-        num_workers=1,
-        device=torch.device("cpu"),
+        **options,
     )
 
 
@@ -349,7 +362,8 @@ def open_our_feed(folder: Path, batch_size: int, seed: int, pack: dict[str, Any]
     from trainer.config import CacheConfig, DataConfig
     from trainer.data.datasets import build_dataset
     from trainer.data.feed import DeviceFeed
-    from trainer.data.packing import open_or_pack
+    from trainer.data.packed import PackedImages
+    from trainer.data.packing import pack_folder
     from trainer.data.sampler import BatchPlan, StepSampler
 
     section = {
@@ -364,7 +378,8 @@ def open_our_feed(folder: Path, batch_size: int, seed: int, pack: dict[str, Any]
     config = DataConfig.model_validate(section)
     dataset: Any = build_dataset(config.train, "data.train", _OnlyRank())
     if pack is not None:
-        dataset = open_or_pack(dataset, CacheConfig(path=str(folder.with_name(f"{folder.name}-packed")), **pack))
+        cache = CacheConfig(path=str(folder.with_name(f"{folder.name}-packed")), **pack)
+        dataset = PackedImages(pack_folder(dataset, cache))
     feed = DeviceFeed(dataset, config, "train", torch.device("cpu"), seed, _Pairs())
     plan = BatchPlan.split(len(dataset), batch_size, None, num_ranks=1, drop_last=False)
     feed.start(StepSampler(plan, rank=0, seed=seed), step=0, total_steps=_ENDLESS)

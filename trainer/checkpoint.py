@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from trainer.errors import UserError
+from trainer.system import sync_folder
 
 _PREFIX = "step-"
 _STAGING = ".tmp-"
@@ -174,12 +175,3 @@ class CheckpointFolder:
     def _remove_leftovers(self) -> None:
         for leftover in self.folder.glob(f"{_STAGING}*"):
             shutil.rmtree(leftover)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -184,16 +184,16 @@ def _pack(options: argparse.Namespace) -> int:
         quality=options.quality,
     )
     from trainer.data.datasets import ImageFolder
-    from trainer.data.packing import open_or_pack
+    from trainer.data.packed import PackedImages
+    from trainer.data.packing import pack_folder
     from trainer.data.tuning import cores_of_a_rank
 
     workers = cores_of_a_rank(1) if options.workers is None else max(options.workers, 0)
-    packed = open_or_pack(
-        ImageFolder(options.source), config, num_workers=workers, on_error=options.on_error, read_ahead=False
-    )
+    folder = pack_folder(ImageFolder(options.source), config, num_workers=workers, on_error=options.on_error)
+    packed = PackedImages(folder, read_ahead=False)
     if options.verify:
         packed.verify()
-    sys.stdout.write(f"{packed.folder}\n")
+    sys.stdout.write(f"{folder}\n")
     return EXIT_FINISHED
 
 

@@ -507,16 +507,24 @@ def test_a_broken_picture_ends_decoding_on_the_gpu_and_is_named(
             list(steps(feed, 0, 3))
 
 
-@pytest.mark.usefixtures("_gpu_decoder")
-@pytest.mark.parametrize("spoil", [half_of_it, no_picture])
-def test_a_broken_picture_is_replaced_as_on_the_host(
+def decoded_both_ways(
     spoil: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> tuple[int, Any, Any]:
+    """Returns the broken sample, and the batches of the host and of the GPU, which skip what they find broken."""
     root, broken = broken_folder(tmp_path, spoil)
     dataset = ImageFolder(str(root))
     skip = {"on_error": "skip", "max_skipped": 1.0}
     host = batches_of(dataset, folder_config(root, **skip), CPU, monkeypatch)
     there = batches_of(dataset, folder_config(root, feed="device_decode", **skip), CUDA, monkeypatch)
+    return broken, host, there
+
+
+@pytest.mark.usefixtures("_gpu_decoder")
+@pytest.mark.parametrize("spoil", [half_of_it, no_picture])
+def test_a_broken_picture_is_replaced_as_on_the_host(
+    spoil: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken, host, there = decoded_both_ways(spoil, tmp_path, monkeypatch)
     assert [ids for ids, *_ in there] == [ids for ids, *_ in host]
     assert broken not in {sample for ids, *_ in there for sample in ids}
     for (_, before, *_), (_, expected, *_) in zip(there, host, strict=True):
@@ -528,11 +536,7 @@ def test_a_broken_picture_is_replaced_as_on_the_host(
 def test_a_picture_that_no_decoder_finds_broken_harms_no_other(
     spoil: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root, broken = broken_folder(tmp_path, spoil)
-    dataset = ImageFolder(str(root))
-    skip = {"on_error": "skip", "max_skipped": 1.0}
-    host = batches_of(dataset, folder_config(root, **skip), CPU, monkeypatch)
-    there = batches_of(dataset, folder_config(root, feed="device_decode", **skip), CUDA, monkeypatch)
+    broken, host, there = decoded_both_ways(spoil, tmp_path, monkeypatch)
     for (ids, before, *_), (host_ids, expected, *_) in zip(there, host, strict=True):
         for i, (sample, host_sample) in enumerate(zip(ids, host_ids, strict=True)):
             if sample == host_sample != broken:

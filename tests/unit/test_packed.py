@@ -28,7 +28,7 @@ from trainer.config import CacheConfig
 from trainer.data import packed, packing
 from trainer.data.datasets import ImageFolder, class_names, is_image_data
 from trainer.data.packed import MANIFEST, PackedImages
-from trainer.data.packing import Listing, cache_key, open_or_pack, pack_folder
+from trainer.data.packing import Listing, cache_key, pack_folder
 from trainer.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -74,7 +74,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("encoding", ["raw", "jpeg", "mixed"])
 def test_pictures_that_are_small_enough_come_back_bit_for_bit(tmp_path: Path, encoding: str) -> None:
     source = ImageFolder(str(make_folder(tmp_path / "source", 7)))
-    data = open_or_pack(source, settings(tmp_path / "cache", encoding=encoding))
+    data = PackedImages(pack_folder(source, settings(tmp_path / "cache", encoding=encoding)))
     assert len(data) == len(source) == 7
     assert len(data.manifest.shards) == 4
     for i, (path, label) in enumerate(source.samples):
@@ -94,7 +94,7 @@ def test_pictures_that_are_small_enough_come_back_bit_for_bit(tmp_path: Path, en
 @pytest.mark.usefixtures("small_shards")
 def test_it_looks_like_the_folder_it_was_made_of(tmp_path: Path) -> None:
     source = ImageFolder(str(make_folder(tmp_path / "source")))
-    data = open_or_pack(source, settings(tmp_path / "cache"))
+    data = PackedImages(pack_folder(source, settings(tmp_path / "cache")))
     assert class_names(data) == source.classes
     assert is_image_data(data)
     assert [data.name(i) for i in range(6)] == [os.path.relpath(path, source.root) for path, _ in source.samples]
@@ -117,7 +117,7 @@ def test_the_shorter_side_is_shrunk(
     tmp_path: Path, size: tuple[int, int], max_size: int | None, shrunk: tuple[int, int], encoding: str
 ) -> None:
     source = ImageFolder(str(make_folder(tmp_path / "source", 3, size)))
-    data = open_or_pack(source, settings(tmp_path / "cache", encoding=encoding, max_size=max_size))
+    data = PackedImages(pack_folder(source, settings(tmp_path / "cache", encoding=encoding, max_size=max_size)))
     for i in range(3):
         image, original = data[i][0], source[i][0]
         assert image.size == shrunk
@@ -158,7 +158,9 @@ def test_every_mode_is_converted_as_the_folder_does(tmp_path: Path, encoding: st
     exif[0x0112] = 6  # orientation: to be turned by 90 degrees
     picture(6).save(folder / "rotated.jpg", exif=exif, quality=95)
     source = ImageFolder(str(tmp_path / "source"))
-    data = open_or_pack(source, settings(tmp_path / "cache", encoding=encoding, max_size=max_size, quality=95))
+    data = PackedImages(
+        pack_folder(source, settings(tmp_path / "cache", encoding=encoding, max_size=max_size, quality=95))
+    )
     kept = {"gray.jpg", "rotated.jpg"} if max_size == 400 else set()
     for i, (path, _) in enumerate(source.samples):
         name, image = Path(path).name, source[i][0]
@@ -517,7 +519,7 @@ def test_broken_pictures(tmp_path: Path) -> None:
     source, config = ImageFolder(str(root)), settings(tmp_path / "cache")
     with pytest.raises(UserError, match=rf"cannot read '{root}/class_0/000.jpg': cannot identify image file"):
         pack_folder(source, config)
-    data = open_or_pack(source, config, on_error="skip")
+    data = PackedImages(pack_folder(source, config, on_error="skip"))
     assert len(data) == len(source) == 7
     data.verify()
     for i in range(7):
@@ -606,7 +608,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
 def test_progress_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "REPORT_SECONDS", 0.0)
     source = ImageFolder(str(make_folder(tmp_path / "source")))
-    with caplog.at_level(logging.INFO, logger="trainer.data.packing"):
+    with caplog.at_level(logging.INFO, logger="lockstep"):
         pack_folder(source, settings(tmp_path / "cache"))
     assert "packed 3 of 6 images" in caplog.text
     assert "min left" in caplog.text
@@ -637,12 +639,12 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     name = os.fsencode(root / "class_0") + b"/\xff\xe4.jpg"
     picture(5).save(os.fsdecode(name))
     source = ImageFolder(str(root))
-    data = open_or_pack(source, settings(tmp_path / "cache"))
+    data = PackedImages(pack_folder(source, settings(tmp_path / "cache")))
     assert os.fsencode(os.path.join(root, data.name(1))) == name
 
 
 def test_a_forked_process_reads_too(tmp_path: Path) -> None:
-    data = open_or_pack(ImageFolder(str(make_folder(tmp_path / "source"))), settings(tmp_path / "cache"))
+    data = PackedImages(pack_folder(ImageFolder(str(make_folder(tmp_path / "source"))), settings(tmp_path / "cache")))
     loader = torch.utils.data.DataLoader(Sums(data), num_workers=2, batch_size=1)
     expected = [int(pixels(data[i][0]).long().sum()) for i in range(len(data))]
     assert [int(value) for value in loader] == expected

@@ -19,7 +19,7 @@ from trainer.data.datasets import (
     gives_encoded,
 )
 from trainer.data.packed import PackedImages
-from trainer.data.packing import OtherRankFailed, cache_key, open_or_pack
+from trainer.data.packing import OtherRankFailed, cache_key, pack_folder
 from trainer.errors import UserError, place_at
 
 T = TypeVar("T")
@@ -67,7 +67,7 @@ def packed(dataset: SizedDataset, config: DataConfig, ranks: Ranks) -> SizedData
 
     def pack() -> PackedImages | None:
         try:
-            return open_or_pack(
+            folder = pack_folder(
                 dataset,
                 cache,
                 rank=ranks.rank,
@@ -76,8 +76,8 @@ def packed(dataset: SizedDataset, config: DataConfig, ranks: Ranks) -> SizedData
                 num_workers=ranks.num_cores,
                 on_error=config.on_error,
                 key=key,
-                read_ahead=ranks.local_rank == 0,
             )
+            return PackedImages(folder, read_ahead=ranks.local_rank == 0)
         except OtherRankFailed:
             return None  # that rank says why
         except UserError as error:

@@ -176,7 +176,7 @@ class DeviceFeed:
         self._micro_batches = MicroBatchSampler(sampler, step, total_steps)
         if self._resident is not None and self._resident.share.num_ranks > 1:
             batches = self._resident.exchanged_batches(sampler, step, total_steps)
-            self._batches = (DeviceBatch(batch, self._to_device(self._draw(batch))) for batch in batches)
+            self._batches = map(self._drawn, batches)
         else:
             self._batches = self._iterate(self._micro_batches)
 
@@ -234,8 +234,6 @@ class DeviceFeed:
     # ---- where batches come from -----------------------------------------------------------------------------
 
     def _iterate(self, requests: Iterable[list[SampleKey]]) -> Iterator[DeviceBatch]:
-        if self._resident is not None:
-            return self._cropped_on_device(self._resident, requests)
         if self._loader is None:
             return self._made_on_device(requests)
         if self._num_workers == 0:
@@ -253,18 +251,13 @@ class DeviceFeed:
 
     def _made_on_device(self, requests: Iterable[list[SampleKey]]) -> Iterator[DeviceBatch]:
         dataset: Any = self.dataset
-        for keys in requests:
-            batch = LoadedBatch(np.array(keys, dtype=np.int64), None)
-            batch = batch._replace(data=dataset.device_batch(batch.sample_ids, self.device))
-            yield DeviceBatch(batch, self._to_device(self._draw(batch)))
-
-    def _cropped_on_device(
-        self, pictures: ResidentPictures, requests: Iterable[list[SampleKey]]
-    ) -> Iterator[DeviceBatch]:
         for request in requests:
-            keys = np.array(request, dtype=np.int64)
-            batch = LoadedBatch(keys, pictures.batch(keys))
-            yield DeviceBatch(batch, self._to_device(self._draw(batch)))
+            batch = LoadedBatch(np.array(request, dtype=np.int64), None)
+            if self._resident is not None:
+                data = self._resident.batch(batch.keys)
+            else:
+                data = dataset.device_batch(batch.sample_ids, self.device)
+            yield self._drawn(batch._replace(data=data))
 
     def _loaded_here(self, loader: SampleLoader, requests: Iterable[list[SampleKey]]) -> Iterator[DeviceBatch]:
         """Loads in this process, on this thread: users' transforms draw from its global generators."""
@@ -280,7 +273,7 @@ class DeviceFeed:
                 batch = self._decoder.finish(batch, loader, self.seed)
             else:
                 batch = batch._replace(data=map_tensors(self._moved, batch.data))
-            yield DeviceBatch(batch, self._to_device(self._draw(batch)))
+            yield self._drawn(batch)
 
     def _started_pool(self, loader: SampleLoader) -> WorkerPool:
         if self._pool is None:
@@ -311,8 +304,10 @@ class DeviceFeed:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
-    def _to_device(self, plan: AugmentationPlan | None) -> AugmentationPlan | None:
-        return None if plan is None else map_tensors(self._moved, plan)
+    def _drawn(self, batch: LoadedBatch) -> DeviceBatch:
+        """Returns a batch that is on the device with its augmentation, there, too."""
+        plan = self._draw(batch)
+        return DeviceBatch(batch, None if plan is None else map_tensors(self._moved, plan))
 
     def _settle_workers(self) -> None:
         if self._tuner is None or self._pool is None:

@@ -11,7 +11,6 @@ Imports no torch: worker processes start at once.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import hashlib
@@ -53,11 +52,11 @@ from trainer.data.packed import (
     Footer,
     Manifest,
     PackedFile,
-    PackedImages,
     is_complete,
     read_tail,
 )
 from trainer.errors import UserError
+from trainer.system import die_with_parent, sync_folder
 
 logger = logging.getLogger("lockstep")
 
@@ -74,7 +73,6 @@ STALE_SECONDS = 3600.0
 VISIBLE_SECONDS = 10.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class FolderSource(Protocol):
@@ -179,32 +177,6 @@ def cache_key(source: FolderSource, config: CacheConfig) -> str:
         UserError: a file cannot be looked at.
     """
     return Listing.of(source).key(config)
-
-
-def open_or_pack(
-    source: FolderSource,
-    config: CacheConfig,
-    *,
-    rank: int = 0,
-    num_ranks: int = 1,
-    barrier: Callable[[], None] = lambda: None,
-    num_workers: int = 0,
-    on_error: Literal["raise", "skip"] = "raise",
-    key: str | None = None,
-    read_ahead: bool = True,
-) -> PackedImages:
-    """Opens the packed copy of `source`, which is made first where there is none: see `pack_folder`."""
-    folder = pack_folder(
-        source,
-        config,
-        rank=rank,
-        num_ranks=num_ranks,
-        barrier=barrier,
-        num_workers=num_workers,
-        on_error=on_error,
-        key=key,
-    )
-    return PackedImages(folder, read_ahead=read_ahead)
 
 
 def pack_folder(
@@ -591,8 +563,7 @@ def _init_worker(shared: Shared, parent: int) -> None:
     _shared = shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process tells when to stop
     if sys.platform == "linux":
-        # Nobody ends the workers of a process that was killed: the kernel does.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent()
         if os.getppid() != parent:
             os._exit(1)
 
@@ -627,7 +598,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
                 os.replace(temporary, path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except OSError as error:
             raise _write_error(path.parent, error) from error
     except BaseException:
@@ -645,14 +616,6 @@ def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
         if temporary.exists():  # not taken for a leftover before it was locked
             return temporary, file
         file.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_leftovers(folder: Path) -> None:

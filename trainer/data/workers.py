@@ -12,7 +12,6 @@ samples' keys travel in the slot), so only workers ever wait for a full pipe.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import multiprocessing
 import os
@@ -37,10 +36,10 @@ from numpy.typing import NDArray
 from trainer.data.sampler import SampleKey
 from trainer.data.slots import Slot
 from trainer.placement import use_one_thread
+from trainer.system import die_with_parent
 
 logger = logging.getLogger("lockstep")
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _IDLE = -1
 _END_SECONDS = 5.0  # what a process may take to end after SIGKILL; in a read of a dead file system it never does
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -437,8 +436,7 @@ def _settle_in() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     use_one_thread()
     if sys.platform == "linux":
-        # Nobody ends the workers of a training process that was killed: the kernel does, with its SIGKILL.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent()
     trainer = multiprocessing.parent_process()
     assert trainer is not None
     if sys.platform != "linux" or os.getppid() != trainer.pid:  # the kernel's parent is the fork server, which stays

@@ -43,4 +43,4 @@ def _local(arguments: Sequence[str]) -> int:
         variables = [f"{name}={value}" for name, value in plan.environment.items()]
         sys.stdout.write(shlex.join([*variables, *plan.command]) + "\n")
         return EXIT_FINISHED
-    return local.run(plan, config.run_dir)
+    return local.run(plan, config)

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from trainer.config import CacheConfig, Config, load_config, read_section, schema_text
 from trainer.errors import UserError, one_line
+from trainer.memory.out_of_memory import handle_out_of_memory, is_out_of_memory
 
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
@@ -160,7 +161,9 @@ def _train(options: argparse.Namespace) -> int:
             trainer.abandon(error)
         return EXIT_USAGE
     except BaseException as error:
-        if _is_lost_peer(error):
+        if is_out_of_memory(error):
+            handle_out_of_memory(error, config, _rank(), trainer.situation if trainer is not None else None)
+        elif _is_lost_peer(error):
             sys.stderr.write(f"rank {_rank()}: another rank has ended, and said why: {one_line(error)[:160]}\n")
         elif type(error).__name__ == "WorkerDied":  # it says all; importing it here would import torch
             sys.stderr.write(f"error: rank {_rank()}: {one_line(error)}\n")
@@ -168,7 +171,7 @@ def _train(options: argparse.Namespace) -> int:
             traceback.print_exc()
         if trainer is not None:
             lost = RuntimeError("another rank has ended, and said why")
-            trainer.abandon(lost if _is_lost_peer(error) else error)
+            trainer.abandon(lost if not is_out_of_memory(error) and _is_lost_peer(error) else error)
         elif isinstance(error, KeyboardInterrupt):
             sys.stderr.write("interrupted before training began\n")
         return EXIT_FAILED

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from trainer.config import Component
 from trainer.errors import UserError, nearest, one_line, place_at
+from trainer.memory.out_of_memory import is_out_of_memory
 
 Kind = Literal["data set", "transform", "model", "task", "loss", "optimizer", "schedule"]
 
@@ -93,10 +94,8 @@ def call(target: Callable[..., Any], args: Mapping[str, Any], name: str, path: s
         return target(**args)
     except UserError as error:
         raise place_at(path, error) from None
-    except MemoryError:
-        raise
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; not worth importing torch here
+        if is_out_of_memory(error):
             raise
         raise UserError(f"'{name}' raised {one_line(error)}", path=path) from error
 

@@ -10,88 +10,39 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
-    PlainSerializer,
     PrivateAttr,
     ValidationError,
-    WithJsonSchema,
     model_validator,
 )
 from pydantic_core import ErrorDetails
 
 from trainer import yaml_source
+from trainer.config_values import (
+    Amount,
+    Bool,
+    ComponentName,
+    Duration,
+    Every,
+    Interval,
+    MemoryAmount,
+    MicroBatchSize,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Ratio,
+    Workers,
+)
 from trainer.errors import Problem, UserError, nearest
 
-
-@dataclass(frozen=True)
-class Interval:
-    """How often, or how long: a number of optimizer steps or of passes over the training data."""
-
-    count: int
-    unit: Literal["steps", "epochs"] = "steps"
-
-    def steps(self, steps_per_epoch: int) -> int:
-        """Returns the interval in optimizer steps."""
-        return self.count * (steps_per_epoch if self.unit == "epochs" else 1)
-
-    def __str__(self) -> str:
-        return f"{self.count} {self.unit[:-1] if self.count == 1 else self.unit}"
-
-    @classmethod
-    def parse(cls, value: object) -> Interval:
-        """Reads `200`, `200 steps` or `2 epochs`; raises ValueError on anything else."""
-        if isinstance(value, cls):
-            return value
-        match = re.fullmatch(r"\s*([0-9]+)\s*(?:(step|epoch)s?)?\s*", str(value))
-        if match is None or isinstance(value, bool | float):
-            raise ValueError(f"write a number of steps, or like '2 epochs' (got {value!r})")
-        return cls(int(match[1]), "epochs" if match[2] == "epoch" else "steps")
-
-
-def _positive(interval: Interval) -> Interval:
-    if interval.count < 1:
-        raise ValueError("must be at least 1")
-    return interval
-
-
-_INTERVAL_SCHEMA = WithJsonSchema(
-    {
-        "anyOf": [
-            {"type": "integer", "minimum": 0},
-            {"type": "string", "pattern": r"^\s*[0-9]+\s*(steps?|epochs?)?\s*$"},
-        ]
-    }
-)
-_AS_TEXT = PlainSerializer(lambda i: i.count if i.unit == "steps" else str(i), return_type=int | str)
-Duration = Annotated[Interval, BeforeValidator(Interval.parse), _AS_TEXT, _INTERVAL_SCHEMA]
-Every = Annotated[Interval, BeforeValidator(lambda v: _positive(Interval.parse(v))), _AS_TEXT, _INTERVAL_SCHEMA]
-
-# Strict numbers: true is not 1 and "64" is not 64, but 1 is a float.
-PositiveInt = Annotated[int, Field(strict=True, ge=1)]
-NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
-PositiveFloat = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
-Ratio = Annotated[float, Field(strict=True, ge=0, le=1)]
-Bool = Annotated[bool, Field(strict=True)]
-ComponentName = Annotated[str, Field(min_length=1, pattern=r"^\S+$")]
-
-
-def _workers(value: object) -> object:
-    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
-        return value
-    raise ValueError(f"must be auto, or a whole number greater than or equal to 0 (got {value!r})")
-
-
-Workers = Annotated[int | Literal["auto"], BeforeValidator(_workers)]
+Precision = Literal["no", "bf16", "fp16", "fp8"]
 
 
 class Section(BaseModel):
@@ -256,6 +207,30 @@ class ModelConfig(Component):
         description="Start from these weights: a torchvision weights name such as `DEFAULT`, or a .safetensors or "
         "state-dict file. A final layer of another size keeps its fresh weights.",
     )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Type of the parameters, and so of gradients and optimizer state. bfloat16 halves their memory and "
+        "loses small updates; `precision` is the usual way.",
+    )
+    channels_last: Bool | Literal["auto"] = Field(
+        "auto",
+        description="Keep the weights of 2D convolutions in channels_last memory, as images arrive. `auto`: where the "
+        "model has such convolutions.",
+    )
+    compile: Literal["none", "blocks", "model"] = Field(
+        "none",
+        description="torch.compile: `blocks` compiles each repeated block (quick to compile, and gradients are "
+        "exchanged while backward runs), `model` the whole model.",
+    )
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = Field(
+        "default", description="Mode of torch.compile; `reduce-overhead` and `max-autotune` use CUDA graphs."
+    )
+
+    @model_validator(mode="after")
+    def _compiled(self) -> ModelConfig:
+        if self.compile == "none" and self.compile_mode != "default":
+            raise ValueError("compile_mode needs compile: blocks or model")
+        return self
 
 
 class TaskConfig(Component):
@@ -276,6 +251,11 @@ class OptimConfig(Component):
     lr: PositiveFloat = Field(description="Peak learning rate; the schedule multiplies it.")
     weight_decay: NonNegativeFloat = Field(0.0, description="Weight decay of every parameter.")
     clip_norm: PositiveFloat | None = Field(None, description="Clip the global gradient norm to this before each step.")
+    implementation: Literal["auto", "fused", "foreach", "for_loop"] = Field(
+        "auto",
+        description="How torch updates the parameters: one kernel for many (`fused`), one per operation for many "
+        "(`foreach`), or one by one. `auto`: fused on GPUs where the optimizer has it, else torch's choice.",
+    )
 
 
 class ScheduleConfig(Component):
@@ -288,6 +268,58 @@ class ScheduleConfig(Component):
     )
     warmup: Duration = Field(Interval(0), description="Linear warm-up before the schedule: steps, or like `5 epochs`.")
     warmup_start: Ratio = Field(0.01, description="Share of the peak rate at the first warm-up step.")
+
+
+class BackendsConfig(Section):
+    """Shortcuts that torch's kernels may take; the defaults are torch's own."""
+
+    matmul_precision: Literal["highest", "high", "medium"] = Field(
+        "highest",
+        description="Of float32 matrix products: `highest` is float32, `high` TF32 and `medium` bfloat16 inside, where "
+        "the device has them.",
+    )
+    cudnn_tf32: Bool = Field(True, description="Let float32 convolutions on GPUs use TF32.")
+    cudnn_benchmark: Bool = Field(
+        False,
+        description="Try cuDNN's algorithms and keep the fastest per shape. Which one wins may differ from run to run, "
+        "and with it the last bits of the result.",
+    )
+
+
+class MemoryConfig(Section):
+    """How the model is made to fit: what is kept for backward, and what happens when memory runs out."""
+
+    checkpointing: Literal["none", "full", "every_2", "selective", "auto"] = Field(
+        "none",
+        description="Gradient checkpointing of the model's repeated blocks: `full` recomputes each in backward, "
+        "`every_2` every second, `selective` all but matrix products, convolutions and attention; `auto` recomputes "
+        "what costs the least time to fit `budget`.",
+    )
+    blocks: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (),
+        description="The repeated blocks, as module names (`layers.*`) or class names. Default: found by structure.",
+    )
+    budget: MemoryAmount | None = Field(
+        None,
+        description="With `checkpointing: auto`: activations to keep, as a share of those without checkpointing or in "
+        "bytes. Default: what `target` leaves.",
+    )
+    target: MemoryAmount = Field(
+        Amount("90%"),
+        description="Most memory that a step may take on a device, as a share of the device's or in bytes; what "
+        "`train.micro_batch_size: auto` and `checkpointing: auto` fit.",
+    )
+    on_oom: Literal["stop", "shrink"] = Field(
+        "stop",
+        description="When a device runs out of memory: `stop` ends the run with a report; `shrink` also halves the "
+        "micro-batch for the next start, from the last checkpoint, which `python -m launch` makes by itself.",
+    )
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> MemoryConfig:
+        if self.budget is not None and self.checkpointing != "auto":
+            raise ValueError("budget needs checkpointing: auto")
+        return self
 
 
 class ParallelConfig(Section):
@@ -303,6 +335,25 @@ class ParallelConfig(Section):
         description="Let steps leave some parameters without a gradient, at the cost of a search in every step. "
         "Needed only for models that do.",
     )
+    static_graph: Bool = Field(
+        False,
+        description="Tell DDP that every step uses the same parameters in the same order, so that it can plan ahead.",
+    )
+    gradient_as_bucket_view: Bool = Field(
+        True, description="Let gradients live in the buckets in which they are exchanged, instead of being copied."
+    )
+    bucket_mb: PositiveFloat = Field(
+        25.0, description="Size in MiB of the buckets in which gradients are exchanged while backward runs."
+    )
+    gradient_compression: Literal["none", "bf16"] = Field(
+        "none", description="Exchange gradients in bfloat16: half the traffic, less exact sums."
+    )
+
+    @model_validator(mode="after")
+    def _one_graph(self) -> ParallelConfig:
+        if self.static_graph and self.find_unused_parameters:
+            raise ValueError("static_graph finds unused parameters itself; unset find_unused_parameters")
+        return self
 
 
 class TrainConfig(Section):
@@ -313,10 +364,10 @@ class TrainConfig(Section):
     batch_size: PositiveInt = Field(
         description="Samples per optimizer step over all devices; the same whatever the hardware."
     )
-    micro_batch_size: PositiveInt | None = Field(
+    micro_batch_size: MicroBatchSize = Field(
         None,
         description="Most samples that one device holds at once; gradients accumulate until `batch_size` is "
-        "reached. Default: no accumulation.",
+        "reached. `auto`: the most that fit into `memory.target`. Default: no accumulation.",
     )
 
     @model_validator(mode="after")
@@ -396,9 +447,15 @@ class Config(Section):
     task: TaskConfig = Field(default_factory=TaskConfig, description="What a batch means, and the loss.")
     optim: OptimConfig = Field(description="The optimizer.")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="The learning-rate schedule.")
-    precision: Literal["no", "bf16", "fp16"] = Field(
-        "no", description="Mixed precision of forward and backward; weights and optimizer stay float32."
+    precision: Precision = Field(
+        "no",
+        description="Mixed precision of forward and backward; weights and optimizer stay in `model.dtype`. fp16 scales "
+        "the loss; fp8 needs a GPU that has it, and torchao or Transformer Engine.",
     )
+    backends: BackendsConfig = Field(
+        default_factory=BackendsConfig, description="Shortcuts that torch's kernels may take."
+    )
+    memory: MemoryConfig = Field(default_factory=MemoryConfig, description="How the model is made to fit.")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="How processes train together.")
     train: TrainConfig = Field(description="Length and batch arithmetic.")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="When to evaluate.")
@@ -452,6 +509,13 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
     config._source = source
     if config.checkpoint.best is not None and config.data.eval is None:
         problem = Problem("without data.eval nothing is ever the best", "checkpoint.best")
+        raise UserError(config.locate(problem))
+    if config.model.dtype == "bfloat16" and config.precision != "bf16":
+        problem = Problem("bfloat16 parameters need precision: bf16", "model.dtype")
+        raise UserError(config.locate(problem))
+    uses_blocks = config.memory.checkpointing != "none" or config.model.compile == "blocks"
+    if config.memory.blocks and not uses_blocks:
+        problem = Problem("has no effect without memory.checkpointing or model.compile: blocks", "memory.blocks")
         raise UserError(config.locate(problem))
     return config
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from trainer.checkpoint import CheckpointFolder, Identity, Progress
 from trainer.config import Config, DataConfig, Interval
@@ -18,12 +20,27 @@ from trainer.data.build import build_data, packed
 from trainer.data.datasets import SizedDataset, class_names
 from trainer.data.feed import DeviceFeed, MicroBatch
 from trainer.data.modes import device_memory
+from trainer.data.nested import map_tensors
 from trainer.data.resident import Share
 from trainer.data.sampler import BatchPlan, StepSampler
 from trainer.data.transforms import build_transforms
 from trainer.errors import UserError, one_line
 from trainer.faults import StopRequests
-from trainer.model import build_model
+from trainer.memory.blocks import repeated_blocks
+from trainer.memory.checkpointing import (
+    Policy,
+    apply_checkpointing,
+    check_compiled_buffers,
+    uniform_policies,
+)
+from trainer.memory.devices import this_device
+from trainer.memory.fitting import choose, needs_planner
+from trainer.memory.jobs import plan_job
+from trainer.memory.out_of_memory import Situation
+from trainer.memory.planner import Planner
+from trainer.memory.probe import largest_that_fits, measure
+from trainer.memory.shrink import Shrink, read_shrink
+from trainer.model import build_model, compile_model, uses_channels_last
 from trainer.optim import build_learning_rate, build_optimizer
 from trainer.reporting import Reporter
 from trainer.run_folder import RunFolder
@@ -31,6 +48,7 @@ from trainer.runtime import Runtime, explained_model_errors, seed_everything
 from trainer.tasks import build_task
 from trainer.telemetry import Clock
 from trainer.tracking import check_trackers
+from trainer.units import format_bytes
 
 logger = logging.getLogger("lockstep")
 
@@ -58,9 +76,11 @@ class Trainer:
             self._build()
             self.model, self.optimizer = self.runtime.prepare(self.bare_model, self.bare_optimizer)
             self.model.train()
+            self._confirm_memory()
         self.progress = Progress()
         self._window = _Window(self.runtime, self.clock, self.feed)
         self._skipped_samples = 0  # that could not be read, on all ranks, at the last report
+        self._micro_batch = 0  # of the present step
         self.reporter: Reporter | None = None  # on rank 0, once the run has started
 
     def _build(self) -> None:
@@ -70,7 +90,8 @@ class Trainer:
         train_set, eval_set = build_data(config.data, runtime)
         runtime.agree(self._check_transforms)
         num_classes = runtime.agree(lambda: _num_classes(config, train_set))
-        runtime.agree(lambda: self._build_order_and_task(train_set, num_classes))
+        shrink = runtime.from_main(lambda: read_shrink(config.run_dir)) if config.memory.on_oom == "shrink" else None
+        runtime.agree(lambda: self._build_order_and_task(train_set, num_classes, shrink))
         runtime.agree(lambda: self._build_model(num_classes))
         # What takes long comes last, when all else is known to be good.
         data = config.data
@@ -85,23 +106,28 @@ class Trainer:
             eval_set = packed(eval_set, config.data, runtime)
             left = min(runtime.gather(memory - self.feed.resident_bytes))
             self.eval_feed = runtime.agree(lambda: self._feed(eval_set, config.data, "eval", left))
+        policies = self._fit_memory()
+        runtime.agree(lambda: self._shape_model(policies))
 
     def _check_surroundings(self) -> None:
         check_trackers(self.config)
         self.folder.create()
 
-    def _build_order_and_task(self, train_set: SizedDataset, num_classes: int | None) -> None:
-        config, num_ranks = self.config, self.runtime.num_ranks
+    def _build_order_and_task(
+        self, train_set: SizedDataset, num_classes: int | None, shrink: Shrink | None = None
+    ) -> None:
+        config = self.config
         train = config.train
-        self.plan = BatchPlan.split(
-            len(train_set),
-            train.batch_size,
-            train.micro_batch_size,
-            num_ranks,
-            config.data.drop_last,
-            group_size=2 if config.data.augment.mixes else 1,
-        )
-        self.sampler = StepSampler(self.plan, self.runtime.rank, config.run.seed)
+        micro_batch_size = None if train.micro_batch_size == "auto" else train.micro_batch_size
+        self._split_batch(len(train_set), micro_batch_size)
+        if shrink is not None:
+            limit = shrink.limit(
+                train.micro_batch_size, train.batch_size // self.runtime.num_ranks, self.plan.group_size
+            )
+            if limit is not None:
+                message = "train.micro_batch_size: %d instead of %d, which ran out of memory at step %d"
+                logger.info(message, limit, shrink.was, shrink.step)
+                self._split_batch(len(train_set), limit)
         self.total_steps = train.steps or (train.epochs or 0) * self.plan.steps_per_epoch
         self.learning_rate = build_learning_rate(
             config.optim, config.schedule, self.total_steps, self.plan.steps_per_epoch
@@ -114,13 +140,94 @@ class Trainer:
         self.best_mode = best_mode
         self.best_of = f"{best_mode} {self.best_metric}"
 
+    def _split_batch(self, num_samples: int, micro_batch_size: int | None) -> None:
+        """Splits the global batch over ranks and micro-batches, and with it the order of samples."""
+        config = self.config
+        self.plan = BatchPlan.split(
+            num_samples,
+            config.train.batch_size,
+            micro_batch_size,
+            self.runtime.num_ranks,
+            config.data.drop_last,
+            group_size=2 if config.data.augment.mixes else 1,
+        )
+        self.sampler = StepSampler(self.plan, self.runtime.rank, config.run.seed)
+        if config.parallel.static_graph and self.plan.num_micro_batches > 1:
+            message = "DDP with a static graph cannot accumulate gradients over micro-batches"
+            raise UserError(message, path="parallel.static_graph")
+
     def _build_model(self, num_classes: int | None) -> None:
         config = self.config
         seed_everything(config.run.seed)  # the same initial weights on every rank
         with self.runtime.main_first() if config.model.weights else nullcontext():  # weights may be downloaded
             self.bare_model = build_model(config.model, num_classes)
-        self.bare_optimizer = build_optimizer(config.optim, self.bare_model)
+        self.bare_optimizer = build_optimizer(config.optim, self.bare_model, self.runtime.device.type)
         seed_everything(config.run.seed + 1 + self.runtime.rank)  # dropout differs per rank
+
+    def _fit_memory(self) -> Mapping[str, Policy] | None:
+        """Chooses the micro-batch and what is recomputed, where the config leaves it open; the same on every rank."""
+        config, runtime = self.config, self.runtime
+        self.memory_planner: Planner | None = None
+        if not needs_planner(config) or not self.to_train:
+            return None
+        self._memory_limit = config.memory.target.of(min(runtime.gather(runtime.device_memory)))
+        planner = runtime.agree(self._planner)
+        # Rank 0 chooses for all: other GPUs may be of another kind.
+        most = self.plan.micro_batch_size
+        chosen = runtime.agree(lambda: choose(config, planner, most, self._memory_limit) if runtime.is_main else None)
+        found = runtime.from_main(lambda: chosen)
+        assert found is not None
+        logger.info("memory     %s of %s", found.describe(), format_bytes(self._memory_limit))
+        self._split_batch(self.plan.num_samples, found.micro_batch_size)
+        self.memory_planner, self._planned = planner, found
+        return found.policies
+
+    def _confirm_memory(self) -> None:
+        """Tries the chosen micro-batch on the device, and takes a smaller one where it does not fit."""
+        if self.memory_planner is None:
+            return
+        job, planned, runtime = self.memory_planner.job, self._planned, self.runtime
+        sizes = [planned.micro_batch_size]
+        if self.config.train.micro_batch_size == "auto":
+            sizes = [size for size in job.micro_batch_sizes if size <= planned.micro_batch_size]
+        example = map_tensors(lambda tensor: tensor.to(runtime.device), job.example)
+        fitting = largest_that_fits(
+            runtime,
+            sizes,
+            self._memory_limit,
+            lambda size: measure(runtime, self.bare_model, job, example, size, planned.missing_bytes(job, size)),
+        )
+        if fitting is None:
+            message = f"a micro-batch of {sizes[0]} takes more than {format_bytes(self._memory_limit)} on the device"
+            raise UserError(message, path="memory.target", agreed=True)
+        size, peak = fitting
+        logger.info("memory     tried: micro-batch %d takes %s", size, format_bytes(peak))
+        self._split_batch(self.plan.num_samples, size)
+
+    def _planner(self) -> Planner:
+        """Returns the planner of this run's step on this device."""
+        device_type = self.runtime.device.type
+        job = plan_job(self.config, self.bare_model, self.task, self.feed, self.plan, device_type)
+        return Planner(job, this_device(self.runtime.device))
+
+    def _shape_model(self, policies: Mapping[str, Policy] | None) -> None:
+        """Memory format, gradient checkpointing, compile: in this order, and all of it before DDP."""
+        config, model = self.config, self.bare_model
+        if uses_channels_last(config.model, model):
+            model.to(memory_format=torch.channels_last)
+        setting = config.memory.checkpointing
+        blocks: dict[str, nn.Module] = {}
+        if setting != "none" or config.model.compile == "blocks":
+            blocks = repeated_blocks(model, config.memory.blocks)
+        if setting != "none":
+            if not blocks:
+                message = f"'{config.model.name}' has no repeated blocks; name them in memory.blocks"
+                raise UserError(message, path="memory.checkpointing")
+            if setting != "auto":
+                policies = uniform_policies(list(blocks), setting)
+            apply_checkpointing(blocks, policies or {}, config.model.compile != "none")
+        compile_model(config.model, model, blocks)
+        self._compiled_blocks = blocks if config.model.compile != "none" else {}
 
     def _check_transforms(self) -> None:
         for split in ("train", "eval"):
@@ -174,10 +281,12 @@ class Trainer:
             group["lr"] = learning_rate
         # DDP averages gradients over ranks; this makes the average the mean over the global batch.
         scale = self.runtime.num_ranks / self.plan.step_samples(step)
-        for batch in self.feed.step_batches(step):
+        for i, batch in enumerate(self.feed.step_batches(step)):
+            self._micro_batch = i
             with self.runtime.accumulate(self.model, batch.is_last):
                 loss_sum = self.loss_sum(batch)
-                self.runtime.backward(loss_sum * scale)
+                with explained_model_errors():  # blocks may run again in backward
+                    self.runtime.backward(loss_sum * scale)
             self._window.add(loss_sum, batch.num_samples)
         if self.config.optim.clip_norm is not None:
             self.runtime.unscale_gradients(self.optimizer)
@@ -187,6 +296,7 @@ class Trainer:
         self.progress.skipped_steps += self.runtime.step_was_skipped()
         self.optimizer.zero_grad()
         self.progress.step += 1
+        check_compiled_buffers(self._compiled_blocks)  # once
 
     def loss_sum(self, batch: MicroBatch) -> torch.Tensor:
         """Returns the summed loss of a micro-batch; a stand-in keeps this rank in step without weight."""
@@ -348,6 +458,17 @@ class Trainer:
         """Returns how often this rank could not read a sample."""
         return self.feed.num_skipped + (self.eval_feed.num_skipped if self.eval_feed is not None else 0)
 
+    def situation(self) -> Situation:
+        """Returns what is being done at this moment, for the report of running out of memory."""
+        return Situation(
+            device=self.runtime.device,
+            plan=self.plan,
+            step=self.progress.step,
+            micro_batch=self._micro_batch,
+            model=self.bare_model,
+            optimizer=self.bare_optimizer,
+        )
+
     # ---- state --------------------------------------------------------------------------------------------
 
     @property
@@ -406,14 +527,15 @@ class Trainer:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"'{where}' is of another model: {reason}", path="run.dir") from error
         # What the config says of the optimizer wins over what the checkpoint remembers.
-        set_here = {"lr", "weight_decay", *self.config.optim.args}
-        settings = [{k: v for k, v in g.items() if k in set_here} for g in self.bare_optimizer.param_groups]
+        set_here = {"lr", "weight_decay", "fused", "foreach", *self.config.optim.args}
+        state = self.checkpoints.load(step, "optimizer")
+        # Before it is loaded: torch looks there for where the state of a fused optimizer belongs.
+        for group, setting in zip(state["param_groups"], self.bare_optimizer.param_groups, strict=False):
+            group.update({k: v for k, v in setting.items() if k in set_here})
         try:
-            self.bare_optimizer.load_state_dict(self.checkpoints.load(step, "optimizer"))
+            self.bare_optimizer.load_state_dict(state)
         except ValueError as error:
             raise UserError(f"'{where}' is of another optimizer: {error}", path="run.dir") from error
-        for group, setting in zip(self.bare_optimizer.param_groups, settings, strict=True):
-            group.update(setting)
         if self.runtime.scaler is not None and self.checkpoints.has(step, "scaler"):
             self.runtime.scaler.load_state_dict(self.checkpoints.load(step, "scaler"))
         generators = self.checkpoints.load(step, "generators")

@@ -1,6 +1,7 @@
-"""The model: built by name, started from given weights, its head fitted to the number of classes.
+"""The model: built by name, started from given weights, its head fitted to the number of classes, then put in shape.
 
-Owns what happens to a model before Accelerate prepares it. Wrapping and precision are `trainer.runtime`.
+Owns what happens to a model before Accelerate prepares it, in the one right order: memory format, gradient
+checkpointing, compile. Wrapping and precision are `trainer.runtime`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,28 @@ def build_model(config: ModelConfig, num_classes: int | None) -> nn.Module:
         raise UserError(f"'{config.name}' has no parameter to train", path="model.name")
     if config.weights is not None:
         load_weights(model, _read_weights(config), config.weights)
-    return model
+    return model.to(getattr(torch, config.dtype))
+
+
+def uses_channels_last(config: ModelConfig, model: nn.Module) -> bool:
+    """Tells whether the weights of the model's 2D convolutions are to be kept in channels_last memory."""
+    if config.channels_last == "auto":
+        return any(isinstance(module, nn.Conv2d) for module in model.modules())
+    return config.channels_last
+
+
+def compile_model(config: ModelConfig, model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
+    """Compiles the model in place: all of it, or each of its repeated blocks. Names and state stay as they are.
+
+    Raises:
+        UserError: blocks are asked for, and the model has none.
+    """
+    if config.compile == "blocks" and not blocks:
+        message = f"'{config.name}' has no repeated blocks; name them in memory.blocks, or use compile: model"
+        raise UserError(message, path="model.compile")
+    mode = None if config.compile_mode == "default" else config.compile_mode
+    for module in {"none": (), "blocks": blocks.values(), "model": (model,)}[config.compile]:
+        module.compile(mode=mode)
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Any], source: str) -> None:

@@ -24,20 +24,20 @@ import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import patch_environment
+from accelerate.utils import DDPCommunicationHookType, patch_environment
 from torch import nn
 
-from trainer.config import Config
+from trainer.config import Config, ParallelConfig
+from trainer.data.modes import device_memory
 from trainer.data.tuning import cores_of_a_rank
 from trainer.errors import Problem, UserError, one_line
+from trainer.memory.checkpointing import explain_checkpointing_error
 from trainer.placement import place_this_process
+from trainer.precision import STEP_DTYPES, autocast_on_cpu, check_precision, set_backends
 
 logger = logging.getLogger("lockstep")
 
 T = TypeVar("T")
-
-
-_STEP_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Runtime:
@@ -46,9 +46,9 @@ class Runtime:
     def __init__(self, config: Config) -> None:
         promised = promised_processes()
         _refuse_foreign_settings(config.precision)
+        check_precision(config.precision)
+        set_backends(config.backends)
         has_accelerator = torch.accelerator.is_available()
-        if config.precision == "fp16" and not has_accelerator:
-            raise UserError("fp16 needs a GPU; on the CPU use bf16 or no", path="precision")
         # Without the variable accelerate starts no process group on the CPU, and every rank trains alone.
         with patch_environment(ACCELERATE_USE_CPU=str(not has_accelerator).lower()):
             self.accelerator = Accelerator(
@@ -56,17 +56,16 @@ class Runtime:
                 cpu=not has_accelerator,
                 kwargs_handlers=[
                     InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
-                    DistributedDataParallelKwargs(
-                        gradient_as_bucket_view=True,
-                        find_unused_parameters=config.parallel.find_unused_parameters,
-                    ),
+                    _ddp_settings(config.parallel),
                 ],
             )
+        if config.precision == "fp16" and not has_accelerator:
+            autocast_on_cpu(self.accelerator)
         self.rank: int = self.accelerator.process_index
         self.local_rank: int = self.accelerator.local_process_index
         self.num_ranks: int = self.accelerator.num_processes
         self.num_local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine
-        self.step_dtype: torch.dtype = _STEP_DTYPES[config.precision]  # of what matrix products take
+        self.step_dtype: torch.dtype = STEP_DTYPES[config.precision]  # of what matrix products take
         # With its index: accelerate says `cuda` on a single GPU, and tensors there say `cuda:0`.
         self.device: torch.device = torch.empty(0, device=self.accelerator.device).device
         # The cores next to the GPU, for this process and for the loader workers that it starts.
@@ -80,6 +79,12 @@ class Runtime:
             raise UserError(_wrong_world(promised, self.num_ranks))
         # Decisions between hosts travel over gloo, so that agreeing on them never waits for the GPU.
         self.host_group = _gloo_group() if self.num_ranks > 1 else None
+
+    @property
+    def device_memory(self) -> int:
+        """Bytes that this process may count on: its GPU's, or its share of the host's."""
+        whole = device_memory(self.device)
+        return whole if self.device.type == "cuda" else whole // self.num_local_ranks
 
     # ---- model and optimizer ------------------------------------------------------------------------------
 
@@ -226,6 +231,17 @@ class Runtime:
             dist.destroy_process_group()
 
 
+def _ddp_settings(config: ParallelConfig) -> DistributedDataParallelKwargs:
+    hooks = {"none": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
+    return DistributedDataParallelKwargs(
+        bucket_cap_mb=config.bucket_mb,
+        find_unused_parameters=config.find_unused_parameters,
+        gradient_as_bucket_view=config.gradient_as_bucket_view,
+        static_graph=config.static_graph,
+        comm_hook=hooks[config.gradient_compression],
+    )
+
+
 def _gloo_group() -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)  # every rank is a member
@@ -245,6 +261,9 @@ def explained_model_errors() -> Iterator[None]:
         )
         raise UserError(message, path="data.drop_last") from error
     except RuntimeError as error:
+        explained = explain_checkpointing_error(error)
+        if explained is not None:
+            raise explained from error
         if "view size is not compatible" in str(error):
             message = (
                 "the model views its input as flat, but images come in channels_last memory: use flatten or reshape"

@@ -196,6 +196,45 @@ CASES = [
         "data.transforms.train",
         "made on the device",
     ),
+    Case("fp8 on a CPU", {"precision": "fp8"}, "precision", "needs an NVIDIA GPU"),
+    Case("an unknown precision", {"precision": "fp4"}, "precision", "(got 'fp4')"),
+    Case("short weights in long sums", {"model__dtype": "bfloat16"}, "model.dtype", "need precision: bf16"),
+    Case("a mode of nothing", {"model__compile_mode": "max-autotune"}, "model", "compile_mode needs compile"),
+    Case("compile without blocks", {"model__compile": "blocks"}, "model.compile", "no repeated blocks"),
+    Case("an unknown kind of compile", {"model__compile": True}, "model.compile", "(got True)"),
+    Case(
+        "no fused kernel", {"optim__name": "RAdam", "optim__implementation": "fused"}, "optim.implementation", "fused"
+    ),
+    Case(
+        "fused as an argument", {"optim__args": {"fused": True}}, "optim.args.fused", "set it as optim.implementation"
+    ),
+    Case(
+        "checkpointing without blocks", {"memory": {"checkpointing": "full"}}, "memory.checkpointing", "memory.blocks"
+    ),
+    Case(
+        "blocks that are not there",
+        {"memory": {"checkpointing": "full", "blocks": ["layer.*"]}},
+        "memory.blocks",
+        "did you mean 'layers",
+    ),
+    Case("blocks of nothing", {"memory": {"blocks": ["layers.*"]}}, "memory.blocks", "has no effect without"),
+    Case("a budget of nothing", {"memory": {"budget": 0.5}}, "memory", "budget needs checkpointing: auto"),
+    Case("more than all", {"memory": {"target": "110%"}}, "memory.target", "write a share such as 90%"),
+    Case("a target of nothing", {"memory": {"target": 0}}, "memory.target", "write a share such as 90%"),
+    Case("bytes without a unit", {"memory": {"target": "20"}}, "memory.target", "20GiB (got '20')"),
+    Case(
+        "a static graph that accumulates",
+        {"parallel": {"static_graph": True}, "train__micro_batch_size": 6},
+        "parallel.static_graph",
+        "accumulat",
+    ),
+    Case(
+        "a static graph that varies",
+        {"parallel": {"static_graph": True, "find_unused_parameters": True}},
+        "parallel",
+        "unset find_unused_parameters",
+    ),
+    Case("an unknown batch", {"train__micro_batch_size": "most"}, "train.micro_batch_size", "must be auto, or a whole"),
     Case(
         "one sample for BatchNorm",
         {
@@ -205,7 +244,6 @@ CASES = [
         "data.drop_last",
         "more than one sample",
     ),
-    Case("fp16 on a CPU", {"precision": "fp16"}, "precision", "fp16 needs a GPU"),
 ]
 
 
@@ -220,7 +258,7 @@ def assert_one_line(err: str, origin: str, path: str, message: str) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_config(case: Case, train: Train, write_config: WriteConfig) -> None:
-    if case.name == "fp16 on a CPU" and torch.accelerator.is_available():
+    if case.name == "fp8 on a CPU" and torch.accelerator.is_available():
         pytest.skip("this machine has an accelerator")
     file = write_config(**case.changes)
     code, _, err = train("--config", file)

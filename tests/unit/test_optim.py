@@ -83,7 +83,7 @@ def test_curve_is_torchs(name: str) -> None:
 )
 def test_every_optimizer_steps(name: str) -> None:
     model = nn.Linear(3, 2)
-    optimizer = build_optimizer(OptimConfig(name=name, lr=0.1), model)
+    optimizer = build_optimizer(OptimConfig(name=name, lr=0.1), model, "cpu")
     before = model.weight.detach().clone()
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
@@ -92,7 +92,7 @@ def test_every_optimizer_steps(name: str) -> None:
 
 def test_optimizer_gets_its_settings() -> None:
     args = {"momentum": 0.9, "nesterov": True}
-    optimizer = build_optimizer(OptimConfig(name="sgd", lr=0.1, weight_decay=0.01, args=args), nn.Linear(3, 2))
+    optimizer = build_optimizer(OptimConfig(name="sgd", lr=0.1, weight_decay=0.01, args=args), nn.Linear(3, 2), "cpu")
     group = optimizer.param_groups[0]
     assert (group["momentum"], group["nesterov"], group["weight_decay"], group["lr"]) == (0.9, True, 0.01, 0.1)
 
@@ -100,14 +100,14 @@ def test_optimizer_gets_its_settings() -> None:
 def test_frozen_parameters_are_left_out() -> None:
     model = nn.Linear(3, 2)
     model.bias.requires_grad_(False)
-    optimizer = build_optimizer(OptimConfig(name="adamw", lr=0.1), model)
+    optimizer = build_optimizer(OptimConfig(name="adamw", lr=0.1), model, "cpu")
     assert [p is model.weight for p in optimizer.param_groups[0]["params"]] == [True]
 
 
 @pytest.mark.parametrize("name", ["LBFGS", "SparseAdam", "Optimizer", "lr_scheduler"])
 def test_what_cannot_run_in_this_loop_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="unknown optimizer"):
-        build_optimizer(OptimConfig(name=name, lr=0.1), nn.Linear(3, 2))
+        build_optimizer(OptimConfig(name=name, lr=0.1), nn.Linear(3, 2), "cpu")
 
 
 def test_schedules_refuse() -> None:

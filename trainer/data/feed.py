@@ -24,7 +24,7 @@ from trainer.data.device_decode import DeviceDecoder
 from trainer.data.draws import sample_keys
 from trainer.data.loader import LoadedBatch, LoadFailure, SampleLoader, Skipped, preserved_generators
 from trainer.data.modes import Route, choose_route, device_memory, without_effect
-from trainer.data.nested import map_tensors, part, with_part
+from trainer.data.nested import map_tensors, num_bytes, part, with_part
 from trainer.data.prefetch import DeviceBatch, Prefetcher
 from trainer.data.resident import ResidentPictures, Share
 from trainer.data.sampler import EvalSampler, MicroBatchSampler, SampleKey, StepSampler
@@ -149,6 +149,7 @@ class DeviceFeed:
             self.name,
             on_error="raise" if config.on_error == "raise" else skip,
         )
+        self._reader = loader
         self._loader = loader if route.mode in ("host", "device_decode") else None
         self._decoder = DeviceDecoder(self.device) if route.mode == "device_decode" else None
         self._resident: ResidentPictures | None = None
@@ -205,6 +206,17 @@ class DeviceFeed:
         finally:
             if self._prefetcher is prefetcher:  # else this evaluation was left early, and another has begun
                 self._stop()
+
+    def example(self, num_samples: int) -> tuple[Any, int]:
+        """Returns a batch of the first samples as the step gets it, and the bytes per sample that travel to the device.
+
+        Reads them in this process; nothing else is begun or moved on.
+        """
+        keys = [SampleKey(0, i % len(self.dataset)) for i in range(num_samples)]
+        makes_batches = self._resident is None and self._loader is None
+        made = self._made_on_device([keys]) if makes_batches else self._loaded_here(self._reader, [keys])
+        item = next(made)
+        return self._augmented(item), 0 if makes_batches else num_bytes(item.batch.data) // num_samples
 
     def close(self) -> None:
         """Ends the thread and the workers, and gives shared memory back."""

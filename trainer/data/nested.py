@@ -34,6 +34,13 @@ def map_tensors(function: Callable[[torch.Tensor], Any], data: Any, leaf_type: t
     return data
 
 
+def num_bytes(data: Any) -> int:
+    """Returns the size of all tensors in `data` together."""
+    sizes = [0]
+    map_tensors(lambda tensor: sizes.append(tensor.nbytes), data)
+    return sum(sizes)
+
+
 def _like(mapping: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
     """Returns a mapping of the same type, as far as that can be made."""
     if type(mapping) is dict:

@@ -26,6 +26,12 @@ class SampleKey(NamedTuple):
     sample: int
 
 
+def divisors(number: int) -> list[int]:
+    """Returns what divides a number evenly, ascending."""
+    low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*low, *(number // d for d in low)})
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """The batch arithmetic of a run on this world size. `batch_size` is global, `micro_batch_size` per rank."""
@@ -65,8 +71,7 @@ class BatchPlan:
         share = batch_size // num_ranks
         micro = min(micro_batch_size or share, share)
         if share % micro:
-            low = [d for d in range(1, math.isqrt(share) + 1) if share % d == 0]
-            fits = sorted({*low, *(share // d for d in low)})
+            fits = divisors(share)
             below, above = max(m for m in fits if m < micro), min(m for m in fits if m > micro)
             unit = micro * num_ranks
             batches = " and ".join(
@@ -93,6 +98,11 @@ class BatchPlan:
         if self.drop_last:
             return self.num_samples // self.batch_size
         return math.ceil(self.num_samples / self.batch_size)
+
+    @property
+    def micro_batch_sizes(self) -> tuple[int, ...]:
+        """The micro-batches that split a rank's share of the batch evenly, ascending."""
+        return tuple(size for size in divisors(self.batch_size // self.num_ranks) if size % self.group_size == 0)
 
     @property
     def num_micro_batches(self) -> int:

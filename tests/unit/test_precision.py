@@ -1,0 +1,155 @@
+"""Precision: what is computed in which type, loss scaling, torch's switches, and what a machine refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Train, WriteConfig
+from run_results import identical, losses, optimizer_state, summary, weights
+
+from trainer import precision
+from trainer.config import load_config
+from trainer.errors import UserError
+from trainer.loop import Trainer
+
+SGD = {"name": "sgd", "lr": 0.01}
+
+
+@pytest.fixture(autouse=True)
+def _torch_as_it_was() -> Iterator[None]:
+    cudnn = torch.backends.cudnn
+    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    cudnn.allow_tf32, cudnn.benchmark = before[1:]
+
+
+@pytest.mark.parametrize(("setting", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_products_are_short_and_weights_stay_float32(
+    setting: str, dtype: torch.dtype, write_config: WriteConfig
+) -> None:
+    trainer = Trainer(load_config(str(write_config(precision=setting))))
+    seen: dict[str, list[torch.dtype]] = {"train": [], "eval": []}
+    trainer.bare_model.get_submodule("layers.1").register_forward_hook(
+        lambda module, inputs, output: seen["train" if module.training else "eval"].append(output.dtype)
+    )
+    trainer.start()
+    trainer.train_step()
+    trainer.evaluate()
+    assert set(seen["train"]) == set(seen["eval"]) == {dtype}
+    assert {p.dtype for p in trainer.bare_model.parameters()} == {torch.float32}
+    state = trainer.bare_optimizer.state_dict()["state"]
+    assert {v.dtype for values in state.values() for v in values.values()} == {torch.float32}
+    trainer.close()
+
+
+def test_parameters_in_bfloat16_where_asked(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
+    model = {"name": "mlp", "args": {"in_features": 8, "hidden": [16]}, "dtype": "bfloat16"}
+    assert train("--config", write_config(model=model, precision="bf16")).code == 0
+    assert {w.dtype for w in weights(tmp_path / "run", 10).values()} == {torch.bfloat16}
+    momenta = [v["exp_avg"].dtype for v in optimizer_state(tmp_path / "run", 10).values()]
+    assert set(momenta) == {torch.bfloat16}
+
+
+def test_bfloat16_parameters_need_products_in_bfloat16(train: Train, write_config: WriteConfig) -> None:
+    model = {"name": "mlp", "args": {"in_features": 8, "hidden": [16]}, "dtype": "bfloat16"}
+    code, _, err = train("--config", write_config(model=model))
+    assert code == 2
+    assert "model.dtype" in err
+
+
+def test_an_overflow_skips_the_step_and_is_counted(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
+    file = write_config(precision="fp16", optim=SGD, data__train={"name": "vectors:Huge", "args": {"length": 60}})
+    assert train("--config", file).code == 0
+    assert 0 < summary(tmp_path / "run")["skipped_steps"] < 10
+    assert all(w.isfinite().all() for w in weights(tmp_path / "run", 10).values())
+
+
+def test_fp16_goes_on_with_its_loss_scale(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
+    """Stopped after an epoch in which the scale fell, and started again: bit for bit the uninterrupted run."""
+    data = {"name": "vectors:Huge", "args": {"length": 60}}
+    whole = {"precision": "fp16", "optim": SGD, "data__train": data, "run__dir": str(tmp_path / "whole")}
+    assert train("--config", write_config("whole.yaml", **whole)).code == 0
+    parts = {**whole, "run__dir": str(tmp_path / "parts")}
+    assert train("--config", write_config("part.yaml", **parts, train__epochs=1)).code == 0
+    scaler = torch.load(tmp_path / "parts" / "checkpoints" / "step-00000005" / "scaler.pt", weights_only=True)
+    assert scaler["scale"] < 65536
+    assert train("--config", write_config("part.yaml", **parts)).code == 0
+    assert identical(weights(tmp_path / "parts", 10), weights(tmp_path / "whole", 10))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert summary(tmp_path / "parts")["skipped_steps"] == summary(tmp_path / "whole")["skipped_steps"] > 0
+
+
+def test_a_lost_scaler_would_show(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
+    """What the test above would see if the scaler were not resumed."""
+    file = write_config(
+        precision="fp16", optim=SGD, data__train={"name": "vectors:Huge", "args": {"length": 60}}, train__epochs=1
+    )
+    assert train("--config", file).code == 0
+    trainer = Trainer(load_config(str(file)))
+    assert trainer.runtime.scaler is not None
+    fresh = trainer.runtime.scaler.get_scale()
+    trainer.restore()
+    assert trainer.runtime.scaler.get_scale() < fresh == 65536
+    trainer.close()
+
+
+def test_switches_reach_torch(train: Train, write_config: WriteConfig) -> None:
+    asked = {"matmul_precision": "medium", "cudnn_tf32": False, "cudnn_benchmark": True}
+    assert train("--config", write_config(backends=asked)).code == 0
+    assert torch.get_float32_matmul_precision() == "medium"
+    assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.benchmark
+
+
+def test_the_defaults_are_torchs_own(write_config: WriteConfig) -> None:
+    precision.set_backends(load_config(str(write_config())).backends)
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cudnn.benchmark
+
+
+class Gpu:
+    """A machine with a GPU, as far as the check looks."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, capability: tuple[int, int], torchao: bool, engine: bool) -> None:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        patch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+        patch.setattr(precision, "is_torchao_available", lambda: torchao)
+        patch.setattr(precision, "is_transformer_engine_available", lambda: engine)
+
+
+def test_fp8_without_a_gpu(train: Train, write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, err = train("--config", write_config(precision="fp8"))
+    assert code == 2
+    assert "precision: fp8 needs an NVIDIA GPU" in err
+
+
+def test_fp8_on_an_older_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpu(monkeypatch, (8, 0), True, True)
+    with pytest.raises(UserError, match=r"8\.9 or newer, NVIDIA A100 has 8\.0; use bf16"):
+        precision.check_precision("fp8")
+
+
+def test_fp8_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpu(monkeypatch, (9, 0), False, False)
+    with pytest.raises(UserError, match="torchao or transformer-engine, and neither is installed"):
+        precision.check_precision("fp8")
+
+
+@pytest.mark.parametrize(("torchao", "engine"), [(True, False), (False, True)])
+def test_fp8_where_all_is_there(torchao: bool, engine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpu(monkeypatch, (9, 0), torchao, engine)
+    precision.check_precision("fp8")
+
+
+def test_bf16_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpu(monkeypatch, (7, 0), False, False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(UserError, match="has no bfloat16; use fp16"):
+        precision.check_precision("bf16")

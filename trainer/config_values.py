@@ -1,0 +1,128 @@
+"""The types of single values in a config: intervals, amounts of memory, strict numbers.
+
+Imports no torch. The sections that are made of them are `trainer.config`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
+
+from trainer.units import parse_bytes
+
+
+@dataclass(frozen=True)
+class Interval:
+    """How often, or how long: a number of optimizer steps or of passes over the training data."""
+
+    count: int
+    unit: Literal["steps", "epochs"] = "steps"
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """Returns the interval in optimizer steps."""
+        return self.count * (steps_per_epoch if self.unit == "epochs" else 1)
+
+    def __str__(self) -> str:
+        return f"{self.count} {self.unit[:-1] if self.count == 1 else self.unit}"
+
+    @classmethod
+    def parse(cls, value: object) -> Interval:
+        """Reads `200`, `200 steps` or `2 epochs`; raises ValueError on anything else."""
+        if isinstance(value, cls):
+            return value
+        match = re.fullmatch(r"\s*([0-9]+)\s*(?:(step|epoch)s?)?\s*", str(value))
+        if match is None or isinstance(value, bool | float):
+            raise ValueError(f"write a number of steps, or like '2 epochs' (got {value!r})")
+        return cls(int(match[1]), "epochs" if match[2] == "epoch" else "steps")
+
+
+def _positive(interval: Interval) -> Interval:
+    if interval.count < 1:
+        raise ValueError("must be at least 1")
+    return interval
+
+
+_INTERVAL_SCHEMA = WithJsonSchema(
+    {
+        "anyOf": [
+            {"type": "integer", "minimum": 0},
+            {"type": "string", "pattern": r"^\s*[0-9]+\s*(steps?|epochs?)?\s*$"},
+        ]
+    }
+)
+_AS_TEXT = PlainSerializer(lambda i: i.count if i.unit == "steps" else str(i), return_type=int | str)
+Duration = Annotated[Interval, BeforeValidator(Interval.parse), _AS_TEXT, _INTERVAL_SCHEMA]
+Every = Annotated[Interval, BeforeValidator(lambda v: _positive(Interval.parse(v))), _AS_TEXT, _INTERVAL_SCHEMA]
+
+
+@dataclass(frozen=True)
+class Amount:
+    """An amount of memory as it was written: a share of a whole such as `90%`, or bytes such as `20GiB`."""
+
+    text: str
+
+    def of(self, whole: int) -> int:
+        """Returns the amount in bytes, where `whole` bytes are 100%."""
+        if self.text.endswith("%"):
+            return int(float(self.text[:-1]) / 100 * whole)
+        return parse_bytes(self.text)
+
+    def __str__(self) -> str:
+        return self.text
+
+    @classmethod
+    def parse(cls, value: object) -> Amount:
+        """Reads `90%`, `0.9` or `20GiB`; raises ValueError on anything else."""
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1:
+            return cls(f"{100 * value:g}%")
+        text = "".join(value.split()) if isinstance(value, str) else ""
+        if re.fullmatch(r"[0-9]+(\.[0-9]+)?%", text) and 0 < float(text[:-1]) <= 100:
+            return cls(text)
+        try:
+            if parse_bytes(text) > 0:
+                return cls(text)
+        except ValueError:
+            pass
+        raise ValueError(f"write a share such as 90%, or bytes such as 20GiB (got {value!r})")
+
+
+# Strict numbers: true is not 1 and "64" is not 64, but 1 is a float.
+PositiveInt = Annotated[int, Field(strict=True, ge=1)]
+NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
+PositiveFloat = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Ratio = Annotated[float, Field(strict=True, ge=0, le=1)]
+Bool = Annotated[bool, Field(strict=True)]
+ComponentName = Annotated[str, Field(min_length=1, pattern=r"^\S+$")]
+
+
+_AMOUNT_SCHEMA = WithJsonSchema(
+    {
+        "anyOf": [
+            {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+            {"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*(%|[KMGT]i?B)\s*$"},
+        ]
+    }
+)
+MemoryAmount = Annotated[Amount, BeforeValidator(Amount.parse), PlainSerializer(str, return_type=str), _AMOUNT_SCHEMA]
+
+
+def _micro_batch_size(value: object) -> object:
+    if value in ("auto", None) or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError(f"must be auto, or a whole number greater than or equal to 1 (got {value!r})")
+
+
+def _workers(value: object) -> object:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise ValueError(f"must be auto, or a whole number greater than or equal to 0 (got {value!r})")
+
+
+Workers = Annotated[int | Literal["auto"], BeforeValidator(_workers)]
+MicroBatchSize = Annotated[int | Literal["auto"] | None, BeforeValidator(_micro_batch_size)]

@@ -1,0 +1,82 @@
+"""What a run asks the planner before its first step: a micro-batch and a checkpointing that fit this device.
+
+Owns `train.micro_batch_size: auto`, `memory.checkpointing: auto`, `memory.budget` and `memory.target`. The answer is
+tried on the device by `trainer.memory.probe`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from trainer.config import Config
+from trainer.errors import UserError
+from trainer.memory.budget import cheapest_policies, held_at_most
+from trainer.memory.checkpointing import Policy
+from trainer.memory.planner import Planner, Prediction
+from trainer.units import format_bytes
+
+
+def needs_planner(config: Config) -> bool:
+    """Tells whether the config leaves something to be found out."""
+    return config.train.micro_batch_size == "auto" or config.memory.checkpointing == "auto"
+
+
+def choose(config: Config, planner: Planner, micro_batch_size: int, limit: int) -> Prediction:
+    """Chooses what the config leaves open.
+
+    Args:
+        config: the whole run.
+        planner: of its step on this device.
+        micro_batch_size: the one to take, or with `auto` the most to take.
+        limit: bytes that a step may take, from `memory.target`.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    memory = config.memory
+    is_auto = config.train.micro_batch_size == "auto"
+    given = None if is_auto else micro_batch_size
+    sizes = [size for size in planner.job.micro_batch_sizes if size <= micro_batch_size]
+    planner = planner.restricted_to(sizes)
+    found: Prediction | None
+    if memory.checkpointing != "auto":
+        found = planner.largest_micro_batch(memory.checkpointing, limit)
+    elif memory.budget is not None:
+        policies = _within_budget(config, planner, micro_batch_size)
+        found = (
+            planner.largest_with(policies, limit) if is_auto else planner.predict(micro_batch_size, "auto", policies)
+        )
+    else:
+        found = planner.fastest(limit, given)
+    if found is None:
+        raise _nothing_fits(config, planner, sizes[0] if is_auto else micro_batch_size, limit)
+    return found
+
+
+def _within_budget(config: Config, planner: Planner, micro_batch_size: int) -> Mapping[str, Policy]:
+    """Returns policies that keep what the blocks keep for backward within `memory.budget`."""
+    assert config.memory.budget is not None
+    if not planner.blocks:
+        return {}
+    costs = planner.block_costs(micro_batch_size)
+    everything = held_at_most(costs, ["none"] * len(costs))
+    policies = cheapest_policies(costs, config.memory.budget.of(int(everything)))
+    if policies is not None:
+        return dict(zip(planner.blocks, policies, strict=True))
+    least = held_at_most(costs, ["full"] * len(costs))
+    message = f"with every block recomputed activations still take {format_bytes(least)}"
+    message += f" of {format_bytes(everything)} ({100 * least / everything:.0f}%), the budget is {config.memory.budget}"
+    raise UserError(message, path="memory.budget")
+
+
+def _nothing_fits(config: Config, planner: Planner, micro_batch_size: int, limit_bytes: int) -> UserError:
+    checkpointing = "full" if config.memory.checkpointing == "auto" and planner.blocks else config.memory.checkpointing
+    least = planner.uniform(micro_batch_size, "none" if checkpointing == "auto" else checkpointing)
+    message = (
+        f"{format_bytes(limit_bytes)} ({config.memory.target} of the device) are too little: a micro-batch of "
+        f"{micro_batch_size} takes {format_bytes(least.peak_bytes)}"
+    )
+    if config.train.micro_batch_size != "auto":
+        return UserError(f"{message}; set train.micro_batch_size: auto", path="memory.target")
+    hint = "; set memory.checkpointing: auto" if config.memory.checkpointing == "none" and planner.blocks else ""
+    return UserError(message + hint, path="memory.target")

@@ -1,0 +1,70 @@
+"""A run's config and components -> the training step that the planner simulates.
+
+Used before a run starts and by `python -m launch plan`, which has no device; so nothing here needs one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from trainer.config import Config
+from trainer.data.feed import DeviceFeed
+from trainer.data.sampler import BatchPlan
+from trainer.memory.planner import Job
+from trainer.optim import build_optimizer
+from trainer.precision import STEP_DTYPES
+from trainer.tasks.base import Task
+
+_EXAMPLES = 2  # samples of which the shapes are taken
+
+
+def plan_job(config: Config, model: nn.Module, task: Task, feed: DeviceFeed, batch: BatchPlan, device_type: str) -> Job:
+    """Returns the training step that a config describes.
+
+    Args:
+        config: the whole run.
+        model: as built, real or fake.
+        task: what a batch means.
+        feed: of the training data; two of its samples are read.
+        batch: the batch arithmetic; its micro-batch does not matter.
+        device_type: where the step will run.
+
+    Raises:
+        UserError: the samples cannot be read.
+    """
+    example, feed_bytes = feed.example(_EXAMPLES)
+    waiting = config.data.prefetch + 1  # and the one from which the step's own batch is made
+    return Job(
+        model,
+        lambda m, data: task.loss_sum(task.forward(m, data), data),
+        _optimizer_as_on(device_type, config),
+        example,
+        share=batch.batch_size // batch.num_ranks,
+        micro_batch_sizes=batch.micro_batch_sizes,
+        num_ranks=batch.num_ranks,
+        device_type=device_type,
+        autocast_dtype=None if config.precision == "no" else STEP_DTYPES[config.precision],
+        allows_tf32=config.backends.matmul_precision != "highest",
+        clips_gradients=config.optim.clip_norm is not None,
+        feed_bytes=waiting * feed_bytes,
+        resident_bytes=feed.resident_bytes,
+        bucket_bytes=int(config.parallel.bucket_mb * 2**20),
+        gradient_as_bucket_view=config.parallel.gradient_as_bucket_view,
+        compresses_gradients=config.parallel.gradient_compression != "none",
+        block_patterns=config.memory.blocks,
+    )
+
+
+def _optimizer_as_on(device_type: str, config: Config) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        optimizer = build_optimizer(config.optim, model, device_type)
+        for group in optimizer.param_groups:
+            # torch's own choice, which it makes by looking at the tensors; fake ones hide where they are.
+            if "foreach" in group and group["foreach"] is None and not group.get("fused"):
+                group["foreach"] = device_type == "cuda"
+        return optimizer
+
+    return make

@@ -1,0 +1,307 @@
+"""The planner: what a step will take on a device, which settings fit, and the fastest of these.
+
+Everything is predicted from steps simulated with fake tensors (`trainer.memory.trace`), on a machine with or without
+the device. Between a small and the largest micro-batch memory grows evenly; the setting that is chosen is simulated as
+a whole before it is trusted. Times are estimates from data sheets: good for choosing between settings of one job, not
+for promising a throughput. Not counted: the CUDA context, NCCL's buffers, kernels' workspaces, fragmentation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.data.nested import map_tensors
+from trainer.memory.blocks import repeated_blocks
+from trainer.memory.budget import BlockCost, cheapest_policies
+from trainer.memory.checkpointing import Policy, apply_checkpointing, uniform_policies
+from trainer.memory.devices import Device
+from trainer.memory.trace import StepMemory, simulate_step
+from trainer.units import format_bytes
+
+POLICIES: tuple[Policy, ...] = ("none", "selective", "full")
+_BUCKETS_IN_FLIGHT = 2  # one compressed bucket is sent while the next is made
+_MOST_TRIES = 4  # of solving again with less, where the simulated step takes more than the solver expected
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training step on one of several processes, but for the settings that a plan chooses.
+
+    Args:
+        model: real or fake, neither compiled nor wrapped; it is not changed.
+        loss: of (model, batch): the summed loss, a scalar.
+        make_optimizer: the optimizer of a model, with explicit `fused` or `foreach` where torch would choose one.
+        example: a batch as the step gets it; the first dimension of its tensors are the samples.
+        share: samples per process and optimizer step.
+        micro_batch_sizes: those that split the share evenly, ascending.
+        num_ranks: processes that train together.
+        device_type: such as `cuda`.
+        autocast_dtype: what matrix products take, where it is not float32.
+        allows_tf32: whether float32 products use TF32.
+        clips_gradients: whether the norm of the gradients is clipped.
+        feed_bytes: device memory per sample of a micro-batch that waiting batches take.
+        resident_bytes: device memory of data that lives there.
+        bucket_bytes: size of DDP's buckets.
+        gradient_as_bucket_view: whether gradients live in these buckets.
+        compresses_gradients: whether buckets are exchanged in bfloat16.
+        block_patterns: `memory.blocks`.
+    """
+
+    model: nn.Module
+    loss: Callable[[nn.Module, Any], torch.Tensor]
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    example: Any
+    share: int
+    micro_batch_sizes: Sequence[int]
+    num_ranks: int = 1
+    device_type: str = "cuda"
+    autocast_dtype: torch.dtype | None = None
+    allows_tf32: bool = False
+    clips_gradients: bool = False
+    feed_bytes: int = 0
+    resident_bytes: int = 0
+    bucket_bytes: int = 25 * 2**20
+    gradient_as_bucket_view: bool = True
+    compresses_gradients: bool = False
+    block_patterns: Sequence[str] = ()
+
+    def keeps_gradients(self, micro_batch_size: int) -> bool:
+        """Tells whether gradients are there before a forward: in DDP's buckets, or while they accumulate."""
+        return self.num_ranks > 1 or micro_batch_size < self.share
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one setting takes on each device.
+
+    Args:
+        micro_batch_size: samples that a device holds at once.
+        checkpointing: `memory.checkpointing`, or `auto`.
+        policies: policy of each block.
+        parts: bytes at the peak by name.
+        step_seconds: estimated time of an optimizer step.
+        memory: the simulated step.
+    """
+
+    micro_batch_size: int
+    checkpointing: str
+    policies: Mapping[str, Policy]
+    parts: Mapping[str, int]
+    step_seconds: float
+    memory: StepMemory = field(repr=False)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes that are allocated at once."""
+        return sum(self.parts.values())
+
+    def missing_bytes(self, job: Job, micro_batch_size: int) -> int:
+        """Returns what a step takes that a mere forward and backward, before the first step, does not."""
+        resident = 0 if job.device_type == "cuda" else job.resident_bytes  # it is on the GPU already
+        waiting = job.feed_bytes * micro_batch_size
+        return self.memory.persistent["optimizer"] + self.parts.get("communication", 0) + resident + waiting
+
+    def describe(self) -> str:
+        """Returns the choice in one line."""
+        text = f"micro-batch {self.micro_batch_size}"
+        if self.policies:
+            text += f", {self.num_recomputed} of {len(self.policies)} blocks recomputed"
+        return f"{text}: {format_bytes(self.peak_bytes)} predicted"
+
+    @property
+    def num_recomputed(self) -> int:
+        """Blocks that compute something again in backward."""
+        return sum(policy != "none" for policy in self.policies.values())
+
+
+class Planner:
+    """Predicts and compares settings of one job on one kind of device. Simulated steps are kept."""
+
+    def __init__(self, job: Job, device: Device) -> None:
+        self.job = job
+        self.device = device
+        self.blocks = list(repeated_blocks(job.model, job.block_patterns))
+        self._steps: dict[tuple[int, tuple[Policy, ...]], StepMemory] = {}
+
+    # ---- one setting -----------------------------------------------------------------------------------------
+
+    def predict(self, micro_batch_size: int, checkpointing: str, policies: Mapping[str, Policy]) -> Prediction:
+        """Simulates a setting."""
+        job, step = self.job, self._step(micro_batch_size, policies)
+        parts = {name: size for name, size in step.at_peak.items() if size}
+        parts["feed"] = job.resident_bytes + job.feed_bytes * micro_batch_size
+        if job.num_ranks > 1:
+            parts["communication"] = self._communication_bytes(step.persistent["parameters"])
+        seconds = self._step_seconds(micro_batch_size, step)
+        return Prediction(micro_batch_size, checkpointing, policies, parts, seconds, step)
+
+    def uniform(self, micro_batch_size: int, checkpointing: Any) -> Prediction:
+        """Simulates a setting that treats all blocks alike: none, full, every_2 or selective."""
+        return self.predict(micro_batch_size, checkpointing, uniform_policies(self.blocks, checkpointing))
+
+    def _communication_bytes(self, parameter_bytes: int) -> int:
+        extra = 0 if self.job.gradient_as_bucket_view else parameter_bytes
+        if self.job.compresses_gradients:
+            extra += min(_BUCKETS_IN_FLIGHT * self.job.bucket_bytes, parameter_bytes) // 2
+        return extra
+
+    def _step_seconds(self, micro_batch_size: int, step: StepMemory) -> float:
+        num_micro_batches = self.job.share // micro_batch_size
+        return num_micro_batches * (step.seconds["forward"] + step.seconds["backward"]) + step.seconds["optimizer"]
+
+    def _step(self, micro_batch_size: int, policies: Mapping[str, Policy]) -> StepMemory:
+        chosen = tuple(policies.get(name, "none") for name in self.blocks)
+        key = micro_batch_size, chosen
+        if key not in self._steps:
+            self._steps[key] = self._simulate(micro_batch_size, dict(zip(self.blocks, chosen, strict=True)))
+        return self._steps[key]
+
+    def _simulate(self, micro_batch_size: int, policies: Mapping[str, Policy]) -> StepMemory:
+        job = self.job
+
+        def prepare(model: nn.Module) -> None:
+            # Also where nothing is recomputed: the model may have come with another choice.
+            apply_checkpointing(repeated_blocks(model, job.block_patterns), policies)
+
+        return simulate_step(
+            job.model,
+            job.loss,
+            job.make_optimizer,
+            map_tensors(lambda t: t.new_empty((micro_batch_size, *t.shape[1:]), device="meta"), job.example),
+            device_type=job.device_type,
+            device=self.device,
+            allow_tf32=job.allows_tf32,
+            autocast_dtype=job.autocast_dtype,
+            is_accumulating=job.keeps_gradients(micro_batch_size),
+            clip_norm=job.clips_gradients,
+            prepare=prepare,
+            watch={name: name for name in self.blocks},
+        )
+
+    def restricted_to(self, micro_batch_sizes: Sequence[int]) -> Planner:
+        """Returns a planner that chooses among these micro-batches only, and shares what was simulated."""
+        other = copy.copy(self)
+        other.job = replace(self.job, micro_batch_sizes=micro_batch_sizes)
+        return other
+
+    # ---- many settings ---------------------------------------------------------------------------------------
+
+    def solve(self, micro_batch_size: int, budget_bytes: float) -> Prediction | None:
+        """Chooses a policy per block, for the least time, so that the step peaks at no more than `budget_bytes`.
+
+        Returns:
+            The simulated choice, or None where nothing fits.
+        """
+        none = self.uniform(micro_batch_size, "none")
+        if none.peak_bytes <= budget_bytes:
+            return Prediction(micro_batch_size, "auto", none.policies, none.parts, none.step_seconds, none.memory)
+        costs = self.block_costs(micro_batch_size)
+        kept = sum(cost.kept_bytes["none"] for cost in costs)
+        allowed = kept - (none.peak_bytes - budget_bytes)
+        for _ in range(_MOST_TRIES):
+            policies = cheapest_policies(costs, allowed) if allowed > 0 else None
+            if policies is None:
+                break
+            found = self.predict(micro_batch_size, "auto", dict(zip(self.blocks, policies, strict=True)))
+            if found.peak_bytes <= budget_bytes:
+                return found
+            allowed -= 1.02 * (found.peak_bytes - budget_bytes)
+        full = self.uniform(micro_batch_size, "full")
+        return full if full.peak_bytes <= budget_bytes else None
+
+    def block_costs(self, micro_batch_size: int) -> list[BlockCost]:
+        """Returns what each block keeps and costs under each policy."""
+        steps = {policy: self._step(micro_batch_size, dict.fromkeys(self.blocks, policy)) for policy in POLICIES}
+        return [
+            BlockCost(
+                {policy: step.blocks[name].kept_bytes for policy, step in steps.items()},
+                {
+                    "none": 0.0,
+                    "selective": steps["none"].blocks[name].cheap_seconds,
+                    "full": steps["none"].blocks[name].seconds,
+                },
+            )
+            for name in self.blocks
+        ]
+
+    def largest_micro_batch(self, checkpointing: Any, limit_bytes: int) -> Prediction | None:
+        """Returns the largest micro-batch that peaks at no more than the limit, all blocks treated alike."""
+        found = self.largest_with(uniform_policies(self.blocks, checkpointing), limit_bytes)
+        return None if found is None else replace(found, checkpointing=checkpointing)
+
+    def largest_with(self, policies: Mapping[str, Policy], limit_bytes: int) -> Prediction | None:
+        """Returns the largest micro-batch that peaks at no more than the limit with these policies."""
+        sizes = list(self.job.micro_batch_sizes)
+        while sizes:
+            found = self.predict(sizes[-1], "auto", policies)
+            if found.peak_bytes <= limit_bytes:
+                return found
+            # Memory grows evenly with the micro-batch: the line through two points tells where to look next.
+            smallest = self.predict(sizes[0], "auto", policies)
+            if len(sizes) == 1 or smallest.peak_bytes > limit_bytes:
+                return None
+            slope = (found.peak_bytes - smallest.peak_bytes) / (sizes[-1] - sizes[0])
+            expected = sizes[0] + (limit_bytes - smallest.peak_bytes) / slope
+            sizes = [s for s in sizes[:-1] if s <= max(expected * 1.05, sizes[0])]
+        return None
+
+    def fastest(self, limit_bytes: int, micro_batch_size: int | None = None) -> Prediction | None:
+        """Returns the fastest setting of micro-batch and checkpointing that peaks at no more than the limit.
+
+        Args:
+            limit_bytes: memory that a step may take.
+            micro_batch_size: only the checkpointing is to be chosen, for this one.
+        """
+        if micro_batch_size is not None:
+            return self.solve(micro_batch_size, limit_bytes)
+        plain = self.largest_micro_batch("none", limit_bytes)
+        candidates = [] if plain is None else [plain]
+        larger = [s for s in self.job.micro_batch_sizes if plain is None or s > plain.micro_batch_size]
+        if self.blocks:
+            # Twice the micro-batch is worth some recomputing only while kernels are short; more never is.
+            candidates += [found for size in larger[:2] if (found := self.solve(size, limit_bytes)) is not None]
+            if not candidates:
+                largest = self.largest_micro_batch("full", limit_bytes)
+                candidates = [] if largest is None else [largest]
+        return min(candidates, key=lambda found: (found.step_seconds, -found.micro_batch_size), default=None)
+
+
+def solve_policies(
+    model: nn.Module,
+    loss: Callable[[nn.Module, Any], torch.Tensor],
+    example: Any,
+    micro_batch_size: int,
+    budget_bytes: float,
+    device: Device,
+    device_type: str,
+    autocast_dtype: torch.dtype | None = None,
+) -> dict[str, Policy] | None:
+    """Returns the policies that keep a step's activations and working memory within a budget, for the least time.
+
+    Gradients are there before the step, and do not count; nor does an optimizer. For a whole job, with a target,
+    `memory.checkpointing: auto` does the same.
+    """
+
+    def optimizer(fake: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(fake.parameters(), lr=0.1, foreach=False)
+
+    job = Job(
+        model,
+        loss,
+        optimizer,
+        example,
+        share=2 * micro_batch_size,  # so gradients are there before it
+        micro_batch_sizes=[micro_batch_size],
+        device_type=device_type,
+        autocast_dtype=autocast_dtype,
+    )
+    planner = Planner(job, device)
+    there = sum(planner.uniform(micro_batch_size, "none").memory.persistent.values())
+    found = planner.solve(micro_batch_size, budget_bytes + there)
+    return None if found is None else dict(found.policies)

@@ -1,0 +1,114 @@
+"""A forward and backward on the device itself, before the first step: what was planned, confirmed or corrected.
+
+Leaves no trace: no gradient, the same buffers, the same generator states. Choosing what to try is
+`trainer.memory.fitting`.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.data.nested import map_tensors
+from trainer.memory.out_of_memory import is_out_of_memory
+from trainer.memory.planner import Job
+from trainer.memory.trace import CPU_GRANULARITY, MemoryTrace
+from trainer.runtime import Runtime
+
+
+def largest_that_fits(
+    runtime: Runtime, sizes: Sequence[int], limit_bytes: int, peak_of: Callable[[int], int | None]
+) -> tuple[int, int] | None:
+    """Tries micro-batches, the largest first, until one fits on every rank; all ranks call it together.
+
+    Args:
+        runtime: for agreeing.
+        sizes: to try, ascending.
+        limit_bytes: that a step may take.
+        peak_of: measures one; None where the device ran out of memory.
+
+    Returns:
+        The size and the most that it took on any rank, or None where none fits.
+    """
+    for size in reversed(sizes):
+        peaks = runtime.gather(peak_of(size))
+        if all(peak is not None and peak <= limit_bytes for peak in peaks):
+            return size, max(peak for peak in peaks if peak is not None)
+    return None
+
+
+def measure(
+    runtime: Runtime,
+    model: nn.Module,
+    job: Job,
+    example: Any,
+    micro_batch_size: int,
+    reserved_bytes: int,
+) -> int | None:
+    """Runs one micro-batch and returns the most memory that was allocated, with what is not there yet.
+
+    Args:
+        runtime: for the device and its generators.
+        model: on the device, as it will train but for DDP, whose exchange of gradients must not begin here.
+        job: what a step is.
+        example: a batch on the device, repeated to the size of the micro-batch.
+        micro_batch_size: samples to try.
+        reserved_bytes: of optimizer state and waiting batches, which do not exist yet.
+
+    Returns:
+        Bytes, or None where the device ran out of memory.
+    """
+    states = runtime.generator_states()
+    buffers = [buffer.detach().clone() for buffer in model.buffers()]
+    try:
+        if job.keeps_gradients(micro_batch_size):
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        batch = map_tensors(lambda t: t[torch.arange(micro_batch_size, device=t.device) % len(t)], example)
+        if runtime.device.type == "cuda":
+            return _on_cuda(runtime.device, model, job.loss, batch, reserved_bytes)
+        return _on_host(model, job.loss, batch) + reserved_bytes
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    finally:
+        for parameter in model.parameters():
+            parameter.grad = None
+        with torch.no_grad():
+            for buffer, before in zip(model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+        runtime.restore_generators(states)
+        gc.collect()
+        if runtime.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _on_cuda(
+    device: torch.device, model: nn.Module, loss: Callable[[nn.Module, Any], torch.Tensor], batch: Any, reserved: int
+) -> int:
+    ballast = torch.empty(reserved, dtype=torch.uint8, device=device)  # so that the allocator meets the real limit
+    torch.cuda.reset_peak_memory_stats(device)
+    loss(model, batch).backward()
+    del ballast
+    return torch.cuda.max_memory_allocated(device)
+
+
+def _on_host(model: nn.Module, loss: Callable[[nn.Module, Any], torch.Tensor], batch: Any) -> int:
+    trace = MemoryTrace(CPU_GRANULARITY)
+    trace.register(dict(model.named_parameters()), "parameters")
+    trace.register(dict(model.named_buffers()), "buffers")
+    inputs: list[torch.Tensor] = []
+    map_tensors(inputs.append, batch)
+    trace.register(inputs, "inputs")
+    trace.register([p.grad for p in model.parameters() if p.grad is not None], "gradients")
+    try:
+        with trace, torch.compiler.set_stance("force_eager"):  # compiled code does not tell what it allocates
+            loss(model, batch).backward()
+        return trace.peak_bytes
+    finally:
+        trace.close()

@@ -1,0 +1,458 @@
+"""The memory of one training step: every storage that its operations create, from its birth to its death.
+
+Owns the tracker, which counts fake and real tensors alike, and the step that is simulated with it. It counts what
+torch's allocator is asked for: neither the allocator's fragments, nor kernels' workspaces, nor the CUDA context.
+Estimates of time are `trainer.memory.roofline`, fake tensors `trainer.memory.fakes`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import convert_outputs_to_fp32
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+
+from trainer.data.nested import map_tensors
+from trainer.memory.devices import Device
+from trainer.memory.fakes import fake_batch, fake_copy, fake_step
+from trainer.memory.roofline import is_product, op_seconds
+
+CATEGORIES = ("parameters", "buffers", "gradients", "optimizer", "inputs", "activations", "temporary")
+PERSISTENT = ("parameters", "buffers", "gradients", "optimizer")
+CUDA_GRANULARITY = 512  # bytes that CUDA's caching allocator rounds up to
+CPU_GRANULARITY = 64
+_MAX_POINTS = 2000
+_NUM_LARGEST = 10
+_DEVICE_OF = torch.ops.prim.device.default  # asked of fake tensors all the time; creates nothing
+
+
+@dataclass(frozen=True)
+class Point:
+    """The live bytes by category after one allocation or release, in a phase."""
+
+    phase: str
+    num_bytes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class LargeTensor:
+    """One storage alive at the peak: the shape of the tensor it was made for, and the operation or parameter."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    category: str
+    origin: str
+    num_bytes: int
+
+
+@dataclass
+class BlockCost:
+    """A watched block's forward.
+
+    Args:
+        kept_bytes: live after it minus before: what its backward needs, and its output.
+        seconds: of its operations.
+        cheap_seconds: of those that are no matrix product, convolution or attention.
+    """
+
+    kept_bytes: int = 0
+    seconds: float = 0.0
+    cheap_seconds: float = 0.0
+
+
+@dataclass
+class _Storage:
+    num_bytes: int
+    category: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    origin: str
+    reference: Any = None
+
+
+@dataclass
+class _Event:
+    phase: str
+    storage: _Storage
+    num_bytes: int  # negative where it is released
+
+
+class MemoryTrace(TorchDispatchMode):
+    """Counts the storages created while it is active, and those registered before.
+
+    A storage's category is set where it is created: activations in the phase `forward`, temporary in others (also
+    activations that gradient checkpointing computes anew). What turns out to be a gradient or optimizer state is
+    counted as such from its birth. One trace serves one step and one thread at a time: autograd's threads call it for
+    tensors on a GPU, while the main thread waits.
+
+    Args:
+        granularity: bytes that each storage is rounded up to.
+        device: what the seconds are estimated for; None: no seconds.
+        allow_tf32: whether the seconds of float32 products are those of tf32.
+        device_type: count tensors on devices of this type only; None: all.
+    """
+
+    def __init__(
+        self,
+        granularity: int = CUDA_GRANULARITY,
+        device: Device | None = None,
+        allow_tf32: bool = False,
+        device_type: str | None = None,
+    ) -> None:
+        super().__init__()
+        assert granularity > 0
+        self.granularity = granularity
+        self.device = device
+        self.allow_tf32 = allow_tf32
+        self.device_type = device_type
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self.peak_by_phase: dict[str, int] = {}
+        self.seconds_by_phase: dict[str, float] = {}
+        self.blocks: dict[str, BlockCost] = {}
+        self._phase = "setup"
+        self._alive: dict[int, _Storage] = {}  # by the storage's address, which is its own as long as it lives
+        self._events: list[_Event] = []
+        self._peak_event = -1
+        self._running: list[BlockCost] = []
+        self._handles: list[Any] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Inside, allocations and seconds count for the phase `name`."""
+        before, self._phase = self._phase, name
+        self.seconds_by_phase.setdefault(name, 0.0)
+        self._note_peak_of_phase()
+        try:
+            yield
+        finally:
+            self._phase = before
+
+    def register(self, tensors: Mapping[str, torch.Tensor] | Iterable[torch.Tensor], category: str) -> None:
+        """Counts tensors that exist already, or gives those counted another category; a mapping's keys name them."""
+        assert category in CATEGORIES
+        named = tensors.items() if isinstance(tensors, Mapping) else ((category, tensor) for tensor in tensors)
+        for name, tensor in named:
+            for plain in _plain(tensor):
+                storage = plain.untyped_storage()
+                known = self._alive.get(storage._cdata)
+                if known is None:
+                    self._add(storage, plain, category, name)
+                else:
+                    known.category = category
+
+    def watch_gradients(self, model: nn.Module) -> None:
+        """Counts what becomes a parameter's gradient as such, until `close()`."""
+        for name, param in model.named_parameters():
+            if param.requires_grad:
+                hook = param.register_post_accumulate_grad_hook(self._gradient_hook(name))
+                self._handles.append(hook)
+
+    def _gradient_hook(self, name: str) -> Callable[[torch.Tensor], None]:
+        def hook(param: torch.Tensor) -> None:
+            if param.grad is not None:
+                self.register({f"{name}.grad": param.grad}, "gradients")
+
+        return hook
+
+    def watch_blocks(self, blocks: Mapping[str, nn.Module]) -> None:
+        """Notes in `blocks` what every forward of these modules keeps and takes, until `close()`.
+
+        What gradient checkpointing runs again in backward does not count.
+        """
+        for name, block in blocks.items():
+            self.blocks[name] = BlockCost()
+            self._handles += self._watch(block, self.blocks[name])
+
+    def _watch(self, block: nn.Module, cost: BlockCost) -> list[Any]:
+        def enter(*_: Any) -> None:
+            if self._phase == "forward":
+                cost.kept_bytes -= self.live_bytes
+                self._running.append(cost)
+
+        def leave(*_: Any) -> None:
+            if self._phase == "forward":
+                cost.kept_bytes += self.live_bytes
+                self._running.remove(cost)
+
+        return [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
+
+    def close(self) -> None:
+        """Removes the hooks of `watch_gradients` and `watch_blocks`, and counts nothing any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._alive.clear()  # and with it the callbacks
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is _DEVICE_OF:
+            return result
+        outputs = [plain for tensor in _tensors_in(result) for plain in _plain(tensor)]
+        inputs = [*_tensors_in(args), *_tensors_in(list(kwargs.values()))]
+        storages = [tensor.untyped_storage() for tensor in outputs]
+        given: set[int] | None = None
+        is_new = False
+        for tensor, storage in zip(outputs, storages, strict=True):
+            if storage._cdata in self._alive:
+                continue
+            if given is None:
+                given = {plain.untyped_storage()._cdata for tensor in inputs for plain in _plain(tensor)}
+            if storage._cdata in given:  # a view of what nobody registered
+                continue
+            is_new = True
+            self._add(storage, tensor, "activations" if self._phase == "forward" else "temporary", str(func))
+        if self.device is not None and (is_new or func._schema.is_mutable):
+            self._add_seconds(func, args, kwargs, result, [*inputs, *outputs])
+        return result
+
+    def _add_seconds(self, func: Any, args: Any, kwargs: Any, result: Any, tensors: list[torch.Tensor]) -> None:
+        assert self.device is not None
+        seconds = op_seconds(self.device, func, args, kwargs, result, tensors, self.allow_tf32)
+        self.seconds_by_phase[self._phase] = self.seconds_by_phase.get(self._phase, 0.0) + seconds
+        for cost in self._running:
+            cost.seconds += seconds
+            if not is_product(func):
+                cost.cheap_seconds += seconds
+
+    def _add(self, storage: torch.UntypedStorage, tensor: torch.Tensor, category: str, origin: str) -> None:
+        if self.device_type is not None and tensor.device.type != self.device_type:
+            return
+        num_bytes = -(-storage.nbytes() // self.granularity) * self.granularity
+        if num_bytes == 0:
+            return
+        entry = _Storage(num_bytes, category, tuple(tensor.shape), tensor.dtype, origin)
+        address = storage._cdata
+
+        def released(_: Any) -> None:
+            if self._alive.get(address) is entry:
+                del self._alive[address]
+                self.live_bytes -= num_bytes
+                self._events.append(_Event(self._phase, entry, -num_bytes))
+
+        # The storage's Python object lives as long as the storage itself, whoever else refers to it: autograd's saved
+        # tensors do so from C++. torch.distributed's memory tracker stands on the same.
+        entry.reference = weakref.ref(storage, released)
+        self._alive[address] = entry
+        self._events.append(_Event(self._phase, entry, num_bytes))
+        self.live_bytes += num_bytes
+        if self.live_bytes > self.peak_bytes:
+            self.peak_bytes, self._peak_event = self.live_bytes, len(self._events) - 1
+        self._note_peak_of_phase()
+
+    def _note_peak_of_phase(self) -> None:
+        self.peak_by_phase[self._phase] = max(self.live_bytes, self.peak_by_phase.get(self._phase, 0))
+
+    def live_by_category(self) -> dict[str, int]:
+        """Returns the bytes alive now by category."""
+        live = dict.fromkeys(CATEGORIES, 0)
+        for entry in self._alive.values():
+            live[entry.category] += entry.num_bytes
+        return live
+
+    def timeline(self, max_points: int = _MAX_POINTS) -> tuple[Point, ...]:
+        """Returns the live bytes after every event, or after some of them, the peak always among them."""
+        every = max(1, -(-len(self._events) // max_points))
+        live = dict.fromkeys(CATEGORIES, 0)
+        points = []
+        for i, event in enumerate(self._events):
+            live[event.storage.category] += event.num_bytes
+            if i % every == 0 or i in (self._peak_event, len(self._events) - 1):
+                points.append(Point(event.phase, dict(live)))
+        return tuple(points)
+
+    def _entries_at_peak(self) -> list[_Storage]:
+        alive: dict[int, _Storage] = {}
+        for event in self._events[: self._peak_event + 1]:
+            if event.num_bytes > 0:
+                alive[id(event.storage)] = event.storage
+            else:
+                alive.pop(id(event.storage))
+        return list(alive.values())
+
+    def at_peak(self) -> dict[str, int]:
+        """Returns the bytes by category at the moment of the peak."""
+        at_peak = dict.fromkeys(CATEGORIES, 0)
+        for entry in self._entries_at_peak():
+            at_peak[entry.category] += entry.num_bytes
+        return at_peak
+
+    def largest_at_peak(self, num_tensors: int = _NUM_LARGEST) -> tuple[LargeTensor, ...]:
+        """Returns the largest storages at the moment of the peak, the largest first."""
+        largest = sorted(self._entries_at_peak(), key=lambda entry: -entry.num_bytes)[:num_tensors]
+        return tuple(LargeTensor(x.shape, x.dtype, x.category, x.origin, x.num_bytes) for x in largest)
+
+
+def _tensors_in(data: Any) -> Iterator[torch.Tensor]:
+    if isinstance(data, torch.Tensor):
+        yield data
+    elif isinstance(data, list | tuple):
+        for part in data:
+            yield from _tensors_in(part)
+
+
+def _plain(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Returns the tensors with storages of their own that a tensor consists of."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        parts = [getattr(tensor, name) for name in names]
+        return [plain for part in parts if isinstance(part, torch.Tensor) for plain in _plain(part)]
+    return [tensor] if tensor.layout is torch.strided else []
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What one training step takes.
+
+    Args:
+        peak_bytes: the most that is alive at once.
+        peak_by_phase: the same within `forward`, `backward`, `clip` and `optimizer`.
+        at_peak: bytes by category at the moment of the peak.
+        persistent: bytes by category that stay after the step: parameters, buffers, gradients, optimizer.
+        timeline: at most some 2000 points, the peak among them.
+        seconds: by phase, where a device was given.
+        blocks: by watched name.
+        largest: the largest tensors at the peak.
+    """
+
+    peak_bytes: int
+    peak_by_phase: Mapping[str, int]
+    at_peak: Mapping[str, int]
+    persistent: Mapping[str, int]
+    timeline: tuple[Point, ...]
+    seconds: Mapping[str, float]
+    blocks: Mapping[str, BlockCost]
+    largest: tuple[LargeTensor, ...] = field(repr=False)
+
+
+def simulate_step(
+    model: nn.Module,
+    loss: Callable[[nn.Module, Any], torch.Tensor],
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    batch: Any,
+    *,
+    device_type: str = "cuda",
+    device: Device | None = None,
+    allow_tf32: bool = False,
+    autocast_dtype: torch.dtype | None = None,
+    is_accumulating: bool = False,
+    clip_norm: bool = False,
+    prepare: Callable[[nn.Module], None] | None = None,
+    watch: Mapping[str, str] | None = None,
+    granularity: int | None = None,
+) -> StepMemory:
+    """Simulates a step in the midst of training, so with the optimizer's state there from the start.
+
+    Args:
+        model: real or fake; it is neither changed nor are its numbers copied.
+        loss: of (model, batch), a scalar; called with fakes of both.
+        make_optimizer: with explicit `foreach` or `fused`, as fake tensors hide the device from torch's own choice.
+        batch: real or fake tensors in any nesting, the first dimension the micro-batch.
+        device_type: whose kernels and rounding are simulated. The fake tensors say that they are on the CPU.
+        device: what the seconds are estimated for; None: no seconds.
+        allow_tf32: whether float32 products are as fast as tf32.
+        autocast_dtype: the model's forward runs under autocast to it and returns float32, as Accelerate has it.
+        is_accumulating: the gradients of earlier micro-batches are there when this one begins.
+        clip_norm: whether gradients are clipped before the optimizer's step.
+        prepare: called with the fake model, to apply gradient checkpointing.
+        watch: module names by the name in `StepMemory.blocks`.
+        granularity: bytes that storages are rounded up to; None: the device type's.
+
+    Raises:
+        CannotSimulate: the step needs the numbers of a tensor.
+    """
+    if granularity is None:
+        granularity = CPU_GRANULARITY if device_type == "cpu" else CUDA_GRANULARITY
+    trace = MemoryTrace(granularity, device, allow_tf32)
+    with fake_step(device_type), torch.enable_grad():
+        fake = fake_copy(model).train()
+        if prepare is not None:
+            prepare(fake)
+        examples = fake_batch(batch)
+        optimizer = make_optimizer(fake)
+        _make_state(fake, optimizer, is_accumulating)
+        _register(trace, fake, optimizer, examples)
+        trace.watch_gradients(fake)
+        trace.watch_blocks({name: fake.get_submodule(path) for name, path in (watch or {}).items()})
+        if autocast_dtype is not None:
+            _autocast(fake, autocast_dtype)
+        try:
+            with trace:
+                _step(trace, fake, loss, optimizer, examples, clip_norm)
+            trace.register(_state_tensors(optimizer), "optimizer")
+            return _summary(trace)
+        finally:
+            trace.close()
+
+
+def _autocast(model: nn.Module, dtype: torch.dtype) -> None:
+    forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype)(model.forward))
+    model.forward = forward
+
+
+def _make_state(model: nn.Module, optimizer: torch.optim.Optimizer, keep_gradients: bool) -> None:
+    """Takes a step ahead of the one that counts; afterwards there are gradients or there are none."""
+    params = [param for param in model.parameters() if param.requires_grad]
+    for param in params:
+        param.grad = torch.empty_like(param)
+    optimizer.step()
+    if not keep_gradients:
+        for param in params:
+            param.grad = None
+
+
+def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    map_tensors(found.append, [*optimizer.state.values()])
+    return found
+
+
+def _register(trace: MemoryTrace, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> None:
+    trace.register(dict(model.named_parameters()), "parameters")
+    trace.register(dict(model.named_buffers()), "buffers")
+    grads = {f"{name}.grad": param.grad for name, param in model.named_parameters() if param.grad is not None}
+    trace.register(grads, "gradients")
+    trace.register(_state_tensors(optimizer), "optimizer")
+    inputs: list[torch.Tensor] = []
+    map_tensors(inputs.append, batch)
+    trace.register(inputs, "inputs")
+
+
+def _step(
+    trace: MemoryTrace,
+    model: nn.Module,
+    loss: Callable[[nn.Module, Any], torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    batch: Any,
+    clip_norm: bool,
+) -> None:
+    with trace.phase("forward"):
+        value = loss(model, batch)
+    with trace.phase("backward"):
+        value.backward()
+    if clip_norm:
+        with trace.phase("clip"):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+    with trace.phase("optimizer"):
+        optimizer.step()
+
+
+def _summary(trace: MemoryTrace) -> StepMemory:
+    live = trace.live_by_category()
+    return StepMemory(
+        peak_bytes=trace.peak_bytes,
+        peak_by_phase={name: peak for name, peak in trace.peak_by_phase.items() if name != "setup"},
+        at_peak=trace.at_peak(),
+        persistent={name: live[name] for name in PERSISTENT},
+        timeline=trace.timeline(),
+        seconds={name: seconds for name, seconds in trace.seconds_by_phase.items() if name != "setup"},
+        blocks=trace.blocks,
+        largest=trace.largest_at_peak(),
+    )

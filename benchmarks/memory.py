@@ -55,7 +55,7 @@ DESCRIPTIONS = {
     "auto-50": "solved for half of what `none` takes",
 }
 POLICIES = tuple(DESCRIPTIONS)
-DEFAULT_POLICIES = ("none", "full", "every_2", "selective")
+DEFAULT_POLICIES = ("none", "full", "every_2", "selective", "auto", "auto-50")
 NUM_CLASSES = 1000
 PACKAGES = ("torch", "torchvision", "accelerate")
 
@@ -246,7 +246,7 @@ def measure_model(name: str, setup: Setup) -> dict[str, Taken]:
         try:
             if not names and policy != YARDSTICK:
                 raise ValueError("the model has no repeated blocks")
-            entry.policies = _policies(policy, model, names, batch, setup, taken)
+            entry.policies = _policies(policy, model, names, batch, setup)
             runs[policy] = _step(_checkpointed(model, entry.policies), batch, setup)
             runs[policy]()  # creates the gradients where there are none yet; what is learnt of buffers is learnt
             entry.peak_bytes = measure_peak(runs[policy], setup.device)
@@ -273,21 +273,15 @@ def _build(name: str, setup: Setup) -> tuple[nn.Module, Batch]:
     return model, (images, torch.randint(NUM_CLASSES, shape[:1]).to(setup.device))
 
 
-def _policies(
-    name: str, model: nn.Module, blocks: Sequence[str], batch: Batch, setup: Setup, taken: Mapping[str, Taken]
-) -> dict[str, Policy]:
+def _policies(name: str, model: nn.Module, blocks: Sequence[str], batch: Batch, setup: Setup) -> dict[str, Policy]:
     for setting in UNIFORM:
         if name == setting:
             return uniform_policies(blocks, setting)
-    of, share = ("full", 1.0) if name == "auto" else (YARDSTICK, 0.5)
-    peak = taken[of].peak_bytes
-    if peak is None:
-        raise ValueError(f"the budget is that of {of}, which was not measured")
-    return _auto_policies(model, batch, setup, int(share * peak))
+    return _auto_policies(model, batch, setup, *((1.0, "full") if name == "auto" else (0.5, "none")))
 
 
-def _auto_policies(model: nn.Module, batch: Batch, setup: Setup, budget_bytes: int) -> dict[str, Policy]:
-    """Returns what the solver chooses for a peak of activations in bytes."""
+def _auto_policies(model: nn.Module, batch: Batch, setup: Setup, share: float, of: Policy) -> dict[str, Policy]:
+    """Returns what the solver chooses for a share of the peak that it predicts for another policy."""
     from trainer.memory.devices import this_device
     from trainer.memory.planner import solve_policies
 
@@ -296,13 +290,14 @@ def _auto_policies(model: nn.Module, batch: Batch, setup: Setup, budget_bytes: i
         _loss,
         batch,
         setup.batch_size,
-        budget_bytes,
+        share,
+        of,
         this_device(setup.device),
         setup.device_type,
         autocast_dtype=torch.bfloat16 if setup.precision == "bf16" else None,
     )
     if policies is None:
-        raise ValueError(f"nothing fits into {budget_bytes / 2**20:.0f} MiB")
+        raise ValueError(f"nothing fits into {share:g} of what {of} takes")
     return policies
 
 

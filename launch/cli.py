@@ -6,12 +6,15 @@ The config is read and checked here, before anything is started, so that a mista
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from trainer.cli import EXIT_FINISHED, add_config_arguments, run_command
 from trainer.config import load_config
+from trainer.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,10 +22,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m launch", description="Start training jobs. `python -m launch TARGET --help` tells more."
     )
-    parser.add_argument("target", choices=["local"], help="local: this machine, on all its GPUs or CPU processes")
+    parser.add_argument(
+        "target",
+        choices=["local", "plan"],
+        help="local: this machine, on all its GPUs or CPU processes; plan: start nothing, predict the memory it takes",
+    )
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="--config FILE [section.key=value ...]")
     options = parser.parse_args(arguments)
-    return run_command(lambda: _local(options.rest))
+    target = {"local": _local, "plan": _plan}[options.target]
+    return run_command(lambda: target(options.rest), log_to_stderr=options.target == "plan")
+
+
+def _plan(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch plan",
+        description="Predict the memory of a run on a device that need not be here, and find the settings that fit.",
+        epilog="exit codes: 0 the config fits as it is, 1 it does not, 2 bad config or usage",
+    )
+    add_config_arguments(parser)
+    parser.add_argument("--device", metavar="NAME", help="such as h100-80g, a100-40g or 24GiB; default: the GPU here")
+    parser.add_argument("--processes", type=int, metavar="N", help="processes together; default: one per GPU")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw memory over one step: .png, .svg or .html")
+    parser.add_argument("--input", metavar="SHAPE", help="of a sample, such as 3x224x224, where the data is not here")
+    parser.add_argument("--num-classes", type=int, metavar="N", help="labels of that data")
+    options = parser.parse_intermixed_args(arguments)
+    shape = None if options.input is None else re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*)*", options.input)
+    if options.input is not None and shape is None:
+        parser.error(f"--input must be like 3x224x224 (got {options.input})")
+    for name in ("processes", "num_classes"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1 (got {value})")
+    config = load_config(options.config, options.overrides)
+    from launch import plan  # imports torch
+
+    sizes = None if shape is None else tuple(map(int, options.input.split("x")))
+    try:
+        return plan.run(config, options.device, options.processes, options.plot, sizes, options.num_classes)
+    except UserError as error:
+        raise UserError(*(config.locate(problem) for problem in error.problems)) from None
 
 
 def _local(arguments: Sequence[str]) -> int:

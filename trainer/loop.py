@@ -89,7 +89,7 @@ class Trainer:
         runtime.agree(self._check_surroundings)
         train_set, eval_set = build_data(config.data, runtime)
         runtime.agree(self._check_transforms)
-        num_classes = runtime.agree(lambda: _num_classes(config, train_set))
+        num_classes = runtime.agree(lambda: class_count(config, train_set))
         shrink = runtime.from_main(lambda: read_shrink(config.run_dir)) if config.memory.on_oom == "shrink" else None
         runtime.agree(lambda: self._build_order_and_task(train_set, num_classes, shrink))
         runtime.agree(lambda: self._build_model(num_classes))
@@ -569,7 +569,7 @@ class _Window:
         }
 
 
-def _num_classes(config: Config, train_set: SizedDataset) -> int | None:
+def class_count(config: Config, train_set: SizedDataset) -> int | None:
     """Returns how many classes there are: what the model is told, else what the data set knows.
 
     Raises:

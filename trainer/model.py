@@ -51,7 +51,23 @@ def build_model(config: ModelConfig, num_classes: int | None) -> nn.Module:
         raise UserError(f"'{config.name}' has no parameter to train", path="model.name")
     if config.weights is not None:
         load_weights(model, _read_weights(config), config.weights)
-    return model.to(getattr(torch, config.dtype))
+    if config.dtype != "float32":
+        _convert_parameters(model, getattr(torch, config.dtype))
+    return model
+
+
+def _convert_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Gives the model's parameters another type, and leaves buffers alone: running statistics need their bits.
+
+    Not by `Module.to`, which cannot convert the fake parameters of a plan.
+    """
+    converted: dict[nn.Parameter, nn.Parameter] = {}  # tied weights stay tied
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_floating_point():
+                if parameter not in converted:
+                    converted[parameter] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+                setattr(module, name, converted[parameter])
 
 
 def uses_channels_last(config: ModelConfig, model: nn.Module) -> bool:

@@ -19,10 +19,12 @@ def seconds(blocks: list[BlockCost], policies: tuple[Policy, ...]) -> float:
 def random_blocks(seed: int, count: int) -> list[BlockCost]:
     draw = random.Random(seed)
     blocks = []
+    again = draw.uniform(1.0, 1.3)
     for _ in range(count):
         none, time = draw.uniform(50, 200), draw.uniform(1, 5)
         kept: dict[Policy, float] = {"none": none, "selective": none * 0.6, "full": none * draw.uniform(0.1, 0.4)}
-        blocks.append(BlockCost(kept, {"none": 0.0, "selective": time * 0.2, "full": time}))
+        backward: dict[Policy, float] = {"none": none * 1.05, "selective": none * again, "full": none * again}
+        blocks.append(BlockCost(kept, backward, {"none": 0.0, "selective": time * 0.2, "full": time}))
     return blocks
 
 
@@ -49,16 +51,22 @@ def test_nothing_is_recomputed_where_all_fits() -> None:
 
 def test_the_last_block_is_kept_where_recomputing_it_would_free_nothing() -> None:
     """It would be made again at once, at the very peak."""
-    block = BlockCost({"none": 100, "full": 10}, {"none": 0, "full": 1})
+    block = BlockCost({"none": 100, "full": 10}, {"none": 100, "full": 100}, {"none": 0, "full": 1})
     assert cheapest_policies([block] * 4, 130) == ["full", "full", "full", "none"]
 
 
 def test_what_is_held() -> None:
-    block = BlockCost({"none": 100, "full": 10}, {"none": 0, "full": 1})
+    block = BlockCost({"none": 100, "full": 10}, {"none": 100, "full": 100}, {"none": 0, "full": 1})
     assert held_at_most([block] * 3, ["none"] * 3) == 300
     assert held_at_most([block] * 3, ["full"] * 3) == 120
     assert held_at_most([block] * 3, ["full", "none", "none"]) == 210
+    assert held_at_most([block] * 3, ["full"] * 3, head_bytes=95) == 125
     assert held_at_most([], []) == 0
+
+
+def test_what_follows_the_blocks_must_fit_too() -> None:
+    block = BlockCost({"none": 100, "full": 10}, {"none": 100, "full": 100}, {"none": 0, "full": 1})
+    assert cheapest_policies([block] * 4, 130, head_bytes=80) == ["full"] * 4
 
 
 def test_no_choice_fits() -> None:

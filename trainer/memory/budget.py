@@ -21,23 +21,25 @@ class BlockCost:
 
     Args:
         kept_bytes: policy -> bytes that stay after its forward until its backward.
+        backward_bytes: policy -> the most that its backward holds: what it kept, what it computes again, gradients.
         extra_seconds: policy -> time that backward spends on recomputing.
     """
 
     kept_bytes: Mapping[Policy, float]
+    backward_bytes: Mapping[Policy, float]
     extra_seconds: Mapping[Policy, float]
 
 
-def held_at_most(blocks: Sequence[BlockCost], policies: Sequence[Policy]) -> float:
+def held_at_most(blocks: Sequence[BlockCost], policies: Sequence[Policy], head_bytes: float = 0.0) -> float:
     """Returns the most bytes of activations that are held at once, with a policy per block, in forward order."""
     peak = before = 0.0
     for block, policy in zip(blocks, policies, strict=True):
-        peak = max(peak, before + max(block.kept_bytes.values()))  # in its backward all of it is there again
+        peak = max(peak, before + block.backward_bytes[policy])
         before += block.kept_bytes[policy]
-    return peak
+    return max(peak, before + head_bytes)
 
 
-def cheapest_policies(blocks: Sequence[BlockCost], budget_bytes: float) -> list[Policy] | None:
+def cheapest_policies(blocks: Sequence[BlockCost], budget_bytes: float, head_bytes: float = 0.0) -> list[Policy] | None:
     """Chooses a policy per block, in forward order, that keeps activations within the budget in the least time.
 
     Backward begins at the last block. When it reaches a block, later ones have given their memory back, earlier ones
@@ -45,7 +47,8 @@ def cheapest_policies(blocks: Sequence[BlockCost], budget_bytes: float) -> list[
 
     Args:
         blocks: the costs, in the order of forward.
-        budget_bytes: for the blocks' activations, at every moment.
+        budget_bytes: for the blocks' activations and working memory, at every moment.
+        head_bytes: that what follows the blocks takes, while all of them hold what they kept.
 
     Returns:
         The policies, or None where no choice fits.
@@ -57,11 +60,14 @@ def cheapest_policies(blocks: Sequence[BlockCost], budget_bytes: float) -> list[
     unit = max(budget_bytes, 1.0)
     seconds = np.array([blocks[i].extra_seconds[policy] for i, policy in choices])
     one_each = np.zeros((len(blocks), len(choices)))
-    held = np.zeros((len(blocks), len(choices)))  # row: the moment when backward is in that block
+    # A row per moment: backward is in that block, and last, in what follows the blocks.
+    held = np.zeros((len(blocks) + 1, len(choices)))
+    most = np.ones(len(blocks) + 1)
+    most[-1] -= head_bytes / unit
     for column, (i, policy) in enumerate(choices):
         kept = blocks[i].kept_bytes
         one_each[i, column] = 1
-        held[i, column] = max(kept.values()) / unit  # all of it is there again
+        held[i, column] = blocks[i].backward_bytes[policy] / unit
         held[i + 1 :, column] = kept[policy] / unit
     # Among choices that cost the same time, the one that keeps least.
     cost = seconds / max(float(seconds.max()), 1e-12)
@@ -70,7 +76,7 @@ def cheapest_policies(blocks: Sequence[BlockCost], budget_bytes: float) -> list[
         cost,
         integrality=np.ones(len(choices)),
         bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(held, -np.inf, 1.0)],
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(held, -np.inf, most)],
         options={"mip_rel_gap": 1e-4, "time_limit": 5.0},
     )
     if solution.x is None:

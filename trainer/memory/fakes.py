@@ -1,7 +1,7 @@
 """Models and batches without memory: fake tensors, which have a shape and a type but no numbers.
 
-Owns what makes a training step run on them: answers where code asks for a number, and the kernels of a GPU on a
-machine that has none. Fake tensors are said to be on the CPU always, because torch's autograd refuses fake CUDA
+Owns what makes a training step run on them: answers where code asks for a number, the kernels of a GPU on a machine
+that has none, and other processes to talk to. Fake tensors are said to be on the CPU always, because torch's autograd refuses fake CUDA
 tensors where CUDA finds no device; what a GPU would do otherwise than a CPU with the same tensors is done here:
 
 - autocast computes in float32 what it does on a GPU (normalisation, softmax, sums);
@@ -14,12 +14,15 @@ Kernels' workspaces are not known to fake tensors, and neither is cuDNN's choice
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import FakeProcessGroup, _register_process_group, _unregister_process_group
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -27,7 +30,9 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
+    unset_fake_temporarily,
 )
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,6 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainer.data.nested import map_tensors
 
 _ATEN = torch.ops.aten
+_NUM_GROUPS = itertools.count()
 _LOW = (torch.bfloat16, torch.float16)
 _AUTOCAST_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
@@ -201,6 +207,28 @@ def fake_step(device_type: str) -> Iterator[None]:
             UnsupportedOperatorException,
         ) as error:
             raise CannotSimulate(f"fake tensors cannot do {error}") from error
+
+
+@contextmanager
+def fake_mesh(num_ranks: int) -> Iterator[DeviceMesh]:
+    """Yields a mesh of processes of which only this one is there, as rank 0: what they send is nothing.
+
+    Apart from the process's own groups, if it has any.
+    """
+    group = dist.ProcessGroup(dist.HashStore(), 0, num_ranks)
+    backend = dist.ProcessGroup.BackendType.CUSTOM
+    group._set_default_backend(backend)
+    group._register_backend(torch.device("cpu"), backend, FakeProcessGroup._create_internal(0, num_ranks, None))
+    name = f"lockstep-fake-{next(_NUM_GROUPS)}"
+    group._set_group_name(name)
+    _register_process_group(name, group)
+    try:
+        with unset_fake_temporarily():  # a mesh holds a tensor with the ranks
+            mesh = DeviceMesh("cpu", torch.arange(num_ranks), _init_backend=False, _rank=0)
+        mesh._dim_group_names = [name]  # instead of groups that are made of the process's own
+        yield mesh
+    finally:
+        _unregister_process_group(name)
 
 
 @contextmanager

@@ -58,12 +58,12 @@ def _within_budget(config: Config, planner: Planner, micro_batch_size: int) -> M
     assert config.memory.budget is not None
     if not planner.blocks:
         return {}
-    costs = planner.block_costs(micro_batch_size)
-    everything = held_at_most(costs, ["none"] * len(costs))
-    policies = cheapest_policies(costs, config.memory.budget.of(int(everything)))
+    costs, head = planner.block_costs(micro_batch_size)
+    everything = held_at_most(costs, ["none"] * len(costs), head)
+    policies = cheapest_policies(costs, config.memory.budget.of(int(everything)), head)
     if policies is not None:
         return dict(zip(planner.blocks, policies, strict=True))
-    least = held_at_most(costs, ["full"] * len(costs))
+    least = held_at_most(costs, ["full"] * len(costs), head)
     message = f"with every block recomputed activations still take {format_bytes(least)}"
     message += f" of {format_bytes(everything)} ({100 * least / everything:.0f}%), the budget is {config.memory.budget}"
     raise UserError(message, path="memory.budget")

@@ -21,11 +21,13 @@ from trainer.memory.blocks import repeated_blocks
 from trainer.memory.budget import BlockCost, cheapest_policies
 from trainer.memory.checkpointing import Policy, apply_checkpointing, uniform_policies
 from trainer.memory.devices import Device
+from trainer.memory.sharding import simulate_sharded_step
 from trainer.memory.trace import StepMemory, simulate_step
 from trainer.units import format_bytes
 
 POLICIES: tuple[Policy, ...] = ("none", "selective", "full")
 _BUCKETS_IN_FLIGHT = 2  # one compressed bucket is sent while the next is made
+_WORTHWHILE = 0.97  # of the time: what a larger micro-batch must promise to be looked at
 _MOST_TRIES = 4  # of solving again with less, where the simulated step takes more than the solver expected
 
 
@@ -184,6 +186,30 @@ class Planner:
             watch={name: name for name in self.blocks},
         )
 
+    def sharded(self, prediction: Prediction) -> Prediction:
+        """Simulates a predicted setting under FSDP2 instead of DDP; its estimated time stays, so it is too short."""
+        job, size = self.job, prediction.micro_batch_size
+
+        def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+            return repeated_blocks(model, job.block_patterns)
+
+        step = simulate_sharded_step(
+            job.model,
+            job.loss,
+            job.make_optimizer,
+            map_tensors(lambda t: t.new_empty((size, *t.shape[1:]), device="meta"), job.example),
+            job.num_ranks,
+            blocks_of,
+            prepare=lambda model: apply_checkpointing(blocks_of(model), prediction.policies),
+            autocast_dtype=job.autocast_dtype,
+            is_accumulating=size < job.share,
+            device_type=job.device_type,
+            clip_norm=job.clips_gradients,
+        )
+        parts = {name: num_bytes for name, num_bytes in step.at_peak.items() if num_bytes}
+        parts["feed"] = job.resident_bytes + job.feed_bytes * size
+        return replace(prediction, parts=parts, memory=step)
+
     def restricted_to(self, micro_batch_sizes: Sequence[int]) -> Planner:
         """Returns a planner that chooses among these micro-batches only, and shares what was simulated."""
         other = copy.copy(self)
@@ -201,11 +227,13 @@ class Planner:
         none = self.uniform(micro_batch_size, "none")
         if none.peak_bytes <= budget_bytes:
             return Prediction(micro_batch_size, "auto", none.policies, none.parts, none.step_seconds, none.memory)
-        costs = self.block_costs(micro_batch_size)
-        kept = sum(cost.kept_bytes["none"] for cost in costs)
-        allowed = kept - (none.peak_bytes - budget_bytes)
+        if not self.blocks:
+            return None
+        costs, head = self.block_costs(micro_batch_size)
+        beside = none.peak_bytes - none.memory.peak_bytes  # feed and communication
+        allowed = budget_bytes - beside - none.memory.blocks[self.blocks[0]].before_bytes
         for _ in range(_MOST_TRIES):
-            policies = cheapest_policies(costs, allowed) if allowed > 0 else None
+            policies = cheapest_policies(costs, allowed, head) if allowed > 0 else None
             if policies is None:
                 break
             found = self.predict(micro_batch_size, "auto", dict(zip(self.blocks, policies, strict=True)))
@@ -215,40 +243,43 @@ class Planner:
         full = self.uniform(micro_batch_size, "full")
         return full if full.peak_bytes <= budget_bytes else None
 
-    def block_costs(self, micro_batch_size: int) -> list[BlockCost]:
-        """Returns what each block keeps and costs under each policy."""
+    def block_costs(self, micro_batch_size: int) -> tuple[list[BlockCost], float]:
+        """Returns what each block keeps, holds and costs under each policy, and what follows the blocks holds."""
         steps = {policy: self._step(micro_batch_size, dict.fromkeys(self.blocks, policy)) for policy in POLICIES}
-        return [
+        none = steps["none"].blocks
+        costs = [
             BlockCost(
                 {policy: step.blocks[name].kept_bytes for policy, step in steps.items()},
-                {
-                    "none": 0.0,
-                    "selective": steps["none"].blocks[name].cheap_seconds,
-                    "full": steps["none"].blocks[name].seconds,
-                },
+                {policy: _held_in_backward(step, name) for policy, step in steps.items()},
+                {"none": 0.0, "selective": none[name].cheap_seconds, "full": none[name].seconds},
             )
             for name in self.blocks
         ]
+        last = none[self.blocks[-1]]
+        return costs, max(steps["none"].head_peak_bytes - last.before_bytes - last.kept_bytes, 0)
 
     def largest_micro_batch(self, checkpointing: Any, limit_bytes: int) -> Prediction | None:
         """Returns the largest micro-batch that peaks at no more than the limit, all blocks treated alike."""
-        found = self.largest_with(uniform_policies(self.blocks, checkpointing), limit_bytes)
-        return None if found is None else replace(found, checkpointing=checkpointing)
+        return self._largest(lambda size: self.uniform(size, checkpointing), limit_bytes)
 
     def largest_with(self, policies: Mapping[str, Policy], limit_bytes: int) -> Prediction | None:
         """Returns the largest micro-batch that peaks at no more than the limit with these policies."""
+        return self._largest(lambda size: self.predict(size, "auto", policies), limit_bytes)
+
+    def largest_sharded(self, checkpointing: Any, limit_bytes: int) -> Prediction | None:
+        """Returns the same as `largest_micro_batch` under FSDP2."""
+        return self._largest(lambda size: self.sharded(self.uniform(size, checkpointing)), limit_bytes)
+
+    def _largest(self, predict: Callable[[int], Prediction], limit_bytes: int) -> Prediction | None:
         sizes = list(self.job.micro_batch_sizes)
         while sizes:
-            found = self.predict(sizes[-1], "auto", policies)
+            found = predict(sizes[-1])
             if found.peak_bytes <= limit_bytes:
                 return found
-            # Memory grows evenly with the micro-batch: the line through two points tells where to look next.
-            smallest = self.predict(sizes[0], "auto", policies)
-            if len(sizes) == 1 or smallest.peak_bytes > limit_bytes:
-                return None
-            slope = (found.peak_bytes - smallest.peak_bytes) / (sizes[-1] - sizes[0])
-            expected = sizes[0] + (limit_bytes - smallest.peak_bytes) / slope
-            sizes = [s for s in sizes[:-1] if s <= max(expected * 1.05, sizes[0])]
+            # What does not stay grows evenly with the micro-batch, or slower: nothing beyond this can fit.
+            stays = sum(found.memory.persistent.values())
+            most = sizes[-1] * (limit_bytes - stays) / (found.peak_bytes - stays)
+            sizes = [s for s in sizes[:-1] if s <= most]
         return None
 
     def fastest(self, limit_bytes: int, micro_batch_size: int | None = None) -> Prediction | None:
@@ -264,12 +295,20 @@ class Planner:
         candidates = [] if plain is None else [plain]
         larger = [s for s in self.job.micro_batch_sizes if plain is None or s > plain.micro_batch_size]
         if self.blocks:
-            # Twice the micro-batch is worth some recomputing only while kernels are short; more never is.
-            candidates += [found for size in larger[:2] if (found := self.solve(size, limit_bytes)) is not None]
+            # A larger micro-batch is worth some recomputing only where kernels are too short to fill the device.
+            for size in larger[:2]:
+                if plain is None or self.uniform(size, "none").step_seconds < _WORTHWHILE * plain.step_seconds:
+                    candidates += [found] if (found := self.solve(size, limit_bytes)) is not None else []
             if not candidates:
                 largest = self.largest_micro_batch("full", limit_bytes)
                 candidates = [] if largest is None else [largest]
         return min(candidates, key=lambda found: (found.step_seconds, -found.micro_batch_size), default=None)
+
+
+def _held_in_backward(step: StepMemory, name: str) -> int:
+    """Returns what a block's backward holds beyond what was there before its forward."""
+    block = step.blocks[name]
+    return max(block.backward_peak_bytes - block.before_bytes, block.kept_bytes)
 
 
 def solve_policies(
@@ -277,12 +316,13 @@ def solve_policies(
     loss: Callable[[nn.Module, Any], torch.Tensor],
     example: Any,
     micro_batch_size: int,
-    budget_bytes: float,
+    share: float,
+    of: Policy,
     device: Device,
     device_type: str,
     autocast_dtype: torch.dtype | None = None,
 ) -> dict[str, Policy] | None:
-    """Returns the policies that keep a step's activations and working memory within a budget, for the least time.
+    """Returns the policies that keep the peak of a forward and backward within a share of a policy's, in least time.
 
     Gradients are there before the step, and do not count; nor does an optimizer. For a whole job, with a target,
     `memory.checkpointing: auto` does the same.
@@ -302,6 +342,7 @@ def solve_policies(
         autocast_dtype=autocast_dtype,
     )
     planner = Planner(job, device)
-    there = sum(planner.uniform(micro_batch_size, "none").memory.persistent.values())
-    found = planner.solve(micro_batch_size, budget_bytes + there)
+    uniform = planner.uniform(micro_batch_size, of)
+    there = sum(uniform.memory.persistent.values())
+    found = planner.solve(micro_batch_size, there + share * (uniform.peak_bytes - there))
     return None if found is None else dict(found.policies)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,13 +23,14 @@ from trainer.memory.devices import Device
 from trainer.memory.fakes import fake_batch, fake_copy, fake_step
 from trainer.memory.roofline import is_product, op_seconds
 
-CATEGORIES = ("parameters", "buffers", "gradients", "optimizer", "inputs", "activations", "temporary")
+CATEGORIES = ("parameters", "buffers", "gradients", "optimizer", "inputs", "activations", "temporary", "communication")
 PERSISTENT = ("parameters", "buffers", "gradients", "optimizer")
 CUDA_GRANULARITY = 512  # bytes that CUDA's caching allocator rounds up to
 CPU_GRANULARITY = 64
 _MAX_POINTS = 2000
 _NUM_LARGEST = 10
 _DEVICE_OF = torch.ops.prim.device.default  # asked of fake tensors all the time; creates nothing
+_COLLECTIVES = ("c10d", "_c10d_functional", "fsdp")  # namespaces of operations; also of FSDP2's copies for them
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,15 @@ class BlockCost:
         kept_bytes: live after it minus before: what its backward needs, and its output.
         seconds: of its operations.
         cheap_seconds: of those that are no matrix product, convolution or attention.
+        before_bytes: live when its forward began.
+        backward_peak_bytes: the most that is live from the start of its backward to that of the block before it.
     """
 
     kept_bytes: int = 0
     seconds: float = 0.0
     cheap_seconds: float = 0.0
+    before_bytes: int = 0
+    backward_peak_bytes: int = 0
 
 
 @dataclass
@@ -87,9 +92,9 @@ class MemoryTrace(TorchDispatchMode):
     """Counts the storages created while it is active, and those registered before.
 
     A storage's category is set where it is created: activations in the phase `forward`, temporary in others (also
-    activations that gradient checkpointing computes anew). What turns out to be a gradient or optimizer state is
-    counted as such from its birth. One trace serves one step and one thread at a time: autograd's threads call it for
-    tensors on a GPU, while the main thread waits.
+    activations that gradient checkpointing computes anew). What turns out to be a gradient, optimizer state or
+    exchanged between processes is counted as such from its birth. One trace serves one step and one thread at a time:
+    autograd's threads call it for tensors on a GPU, while the main thread waits.
 
     Args:
         granularity: bytes that each storage is rounded up to.
@@ -121,7 +126,26 @@ class MemoryTrace(TorchDispatchMode):
         self._events: list[_Event] = []
         self._peak_event = -1
         self._running: list[BlockCost] = []
+        self._in_backward_of: BlockCost | None = None
+        self._head = BlockCost()  # whatever comes between the last block's forward and its backward
         self._handles: list[Any] = []
+        self._resize: Any = None
+
+    def __enter__(self) -> MemoryTrace:
+        # FSDP2 frees and allocates the whole parameters by resizing their storages, which is no operation.
+        resize = self._resize = torch.UntypedStorage.resize_
+
+        def noted(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            self._note_size(storage)
+            return result
+
+        torch.UntypedStorage.resize_ = noted  # type: ignore[method-assign, assignment]
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -173,13 +197,23 @@ class MemoryTrace(TorchDispatchMode):
     def _watch(self, block: nn.Module, cost: BlockCost) -> list[Any]:
         def enter(*_: Any) -> None:
             if self._phase == "forward":
+                self._in_backward_of = None
+                cost.before_bytes = cost.before_bytes or self.live_bytes
                 cost.kept_bytes -= self.live_bytes
                 self._running.append(cost)
 
-        def leave(*_: Any) -> None:
+        def begin_backward(_: torch.Tensor) -> None:
+            self._in_backward_of = cost
+            self._note_peak_of_phase()
+
+        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
             if self._phase == "forward":
                 cost.kept_bytes += self.live_bytes
                 self._running.remove(cost)
+                self._in_backward_of, self._head.backward_peak_bytes = self._head, self.live_bytes
+                for tensor in _tensors_in(output):
+                    if tensor.requires_grad:
+                        tensor.register_hook(begin_backward)
 
         return [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
 
@@ -197,6 +231,8 @@ class MemoryTrace(TorchDispatchMode):
             return result
         outputs = [plain for tensor in _tensors_in(result) for plain in _plain(tensor)]
         inputs = [*_tensors_in(args), *_tensors_in(list(kwargs.values()))]
+        if func.namespace in _COLLECTIVES:
+            self._count_as_communication(inputs)
         storages = [tensor.untyped_storage() for tensor in outputs]
         given: set[int] | None = None
         is_new = False
@@ -228,27 +264,57 @@ class MemoryTrace(TorchDispatchMode):
         num_bytes = -(-storage.nbytes() // self.granularity) * self.granularity
         if num_bytes == 0:
             return
-        entry = _Storage(num_bytes, category, tuple(tensor.shape), tensor.dtype, origin)
+        self._enter(storage, _Storage(num_bytes, category, tuple(tensor.shape), tensor.dtype, origin))
+
+    def _enter(self, storage: torch.UntypedStorage, entry: _Storage) -> None:
         address = storage._cdata
 
         def released(_: Any) -> None:
             if self._alive.get(address) is entry:
                 del self._alive[address]
-                self.live_bytes -= num_bytes
-                self._events.append(_Event(self._phase, entry, -num_bytes))
+                self._count(entry, -entry.num_bytes)
 
         # The storage's Python object lives as long as the storage itself, whoever else refers to it: autograd's saved
         # tensors do so from C++. torch.distributed's memory tracker stands on the same.
         entry.reference = weakref.ref(storage, released)
         self._alive[address] = entry
+        self._count(entry, entry.num_bytes)
+
+    def _count(self, entry: _Storage, num_bytes: int) -> None:
+        if num_bytes == 0:
+            return
         self._events.append(_Event(self._phase, entry, num_bytes))
         self.live_bytes += num_bytes
         if self.live_bytes > self.peak_bytes:
             self.peak_bytes, self._peak_event = self.live_bytes, len(self._events) - 1
-        self._note_peak_of_phase()
+        if num_bytes > 0:
+            self._note_peak_of_phase()
+
+    def _note_size(self, storage: torch.UntypedStorage) -> None:
+        """Counts a known storage with the size it has now: to the trace it is another one, that may have no bytes."""
+        before = self._alive.get(storage._cdata)
+        if before is not None:
+            num_bytes = -(-storage.nbytes() // self.granularity) * self.granularity
+            self._count(before, -before.num_bytes)
+            self._enter(storage, replace(before, num_bytes=num_bytes, reference=None))
+
+    def _count_as_communication(self, tensors: Iterable[torch.Tensor]) -> None:
+        for tensor in tensors:
+            for plain in _plain(tensor):
+                known = self._alive.get(plain.untyped_storage()._cdata)
+                if known is not None and known.category in ("activations", "temporary"):
+                    known.category = "communication"
 
     def _note_peak_of_phase(self) -> None:
         self.peak_by_phase[self._phase] = max(self.live_bytes, self.peak_by_phase.get(self._phase, 0))
+        part = self._in_backward_of
+        if part is not None and self._phase in ("forward", "backward"):
+            part.backward_peak_bytes = max(part.backward_peak_bytes, self.live_bytes)
+
+    @property
+    def head_peak_bytes(self) -> int:
+        """The most that was live between the last block's forward and its backward."""
+        return self._head.backward_peak_bytes
 
     def live_by_category(self) -> dict[str, int]:
         """Returns the bytes alive now by category."""
@@ -319,6 +385,7 @@ class StepMemory:
         timeline: at most some 2000 points, the peak among them.
         seconds: by phase, where a device was given.
         blocks: by watched name.
+        head_peak_bytes: the most that is live between the last block's forward and its backward.
         largest: the largest tensors at the peak.
     """
 
@@ -329,6 +396,7 @@ class StepMemory:
     timeline: tuple[Point, ...]
     seconds: Mapping[str, float]
     blocks: Mapping[str, BlockCost]
+    head_peak_bytes: int
     largest: tuple[LargeTensor, ...] = field(repr=False)
 
 
@@ -454,5 +522,6 @@ def _summary(trace: MemoryTrace) -> StepMemory:
         timeline=trace.timeline(),
         seconds={name: seconds for name, seconds in trace.seconds_by_phase.items() if name != "setup"},
         blocks=trace.blocks,
+        head_peak_bytes=trace.head_peak_bytes,
         largest=trace.largest_at_peak(),
     )

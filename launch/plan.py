@@ -1,0 +1,217 @@
+"""`python -m launch plan`: what a run will take on a device that need not be here, and which settings fit.
+
+Reads two samples of the training data (or is told their shape) and builds the model without memory; starts nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from trainer.config import Component, Config
+from trainer.data.build import build_data
+from trainer.data.datasets import SizedDataset
+from trainer.data.feed import DeviceFeed
+from trainer.data.modes import choose_route
+from trainer.data.resident import estimate_bytes
+from trainer.data.sampler import BatchPlan
+from trainer.data.transforms import build_transforms
+from trainer.errors import UserError
+from trainer.loop import class_count
+from trainer.memory.devices import Device, find_device, this_device
+from trainer.memory.fakes import fake_tensors
+from trainer.memory.fitting import choose, needs_planner
+from trainer.memory.jobs import plan_job
+from trainer.memory.planner import Planner, Prediction
+from trainer.memory.table import Row, config_lines, parts_table, settings_table
+from trainer.model import build_model
+from trainer.precision import STEP_DTYPES
+from trainer.tasks import build_task
+from trainer.units import format_bytes
+
+T = TypeVar("T")
+
+FITS = 0
+DOES_NOT_FIT = 1
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """One of several processes, of which the others are not running."""
+
+    num_ranks: int
+    rank: int = 0
+    local_rank: int = 0
+    num_cores: int = 1
+
+    def agree(self, build: Callable[[], T]) -> T:
+        return build()
+
+    def from_main(self, value: Callable[[], T]) -> T:
+        return value()
+
+    def barrier(self) -> None:
+        """Nobody to wait for."""
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        yield
+
+
+def run(
+    config: Config,
+    device_name: str | None,
+    num_processes: int | None,
+    plot: Path | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    num_classes: int | None = None,
+) -> int:
+    """Prints the plan of a run.
+
+    Args:
+        config: the whole run.
+        device_name: as `find_device` takes it; None for the GPU of this machine.
+        num_processes: None for one per GPU here, or one.
+        plot: where to draw memory over a step: .png, .svg or .html.
+        input_shape: of a sample, where the data is not on this machine.
+        num_classes: of the data then.
+
+    Returns:
+        `FITS` where the config as it is fits the device, else `DOES_NOT_FIT`.
+
+    Raises:
+        UserError: the config cannot be carried out.
+    """
+    device = _device(device_name)
+    num_gpus = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    num_ranks = num_processes or (num_gpus if device_name is None else 0) or 1
+    if input_shape is not None:
+        config = _with_stand_in(config, input_shape, num_classes)
+    planner, share = _planner(config, device, num_ranks)
+    limit = config.memory.target.of(device.memory_bytes)
+    write = sys.stdout.write
+    parameters = sum(p.numel() for p in planner.job.model.parameters())
+    write(f"device     {device.name}: {format_bytes(limit)} to use ({config.memory.target} of its memory)\n")
+    write(f"model      {config.model.name}, {parameters:,} parameters, {len(planner.blocks)} repeated blocks\n")
+    write(f"precision  {config.precision}\n")
+    write(f"batch      {config.train.batch_size} = {num_ranks} processes x {share}\n\n")
+    own = _as_configured(config, planner, share, limit)
+    if own is not None:
+        write(f"per process with {config_lines(own)}, predicted:\n{parts_table(own, limit)}\n\n")
+    rows = _rows(planner, limit)
+    write("the largest micro-batch that fits (time: estimated, relative to the fastest):\n")
+    write(f"{settings_table(rows, share)}\n\n")
+    fastest = min(
+        (row.prediction for row in rows if row.prediction is not None and row.strategy == "ddp"),
+        key=lambda p: (p.step_seconds, -p.micro_batch_size),
+        default=None,
+    )
+    if fastest is None:
+        write("nothing fits with DDP; a device with more memory is needed, or more of them and FSDP2\n")
+    else:
+        write(f"fastest that fits: {config_lines(fastest)}\n")
+    write("not counted: CUDA's context, NCCL's buffers, kernels' workspaces, fragmentation\n")
+    shown = own or fastest
+    if plot is not None and shown is not None:
+        from trainer.memory.plot import plot_step
+
+        plot_step(shown.memory, f"{config.model.name}, {config_lines(shown)}", limit, plot)
+        write(f"plotted to {plot}\n")
+    return FITS if own is not None and own.peak_bytes <= limit else DOES_NOT_FIT
+
+
+def _device(name: str | None) -> Device:
+    if name is not None:
+        return find_device(name)
+    if not torch.cuda.is_available():
+        raise UserError("there is no GPU here: say --device, such as h100-80g or 24GiB")
+    return this_device(torch.device("cuda", 0))
+
+
+def _with_stand_in(config: Config, input_shape: tuple[int, ...], num_classes: int | None) -> Config:
+    classes = num_classes or config.model.args.get("num_classes")
+    if not isinstance(classes, int):
+        raise UserError("say --num-classes with --input")
+    args = {"num_samples": config.train.batch_size, "shape": list(input_shape), "num_classes": classes, "pool": 2}
+    data = config.data.model_copy(
+        update={
+            "train": Component(name="synthetic", args=args),
+            "eval": None,
+            "transforms": type(config.data.transforms)(),
+        }
+    )
+    return config.model_copy(update={"data": data})
+
+
+def _planner(config: Config, device: Device, num_ranks: int) -> tuple[Planner, int]:
+    ranks = _Alone(num_ranks)
+    train_set, _ = build_data(config.data, ranks)
+    num_classes = class_count(config, train_set)
+    micro_batch_size = None if config.train.micro_batch_size == "auto" else config.train.micro_batch_size
+    group_size = 2 if config.data.augment.mixes else 1
+    batch = BatchPlan.split(
+        max(len(train_set), config.train.batch_size),  # what drop_last needs is not our question
+        config.train.batch_size,
+        micro_batch_size,
+        num_ranks,
+        config.data.drop_last,
+        group_size,
+    )
+    task = build_task(config.task, num_classes)
+    with fake_tensors():
+        model = build_model(config.model.model_copy(update={"weights": None}), num_classes)
+    here = config.data.model_copy(update={"feed": "host", "workers": 0, "cache": None})
+    feed = DeviceFeed(
+        train_set, here, "train", torch.device("cpu"), config.run.seed, task, STEP_DTYPES[config.precision]
+    )
+    try:
+        resident = _resident_bytes(config, train_set, num_ranks, device)
+        job = plan_job(config, model, task, feed, batch, "cuda")
+    finally:
+        feed.close()
+    return Planner(replace(job, resident_bytes=resident), device), batch.batch_size // num_ranks
+
+
+def _resident_bytes(config: Config, train_set: SizedDataset, num_ranks: int, device: Device) -> int:
+    """Returns what the data itself will take on the device, as the feed will choose there."""
+    transforms = build_transforms(config.data.transforms.train, "data.transforms.train")
+    there = torch.device("cuda")
+    if config.data.feed == "device_decode":
+        return 0
+    route = choose_route(train_set, config.data, "train", transforms, there, num_ranks, device.memory_bytes)
+    if route.mode != "resident":
+        return 0
+    return estimate_bytes(route.dataset) // (num_ranks if route.is_sharded else 1)
+
+
+def _as_configured(config: Config, planner: Planner, share: int, limit: int) -> Prediction | None:
+    """Returns the setting of the config itself; what it leaves open is chosen as a run would choose it."""
+    micro_batch_size = share if config.train.micro_batch_size in ("auto", None) else config.train.micro_batch_size
+    assert isinstance(micro_batch_size, int)
+    if not needs_planner(config):
+        return planner.uniform(min(micro_batch_size, share), config.memory.checkpointing)
+    try:
+        return choose(config, planner, min(micro_batch_size, share), limit)
+    except UserError as error:
+        sys.stdout.write(f"{error}\n\n")
+        return None
+
+
+def _rows(planner: Planner, limit: int) -> list[Row]:
+    settings = ("none", "selective", "full") if planner.blocks else ("none",)
+    rows = [Row(setting, "ddp", planner.largest_micro_batch(setting, limit)) for setting in settings]
+    fastest = planner.fastest(limit)
+    if fastest is not None and fastest.num_recomputed:
+        rows.insert(1, Row("auto", "ddp", fastest))
+    if planner.job.num_ranks > 1:
+        sharded = planner.largest_sharded("none", limit)
+        rows.append(Row("none", "fsdp", sharded))
+        if sharded is None and planner.blocks:
+            rows.append(Row("full", "fsdp", planner.largest_sharded("full", limit)))
+    return rows

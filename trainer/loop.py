@@ -40,6 +40,7 @@ from trainer.memory.out_of_memory import Situation
 from trainer.memory.planner import Planner
 from trainer.memory.probe import largest_that_fits, measure
 from trainer.memory.shrink import Shrink, read_shrink
+from trainer.memory.table import parts_table
 from trainer.model import build_model, compile_model, uses_channels_last
 from trainer.optim import build_learning_rate, build_optimizer
 from trainer.reporting import Reporter
@@ -217,6 +218,7 @@ class Trainer:
             model.to(memory_format=torch.channels_last)
         setting = config.memory.checkpointing
         blocks: dict[str, nn.Module] = {}
+        self._policies: Mapping[str, Policy] = {}
         if setting != "none" or config.model.compile == "blocks":
             blocks = repeated_blocks(model, config.memory.blocks)
         if setting != "none":
@@ -225,7 +227,10 @@ class Trainer:
                 raise UserError(message, path="memory.checkpointing")
             if setting != "auto":
                 policies = uniform_policies(list(blocks), setting)
-            apply_checkpointing(blocks, policies or {}, config.model.compile != "none")
+            self._policies = policies or {}
+            apply_checkpointing(blocks, self._policies, config.model.compile != "none")
+            num_recomputed = sum(policy != "none" for policy in self._policies.values())
+            logger.info("memory     %s: %d of %d blocks recomputed in backward", setting, num_recomputed, len(blocks))
         compile_model(config.model, model, blocks)
         self._compiled_blocks = blocks if config.model.compile != "none" else {}
 
@@ -292,8 +297,7 @@ class Trainer:
             self.runtime.unscale_gradients(self.optimizer)
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             self._window.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.optim.clip_norm)
-        self.optimizer.step()
-        self.progress.skipped_steps += self.runtime.step_was_skipped()
+        self.progress.skipped_steps += self.runtime.step(self.optimizer)
         self.optimizer.zero_grad()
         self.progress.step += 1
         check_compiled_buffers(self._compiled_blocks)  # once
@@ -467,6 +471,14 @@ class Trainer:
             micro_batch=self._micro_batch,
             model=self.bare_model,
             optimizer=self.bare_optimizer,
+            memory_plan=self._memory_table,
+        )
+
+    def _memory_table(self) -> str:
+        """Returns what the planner says of the present setting."""
+        planner = self.memory_planner or self._planner()
+        return parts_table(
+            planner.predict(self.plan.micro_batch_size, self.config.memory.checkpointing, self._policies)
         )
 
     # ---- state --------------------------------------------------------------------------------------------

@@ -70,6 +70,8 @@ class Reporter:
         parameters = sum(p.numel() for p in model.parameters())
         logger.info("model      %s, %s parameters", self.config.model.name, f"{parameters:,}")
         logger.info("device     %d x %s, precision %s", ranks, self.runtime.device.type, self.config.precision)
+        if self.config.model.compile != "none":
+            logger.info("compiled   %s: the first step takes longer", self.config.model.compile)
         logger.info("batch      %d = %s", plan.batch_size, split)
         logger.info("length     %d steps, %d per epoch", self.total_steps, plan.steps_per_epoch)
         logger.info("run folder %s", self.folder.path)
@@ -119,6 +121,7 @@ class Reporter:
                 "peak_memory_bytes": peak_memory_bytes(self.runtime.device),
                 "seconds": {**split, "data_wait": data_wait_seconds},
                 "num_processes": self.runtime.num_ranks,
+                "micro_batch_size": self.plan.micro_batch_size,
             }
         )
 

@@ -30,7 +30,8 @@ def evaluate(run_dir: Path, *, best: bool) -> dict[str, float]:
     config = _read_config(run_dir)
     train = config.train
     # On this one process, however many trained: no accumulation to fit, the same evaluation batches.
-    eval_batch = config.eval.batch_size or train.micro_batch_size or train.batch_size
+    micro_batch_size = None if train.micro_batch_size == "auto" else train.micro_batch_size
+    eval_batch = config.eval.batch_size or micro_batch_size or train.batch_size
     config = _read_config(run_dir, "train.micro_batch_size=null", f"eval.batch_size={eval_batch}")
     if config.data.eval is None:
         raise UserError(f"the run in '{run_dir}' has no evaluation data", path="data.eval")

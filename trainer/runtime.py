@@ -112,9 +112,15 @@ class Runtime:
         if self.scaler is not None:
             self.accelerator.unscale_gradients(optimizer)
 
-    def step_was_skipped(self) -> bool:
-        """Tells whether the loss scaler skipped the last optimizer step because of an overflow."""
-        return self.scaler is not None and self.accelerator.optimizer_step_was_skipped
+    def step(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Takes an optimizer step, and tells whether the loss scaler skipped it because of an overflow."""
+        if self.scaler is None:
+            optimizer.step()
+            return False
+        # accelerate looks whether `step` was called, which a fused optimizer's always is: it skips on the device.
+        scale = self.scaler.get_scale()
+        optimizer.step()
+        return self.scaler.get_scale() < scale
 
     # ---- collectives --------------------------------------------------------------------------------------
 

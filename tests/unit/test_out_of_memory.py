@@ -198,7 +198,9 @@ def test_the_report(config: Config, capfd: pytest.CaptureFixture[str]) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(2, 400)).sum().backward()
     optimizer.step()
-    known = situation(model=model, optimizer=optimizer, plan=plan_of(32, 8), micro_batch=1, memory_plan="a  b\nc  d")
+    known = situation(
+        model=model, optimizer=optimizer, plan=plan_of(32, 8), micro_batch=1, memory_plan=lambda: "a  b\nc  d"
+    )
     handle_out_of_memory(caught(), config, 3, lambda: known)
     err = capfd.readouterr().err
     lines = err.splitlines()

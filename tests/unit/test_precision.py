@@ -61,8 +61,12 @@ def test_bfloat16_parameters_need_products_in_bfloat16(train: Train, write_confi
     assert "model.dtype" in err
 
 
-def test_an_overflow_skips_the_step_and_is_counted(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
-    file = write_config(precision="fp16", optim=SGD, data__train={"name": "vectors:Huge", "args": {"length": 60}})
+@pytest.mark.parametrize("implementation", ["for_loop", "fused"])
+def test_an_overflow_skips_the_step_and_is_counted(
+    implementation: str, train: Train, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    data = {"name": "vectors:Huge", "args": {"length": 60}}
+    file = write_config(precision="fp16", optim={**SGD, "implementation": implementation}, data__train=data)
     assert train("--config", file).code == 0
     assert 0 < summary(tmp_path / "run")["skipped_steps"] < 10
     assert all(w.isfinite().all() for w in weights(tmp_path / "run", 10).values())

@@ -17,12 +17,14 @@ CONFIGS = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
 
 @pytest.mark.parametrize("text", CONFIGS)
 def test_configs_load(text: str, tmp_path: Path) -> None:
-    (tmp_path / "readme.yaml").write_text(text)
+    (tmp_path / "whole.yaml").write_text(CONFIGS[0])
+    is_part = "run:" not in text
+    (tmp_path / "readme.yaml").write_text("base: whole.yaml\n" * is_part + text)
     load_config(str(tmp_path / "readme.yaml"))
 
 
 def test_there_are_configs() -> None:
-    assert len(CONFIGS) == 2
+    assert len(CONFIGS) == 3
 
 
 def test_make_targets_exist() -> None:

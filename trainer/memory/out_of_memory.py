@@ -72,7 +72,7 @@ class Situation:
     micro_batch: int  # of the step that was being made, counted from 0
     model: nn.Module
     optimizer: torch.optim.Optimizer | None = None
-    memory_plan: str | None = None  # the memory planner's table
+    memory_plan: Callable[[], str | None] | None = None  # gives the memory planner's table
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,7 @@ def handle_out_of_memory(
     _guarded(lambda: folder.mkdir(parents=True, exist_ok=True))
     _guarded(lambda: _tell_memory(report, known, folder / f"rank-{rank}-snapshot.pickle"))
     _guarded(lambda: _tell_tensors(report, known))
+    _guarded(lambda: _tell_plan(report, known))
     file = folder / f"rank-{rank}.json"
     _guarded(lambda: write_json(file, asdict(report)))
     files = [file, folder / report.snapshot] if report.snapshot is not None else [file]
@@ -302,7 +303,6 @@ def _tell_memory(report: Report, known: Situation | None, snapshot: Path) -> Non
     import torch
 
     if known is not None:
-        report.memory_plan = known.memory_plan
         report.device = str(known.device)
     machine = psutil.virtual_memory()
     resident = psutil.Process().memory_info().rss
@@ -319,6 +319,11 @@ def _tell_memory(report: Report, known: Situation | None, snapshot: Path) -> Non
     }
     torch.cuda.memory._dump_snapshot(str(snapshot))
     report.snapshot = snapshot.name
+
+
+def _tell_plan(report: Report, known: Situation | None) -> None:
+    if known is not None and known.memory_plan is not None:
+        report.memory_plan = known.memory_plan()
 
 
 def _tell_tensors(report: Report, known: Situation | None) -> None:

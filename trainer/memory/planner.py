@@ -139,7 +139,7 @@ class Planner:
         parts = {name: size for name, size in step.at_peak.items() if size}
         parts["feed"] = job.resident_bytes + job.feed_bytes * micro_batch_size
         if job.num_ranks > 1:
-            parts["communication"] = self._communication_bytes(step.persistent["parameters"])
+            parts["communication"] = self._communication_bytes(step.persistent["gradients"], micro_batch_size)
         seconds = self._step_seconds(micro_batch_size, step)
         return Prediction(micro_batch_size, checkpointing, policies, parts, seconds, step)
 
@@ -147,10 +147,13 @@ class Planner:
         """Simulates a setting that treats all blocks alike: none, full, every_2 or selective."""
         return self.predict(micro_batch_size, checkpointing, uniform_policies(self.blocks, checkpointing))
 
-    def _communication_bytes(self, parameter_bytes: int) -> int:
-        extra = 0 if self.job.gradient_as_bucket_view else parameter_bytes
+    def _communication_bytes(self, gradient_bytes: int, micro_batch_size: int) -> int:
+        # Gradients of earlier micro-batches are not in the buckets, which are there all the same; they get there one
+        # by one in the last one's backward.
+        is_in_buckets = self.job.gradient_as_bucket_view and micro_batch_size == self.job.share
+        extra = 0 if is_in_buckets else gradient_bytes
         if self.job.compresses_gradients:
-            extra += min(_BUCKETS_IN_FLIGHT * self.job.bucket_bytes, parameter_bytes) // 2
+            extra += min(_BUCKETS_IN_FLIGHT * self.job.bucket_bytes, gradient_bytes) // 2
         return extra
 
     def _step_seconds(self, micro_batch_size: int, step: StepMemory) -> float:

@@ -22,7 +22,7 @@ from trainer.data.modes import choose_route
 from trainer.data.resident import estimate_bytes
 from trainer.data.sampler import BatchPlan
 from trainer.data.transforms import build_transforms
-from trainer.errors import UserError
+from trainer.errors import Problem, UserError
 from trainer.loop import class_count
 from trainer.memory.devices import Device, find_device, this_device
 from trainer.memory.fakes import fake_tensors
@@ -151,7 +151,10 @@ def _with_stand_in(config: Config, input_shape: tuple[int, ...], num_classes: in
 
 def _planner(config: Config, device: Device, num_ranks: int) -> tuple[Planner, int]:
     ranks = _Alone(num_ranks)
-    train_set, _ = build_data(config.data, ranks)
+    try:
+        train_set, _ = build_data(config.data, ranks)
+    except UserError as error:
+        raise UserError(*map(_with_way_out, error.problems)) from None
     num_classes = class_count(config, train_set)
     micro_batch_size = None if config.train.micro_batch_size == "auto" else config.train.micro_batch_size
     group_size = 2 if config.data.augment.mixes else 1
@@ -176,6 +179,12 @@ def _planner(config: Config, device: Device, num_ranks: int) -> tuple[Planner, i
     finally:
         feed.close()
     return Planner(replace(job, resident_bytes=resident), device), batch.batch_size // num_ranks
+
+
+def _with_way_out(problem: Problem) -> Problem:
+    if "no such f" not in problem.message:  # file or folder
+        return problem
+    return replace(problem, message=f"{problem.message}; a plan without the data needs --input and --num-classes")
 
 
 def _resident_bytes(config: Config, train_set: SizedDataset, num_ranks: int, device: Device) -> int:

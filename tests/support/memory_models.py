@@ -20,7 +20,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 # Per process and micro-batch. A kernel's workspace of 37 MiB, which nobody predicts, must not be most of convnext.
 NUM_SAMPLES = dict.fromkeys(MODELS, 8) | {"convnext_tiny": 24}
 # With the number of micro-batches.
-CASES = [*((name, 1) for name in MODELS), ("efficientnet_b0", 2), ("vit_b_16", 2)]
+CASES = [*((name, 1) for name in MODELS), ("efficientnet_b0", 2)]
 
 
 def batch_of(name: str) -> dict[str, torch.Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterable, Sequence
 
@@ -108,32 +107,32 @@ def built(name: str) -> nn.Module:
     return model
 
 
-def predicted(name: str, strategy: str, num_micro_batches: int) -> tuple[dict[str, int], dict[str, float]]:
-    """Returns the parts that are predicted, and the seconds that this takes."""
+def predicted(name: str, num_micro_batches: int) -> dict[str, tuple[dict[str, int], float]]:
+    """Returns the parts that are predicted for each strategy, and the seconds that each prediction takes."""
     share, samples = num_micro_batches * NUM_SAMPLES[name], NUM_SAMPLES[name]
     job = Job(MODELS[name](), loss_of, sgd, batch_of(name), share, [samples], num_ranks=2, device_type="cpu")
     planner = Planner(job, find_device("a100-40g"))
-    started = time.monotonic()
-    prediction = planner.uniform(samples, "none")
-    between = time.monotonic()
-    seconds = {"ddp": between - started}
-    if strategy == "fsdp2":
-        prediction = planner.sharded(prediction)
-        seconds["fsdp2"] = time.monotonic() - between
-    return dict(prediction.parts), seconds
+    times = [time.monotonic()]
+    ddp = planner.uniform(samples, "none")
+    times.append(time.monotonic())
+    fsdp2 = planner.sharded(ddp)
+    times.append(time.monotonic())
+    return {"ddp": (dict(ddp.parts), times[1] - times[0]), "fsdp2": (dict(fsdp2.parts), times[2] - times[1])}
 
 
-def main(strategy: str) -> None:
+def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     for name, num_micro_batches in CASES:
-        found = measured(built(name), name, strategy, num_micro_batches)
-        if dist.get_rank() == 0:
-            parts, seconds = predicted(name, strategy, num_micro_batches)
-            result = {"model": name, "micro_batches": num_micro_batches, "measured": found}
-            print("RESULT", json.dumps(result | {"predicted": parts, "seconds": seconds}), flush=True)
+        expected = predicted(name, num_micro_batches) if dist.get_rank() == 0 else {}
+        for strategy in ("ddp", "fsdp2"):
+            found = measured(built(name), name, strategy, num_micro_batches)
+            if dist.get_rank() == 0:
+                result = {"strategy": strategy, "model": name, "micro_batches": num_micro_batches, "measured": found}
+                parts, seconds = expected[strategy]
+                print("RESULT", json.dumps(result | {"predicted": parts, "seconds": seconds}), flush=True)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

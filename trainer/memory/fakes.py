@@ -1,8 +1,9 @@
 """Models and batches without memory: fake tensors, which have a shape and a type but no numbers.
 
 Owns what makes a training step run on them: answers where code asks for a number, the kernels of a GPU on a machine
-that has none, and other processes to talk to. Fake tensors are said to be on the CPU always, because torch's autograd refuses fake CUDA
-tensors where CUDA finds no device; what a GPU would do otherwise than a CPU with the same tensors is done here:
+that has none, and other processes to talk to. Fake tensors are said to be on the CPU always, because torch's autograd
+refuses fake CUDA tensors where CUDA finds no device; what a GPU would do otherwise than a CPU with the same tensors is
+done here:
 
 - autocast computes in float32 what it does on a GPU (normalisation, softmax, sums);
 - dropout keeps a mask of one byte per element;
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -32,6 +33,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
     unset_fake_temporarily,
 )
+from torch.autograd.graph import _engine_run_backward
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -128,7 +130,24 @@ class _GpuKernels(TorchFunctionMode):
             return _dropout(*args, **kwargs)
         if func is functional.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
+        if func is torch.Tensor.backward:
+            with self:  # torch has left it, and checkpointed blocks run again in backward
+                return _run_backward(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _run_backward(
+    loss: torch.Tensor,
+    gradient: torch.Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Sequence[torch.Tensor] | None = None,
+) -> None:
+    # What Tensor.backward ends in; anything before it would leave the mode once more.
+    gradients = (torch.ones_like(loss) if gradient is None else gradient,)
+    keep = create_graph if retain_graph is None else retain_graph
+    only = () if inputs is None else tuple(inputs)
+    _engine_run_backward((loss,), gradients, keep, create_graph, only, allow_unreachable=True, accumulate_grad=True)
 
 
 def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
@@ -219,7 +238,7 @@ def fake_mesh(num_ranks: int) -> Iterator[DeviceMesh]:
     backend = dist.ProcessGroup.BackendType.CUSTOM
     group._set_default_backend(backend)
     group._register_backend(torch.device("cpu"), backend, FakeProcessGroup._create_internal(0, num_ranks, None))
-    name = f"lockstep-fake-{next(_NUM_GROUPS)}"
+    name: Any = f"lockstep-fake-{next(_NUM_GROUPS)}"
     group._set_group_name(name)
     _register_process_group(name, group)
     try:

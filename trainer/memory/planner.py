@@ -17,10 +17,12 @@ import torch
 from torch import nn
 
 from trainer.data.nested import map_tensors
+from trainer.errors import UserError, one_line_text
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.budget import BlockCost, cheapest_policies
 from trainer.memory.checkpointing import Policy, apply_checkpointing, uniform_policies
 from trainer.memory.devices import Device
+from trainer.memory.fakes import CannotSimulate
 from trainer.memory.sharding import simulate_sharded_step
 from trainer.memory.trace import StepMemory, simulate_step
 from trainer.units import format_bytes
@@ -164,7 +166,11 @@ class Planner:
         chosen = tuple(policies.get(name, "none") for name in self.blocks)
         key = micro_batch_size, chosen
         if key not in self._steps:
-            self._steps[key] = self._simulate(micro_batch_size, dict(zip(self.blocks, chosen, strict=True)))
+            try:
+                self._steps[key] = self._simulate(micro_batch_size, dict(zip(self.blocks, chosen, strict=True)))
+            except CannotSimulate as error:
+                message = f"a step of this model cannot be predicted: {one_line_text(error)}; without `auto` it can run"
+                raise UserError(message, path="memory") from error
         return self._steps[key]
 
     def _simulate(self, micro_batch_size: int, policies: Mapping[str, Policy]) -> StepMemory:

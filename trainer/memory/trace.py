@@ -141,7 +141,7 @@ class MemoryTrace(TorchDispatchMode):
             return result
 
         torch.UntypedStorage.resize_ = noted  # type: ignore[method-assign, assignment]
-        return super().__enter__()  # type: ignore[no-any-return]
+        return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)

@@ -41,7 +41,7 @@ FITS = 0
 DOES_NOT_FIT = 1
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Alone:
     """One of several processes, of which the others are not running."""
 

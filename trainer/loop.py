@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from trainer.checkpoint import CheckpointFolder, Identity, Progress
 from trainer.config import Config, DataConfig, Interval
@@ -20,28 +18,22 @@ from trainer.data.build import build_data, packed
 from trainer.data.datasets import SizedDataset, class_names
 from trainer.data.feed import DeviceFeed, MicroBatch
 from trainer.data.modes import device_memory
-from trainer.data.nested import map_tensors
 from trainer.data.resident import Share
 from trainer.data.sampler import BatchPlan, StepSampler
 from trainer.data.transforms import build_transforms
 from trainer.errors import UserError, one_line
 from trainer.faults import StopRequests
-from trainer.memory.blocks import repeated_blocks
 from trainer.memory.checkpointing import (
-    Policy,
-    apply_checkpointing,
     check_compiled_buffers,
-    uniform_policies,
 )
 from trainer.memory.devices import this_device
-from trainer.memory.fitting import choose, needs_planner
+from trainer.memory.fitting import Fitting, needs_planner
 from trainer.memory.jobs import plan_job
 from trainer.memory.out_of_memory import Situation
-from trainer.memory.planner import Planner
-from trainer.memory.probe import largest_that_fits, measure
+from trainer.memory.planner import Planner, Prediction
 from trainer.memory.shrink import Shrink, read_shrink
 from trainer.memory.table import parts_table
-from trainer.model import build_model, compile_model, uses_channels_last
+from trainer.model import build_model, compile_model, recompute_blocks, uses_channels_last
 from trainer.optim import build_learning_rate, build_optimizer
 from trainer.reporting import Reporter
 from trainer.run_folder import RunFolder
@@ -49,7 +41,6 @@ from trainer.runtime import Runtime, explained_model_errors, seed_everything
 from trainer.tasks import build_task
 from trainer.telemetry import Clock
 from trainer.tracking import check_trackers
-from trainer.units import format_bytes
 
 logger = logging.getLogger("lockstep")
 
@@ -77,7 +68,8 @@ class Trainer:
             self._build()
             self.model, self.optimizer = self.runtime.prepare(self.bare_model, self.bare_optimizer)
             self.model.train()
-            self._confirm_memory()
+            if self.planned is not None:
+                self._split_batch(self.plan.num_samples, self.fitting.confirm(self.bare_model, self.planned))
         self.progress = Progress()
         self._window = _Window(self.runtime, self.clock, self.feed)
         self._skipped_samples = 0  # that could not be read, on all ranks, at the last report
@@ -107,8 +99,12 @@ class Trainer:
             eval_set = packed(eval_set, config.data, runtime)
             left = min(runtime.gather(memory - self.feed.resident_bytes))
             self.eval_feed = runtime.agree(lambda: self._feed(eval_set, config.data, "eval", left))
-        policies = self._fit_memory()
-        runtime.agree(lambda: self._shape_model(policies))
+        self.planned: Prediction | None = None
+        if self.to_train and needs_planner(config):
+            self.fitting = Fitting(config, runtime, self._planner)
+            self.planned = self.fitting.choose(self.plan.micro_batch_size)
+            self._split_batch(self.plan.num_samples, self.planned.micro_batch_size)
+        runtime.agree(self._shape_model)
 
     def _check_surroundings(self) -> None:
         check_trackers(self.config)
@@ -165,72 +161,18 @@ class Trainer:
         self.bare_optimizer = build_optimizer(config.optim, self.bare_model, self.runtime.device.type)
         seed_everything(config.run.seed + 1 + self.runtime.rank)  # dropout differs per rank
 
-    def _fit_memory(self) -> Mapping[str, Policy] | None:
-        """Chooses the micro-batch and what is recomputed, where the config leaves it open; the same on every rank."""
-        config, runtime = self.config, self.runtime
-        self.memory_planner: Planner | None = None
-        if not needs_planner(config) or not self.to_train:
-            return None
-        self._memory_limit = config.memory.target.of(min(runtime.gather(runtime.device_memory)))
-        planner = runtime.agree(self._planner)
-        # Rank 0 chooses for all: other GPUs may be of another kind.
-        most = self.plan.micro_batch_size
-        chosen = runtime.agree(lambda: choose(config, planner, most, self._memory_limit) if runtime.is_main else None)
-        found = runtime.from_main(lambda: chosen)
-        assert found is not None
-        logger.info("memory     %s of %s", found.describe(), format_bytes(self._memory_limit))
-        self._split_batch(self.plan.num_samples, found.micro_batch_size)
-        self.memory_planner, self._planned = planner, found
-        return found.policies
-
-    def _confirm_memory(self) -> None:
-        """Tries the chosen micro-batch on the device, and takes a smaller one where it does not fit."""
-        if self.memory_planner is None:
-            return
-        job, planned, runtime = self.memory_planner.job, self._planned, self.runtime
-        sizes = [planned.micro_batch_size]
-        if self.config.train.micro_batch_size == "auto":
-            sizes = [size for size in job.micro_batch_sizes if size <= planned.micro_batch_size]
-        example = map_tensors(lambda tensor: tensor.to(runtime.device), job.example)
-        fitting = largest_that_fits(
-            runtime,
-            sizes,
-            self._memory_limit,
-            lambda size: measure(runtime, self.bare_model, job, example, size, planned.missing_bytes(job, size)),
-        )
-        if fitting is None:
-            message = f"a micro-batch of {sizes[0]} takes more than {format_bytes(self._memory_limit)} on the device"
-            raise UserError(message, path="memory.target", agreed=True)
-        size, peak = fitting
-        logger.info("memory     tried: micro-batch %d takes %s", size, format_bytes(peak))
-        self._split_batch(self.plan.num_samples, size)
-
     def _planner(self) -> Planner:
         """Returns the planner of this run's step on this device."""
-        device_type = self.runtime.device.type
-        job = plan_job(self.config, self.bare_model, self.task, self.feed, self.plan, device_type)
-        return Planner(job, this_device(self.runtime.device))
+        device = self.runtime.device
+        job = plan_job(self.config, self.bare_model, self.task, self.feed, self.plan, device.type)
+        return Planner(job, this_device(device))
 
-    def _shape_model(self, policies: Mapping[str, Policy] | None) -> None:
+    def _shape_model(self) -> None:
         """Memory format, gradient checkpointing, compile: in this order, and all of it before DDP."""
         config, model = self.config, self.bare_model
         if uses_channels_last(config.model, model):
             model.to(memory_format=torch.channels_last)
-        setting = config.memory.checkpointing
-        blocks: dict[str, nn.Module] = {}
-        self._policies: Mapping[str, Policy] = {}
-        if setting != "none" or config.model.compile == "blocks":
-            blocks = repeated_blocks(model, config.memory.blocks)
-        if setting != "none":
-            if not blocks:
-                message = f"'{config.model.name}' has no repeated blocks; name them in memory.blocks"
-                raise UserError(message, path="memory.checkpointing")
-            if setting != "auto":
-                policies = uniform_policies(list(blocks), setting)
-            self._policies = policies or {}
-            apply_checkpointing(blocks, self._policies, config.model.compile != "none")
-            num_recomputed = sum(policy != "none" for policy in self._policies.values())
-            logger.info("memory     %s: %d of %d blocks recomputed in backward", setting, num_recomputed, len(blocks))
+        blocks = recompute_blocks(config, model, self.planned.policies if self.planned is not None else {})
         compile_model(config.model, model, blocks)
         self._compiled_blocks = blocks if config.model.compile != "none" else {}
 
@@ -476,10 +418,9 @@ class Trainer:
 
     def _memory_table(self) -> str:
         """Returns what the planner says of the present setting."""
-        planner = self.memory_planner or self._planner()
-        return parts_table(
-            planner.predict(self.plan.micro_batch_size, self.config.memory.checkpointing, self._policies)
-        )
+        if self.planned is not None:
+            return parts_table(self.planned)
+        return parts_table(self._planner().uniform(self.plan.micro_batch_size, self.config.memory.checkpointing))
 
     # ---- state --------------------------------------------------------------------------------------------
 

@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from trainer.components import accepts, call, is_import_path, resolve
-from trainer.config import ModelConfig
+from trainer.config import Config, ModelConfig
 from trainer.errors import UserError, nearest, one_line
+from trainer.memory.blocks import repeated_blocks
+from trainer.memory.checkpointing import Policy, apply_checkpointing, uniform_policies
 
 logger = logging.getLogger("lockstep")
 
@@ -75,6 +77,32 @@ def uses_channels_last(config: ModelConfig, model: nn.Module) -> bool:
     if config.channels_last == "auto":
         return any(isinstance(module, nn.Conv2d) for module in model.modules())
     return config.channels_last
+
+
+def recompute_blocks(config: Config, model: nn.Module, chosen: Mapping[str, Policy]) -> dict[str, nn.Module]:
+    """Applies `memory.checkpointing` to the model's repeated blocks and returns these; none where nobody needs them.
+
+    Args:
+        config: the whole run.
+        model: it is changed.
+        chosen: the policies of `checkpointing: auto`.
+
+    Raises:
+        UserError: checkpointing is asked for, and the model has no repeated blocks.
+    """
+    setting, compiles = config.memory.checkpointing, config.model.compile != "none"
+    if setting == "none" and config.model.compile != "blocks":
+        return {}
+    blocks = repeated_blocks(model, config.memory.blocks)
+    if setting != "none":
+        if not blocks:
+            message = f"'{config.model.name}' has no repeated blocks; name them in memory.blocks"
+            raise UserError(message, path="memory.checkpointing")
+        policies = chosen if setting == "auto" else uniform_policies(list(blocks), setting)
+        apply_checkpointing(blocks, policies, for_compile=compiles)
+        num_recomputed = sum(policy != "none" for policy in policies.values())
+        logger.info("memory     %s: %d of %d blocks recomputed in backward", setting, num_recomputed, len(blocks))
+    return blocks
 
 
 def compile_model(config: ModelConfig, model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:

@@ -14,12 +14,11 @@ from run_results import losses, summary
 
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "defaults": ({}, {"gradient_as_bucket_view": True, "static_graph": False, "find_unused_parameters": False}),
-    "copied, small buckets": (
-        {"gradient_as_bucket_view": False, "bucket_mb": 0.5},
-        {"gradient_as_bucket_view": False, "bucket_bytes_cap": 2**19},
+    "copied, small buckets, unused": (
+        {"gradient_as_bucket_view": False, "bucket_mb": 0.5, "find_unused_parameters": True},
+        {"gradient_as_bucket_view": False, "bucket_bytes_cap": 2**19, "find_unused_parameters": True},
     ),
     "static": ({"static_graph": True, "bucket_mb": 3}, {"static_graph": True, "bucket_bytes_cap": 3 * 2**20}),
-    "unused": ({"find_unused_parameters": True}, {"find_unused_parameters": True}),
     "bf16": ({"gradient_compression": "bf16"}, {}),
 }
 

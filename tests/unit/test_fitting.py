@@ -13,10 +13,10 @@ import torch
 from conftest import Outcome, Train, WriteConfig, forget_accelerate
 from run_results import identical, losses, records, summary, weights
 
-from trainer import loop
 from trainer.cli import main
 from trainer.config import load_config
 from trainer.loop import Trainer
+from trainer.memory import fitting
 from trainer.memory.measure import measure_cpu_peak
 from trainer.memory.planner import Planner, Prediction
 from trainer.memory.shrink import Shrink, write_shrink
@@ -33,7 +33,9 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def stack(write_config: WriteConfig, name: str = "tiny.yaml", args: dict[str, Any] | None = None, **changes: Any) -> str:
+def stack(
+    write_config: WriteConfig, name: str = "tiny.yaml", args: dict[str, Any] | None = None, **changes: Any
+) -> str:
     """Two epochs of two steps with the stack of blocks."""
     known: dict[str, Any] = {
         "model": {"name": "fitted_model:Stack", "args": args or {}},
@@ -42,7 +44,7 @@ def stack(write_config: WriteConfig, name: str = "tiny.yaml", args: dict[str, An
         "train": {"epochs": 2, "batch_size": BATCH},
         "optim": {"name": "sgd", "lr": 0.05, "args": {"momentum": 0.9}},
     }
-    return str(write_config(name, **(known | changes)))
+    return str(write_config(**(known | changes)))
 
 
 def built(file: str, *overrides: str) -> Trainer:
@@ -95,10 +97,10 @@ def test_the_largest_that_fits_by_the_planner(write_config: WriteConfig) -> None
     file = stack(write_config)
     limit = between(file, 8)
     trainer = built(file, AUTO, limit)
-    assert trainer.memory_planner is not None
-    peaks = {size: trainer.memory_planner.uniform(size, "none").peak_bytes for size in trainer.plan.micro_batch_sizes}
-    fitting = [size for size, peak in peaks.items() if peak <= trainer._memory_limit]
-    assert trainer.plan.micro_batch_size == max(fitting) == 8
+    assert trainer.planned is not None
+    peaks = {size: trainer.fitting.planner.uniform(size, "none").peak_bytes for size in trainer.plan.micro_batch_sizes}
+    fit = [size for size, peak in peaks.items() if peak <= trainer.fitting.limit_bytes]
+    assert trainer.plan.micro_batch_size == max(fit) == 8
     trainer.close()
 
 
@@ -157,7 +159,7 @@ def test_a_micro_batch_of_the_users_that_does_not_fit(
     train: Train, write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only the checkpointing was left open, so nothing smaller may be taken."""
-    monkeypatch.setattr(loop, "measure", lambda *arguments: 2**60)
+    monkeypatch.setattr(fitting, "measure", lambda *arguments: 2**60)
     outcome = train("--config", stack(write_config), "memory.checkpointing=auto")
     assert outcome.code == 2
     assert f"memory.target: a micro-batch of {BATCH} takes more than" in outcome.err
@@ -223,8 +225,9 @@ def test_within_a_target_the_same_bits(train: Train, write_config: WriteConfig, 
     assert " of 6 blocks recomputed: " in outcome.out
     assert identical(weights(tmp_path / "auto", 4), weights(tmp_path / "run", 4))
     trainer = built(file, *overrides, f"run.dir={tmp_path / 'other'}")
-    assert 0 < trainer._planned.num_recomputed
-    assert trainer._planned.peak_bytes <= target < none
+    assert trainer.planned is not None
+    assert trainer.planned.num_recomputed > 0
+    assert trainer.planned.peak_bytes <= target < none
     trainer.close()
 
 

@@ -241,7 +241,7 @@ def test_policies_that_keep_a_share() -> None:
     policies = solve_policies(vit(), loss_of, example, 24, 0.6, "none", H100, "cuda")
     assert policies is not None
     assert set(policies) == set(planner().blocks)
-    assert 0 < sum(policy != "none" for policy in policies.values())
+    assert sum(policy != "none" for policy in policies.values()) > 0
     assert solve_policies(vit(), loss_of, example, 24, 0.01, "none", H100, "cuda") is None
 
 

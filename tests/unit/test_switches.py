@@ -95,9 +95,7 @@ def test_another_implementation_goes_on(
 
 
 @pytest.mark.parametrize(("setting", "expected"), [("auto", True), (True, True), (False, False)])
-def test_where_convolutions_keep_their_channels(
-    setting: bool | str, expected: bool, write_config: WriteConfig
-) -> None:
+def test_where_convolutions_keep_their_channels(setting: bool | str, expected: bool, write_config: WriteConfig) -> None:
     trainer = Trainer(load_config(str(write_config(**CNN, model__channels_last=setting))))
     kernels = [m.weight for m in trainer.bare_model.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 1]
     assert kernels
@@ -129,6 +127,7 @@ def modes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     return noted
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch looks at it while compiling
 @pytest.mark.parametrize(("setting", "compiled"), [("blocks", ["Block", "Block"]), ("model", ["Stack"])])
 def test_what_is_compiled(
     setting: str,

@@ -6,19 +6,93 @@ tried on the device by `trainer.memory.probe`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
+
+from torch import nn
 
 from trainer.config import Config
+from trainer.data.nested import map_tensors
 from trainer.errors import UserError
 from trainer.memory.budget import cheapest_policies, held_at_most
 from trainer.memory.checkpointing import Policy
 from trainer.memory.planner import Planner, Prediction
+from trainer.memory.probe import largest_that_fits, measure
+from trainer.runtime import Runtime
 from trainer.units import format_bytes
+
+logger = logging.getLogger("lockstep")
 
 
 def needs_planner(config: Config) -> bool:
     """Tells whether the config leaves something to be found out."""
     return config.train.micro_batch_size == "auto" or config.memory.checkpointing == "auto"
+
+
+class Fitting:
+    """Fits one run into its devices: a plan, then a trial. All ranks call its methods together.
+
+    Args:
+        config: the whole run; it leaves something open.
+        runtime: for the device, and for agreeing.
+        make_planner: the planner of the run's step on this device.
+
+    Raises:
+        UserError: the step cannot be planned; on all ranks alike.
+    """
+
+    def __init__(self, config: Config, runtime: Runtime, make_planner: Callable[[], Planner]) -> None:
+        self.config = config
+        self.runtime = runtime
+        self.limit_bytes = config.memory.target.of(min(runtime.gather(runtime.device_memory)))
+        self.planner = runtime.agree(make_planner)
+
+    def choose(self, micro_batch_size: int) -> Prediction:
+        """Chooses the micro-batch and what is recomputed.
+
+        Args:
+            micro_batch_size: the one to take, or with `auto` the most to take.
+
+        Raises:
+            UserError: nothing fits.
+        """
+        runtime = self.runtime
+        # Rank 0 chooses for all: other GPUs may be of another kind.
+        found = runtime.agree(
+            lambda: choose(self.config, self.planner, micro_batch_size, self.limit_bytes) if runtime.is_main else None
+        )
+        shared = runtime.from_main(lambda: found)
+        assert shared is not None
+        logger.info("memory     %s of %s", shared.describe(), format_bytes(self.limit_bytes))
+        return shared
+
+    def confirm(self, model: nn.Module, planned: Prediction) -> int:
+        """Tries the choice on the device, and returns the micro-batch that really fits: this, or a smaller one.
+
+        Args:
+            model: as it will train, but for DDP.
+            planned: what was chosen.
+
+        Raises:
+            UserError: none fits.
+        """
+        job = self.planner.job
+        sizes = [planned.micro_batch_size]
+        if self.config.train.micro_batch_size == "auto":
+            sizes = [size for size in job.micro_batch_sizes if size <= planned.micro_batch_size]
+        example = map_tensors(lambda tensor: tensor.to(self.runtime.device), job.example)
+        fitting = largest_that_fits(
+            self.runtime,
+            sizes,
+            self.limit_bytes,
+            lambda size: measure(self.runtime, model, job, example, size, planned.missing_bytes(job, size)),
+        )
+        if fitting is None:
+            message = f"a micro-batch of {sizes[0]} takes more than {format_bytes(self.limit_bytes)} on the device"
+            raise UserError(message, path="memory.target", agreed=True)
+        size, peak = fitting
+        logger.info("memory     tried: micro-batch %d takes %s", size, format_bytes(peak))
+        return size
 
 
 def choose(config: Config, planner: Planner, micro_batch_size: int, limit: int) -> Prediction:

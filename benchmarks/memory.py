@@ -51,7 +51,7 @@ DESCRIPTIONS = {
     "full": "recomputes every block",
     "every_2": "recomputes every second block",
     "selective": "keeps products, convolutions and attention",
-    "auto": "solved for the peak that `full` reaches",
+    "auto": "solved for the peak that `full` reaches, to half a percent",
     "auto-50": "solved for half of what `none` takes",
 }
 POLICIES = tuple(DESCRIPTIONS)
@@ -277,7 +277,7 @@ def _policies(name: str, model: nn.Module, blocks: Sequence[str], batch: Batch, 
     for setting in UNIFORM:
         if name == setting:
             return uniform_policies(blocks, setting)
-    return _auto_policies(model, batch, setup, *((1.0, "full") if name == "auto" else (0.5, "none")))
+    return _auto_policies(model, batch, setup, *((1.005, "full") if name == "auto" else (0.5, "none")))
 
 
 def _auto_policies(model: nn.Module, batch: Batch, setup: Setup, share: float, of: Policy) -> dict[str, Policy]:

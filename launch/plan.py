@@ -26,7 +26,7 @@ from trainer.errors import Problem, UserError
 from trainer.loop import class_count
 from trainer.memory.devices import Device, find_device, this_device
 from trainer.memory.fakes import fake_tensors
-from trainer.memory.fitting import choose, needs_planner
+from trainer.memory.fitting import choose
 from trainer.memory.jobs import plan_job
 from trainer.memory.planner import Planner, Prediction
 from trainer.memory.table import Row, config_lines, parts_table, settings_table
@@ -203,7 +203,7 @@ def _as_configured(config: Config, planner: Planner, share: int, limit: int) -> 
     """Returns the setting of the config itself; what it leaves open is chosen as a run would choose it."""
     micro_batch_size = share if config.train.micro_batch_size in ("auto", None) else config.train.micro_batch_size
     assert isinstance(micro_batch_size, int)
-    if not needs_planner(config):
+    if not config.leaves_memory_open:
         return planner.uniform(min(micro_batch_size, share), config.memory.checkpointing)
     try:
         return choose(config, planner, min(micro_batch_size, share), limit)

@@ -470,6 +470,11 @@ class Config(Section):
         """The run folder: `run.dir`, or `runs/<run.name>`."""
         return Path(self.run.dir).expanduser() if self.run.dir else Path("runs") / self.run.name
 
+    @property
+    def leaves_memory_open(self) -> bool:
+        """Whether the micro-batch, or what is recomputed in backward, is to be found out."""
+        return self.train.micro_batch_size == "auto" or self.memory.checkpointing == "auto"
+
     def locate(self, problem: Problem) -> Problem:
         """Adds to a problem the file and line where its dotted path was written."""
         if problem.origin or not problem.path:

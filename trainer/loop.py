@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -26,13 +26,8 @@ from trainer.faults import StopRequests
 from trainer.memory.checkpointing import (
     check_compiled_buffers,
 )
-from trainer.memory.devices import this_device
-from trainer.memory.fitting import Fitting, needs_planner
-from trainer.memory.jobs import plan_job
 from trainer.memory.out_of_memory import Situation
-from trainer.memory.planner import Planner, Prediction
 from trainer.memory.shrink import Shrink, read_shrink
-from trainer.memory.table import parts_table
 from trainer.model import build_model, compile_model, recompute_blocks, uses_channels_last
 from trainer.optim import build_learning_rate, build_optimizer
 from trainer.reporting import Reporter
@@ -41,6 +36,9 @@ from trainer.runtime import Runtime, explained_model_errors, seed_everything
 from trainer.tasks import build_task
 from trainer.telemetry import Clock
 from trainer.tracking import check_trackers
+
+if TYPE_CHECKING:
+    from trainer.memory.planner import Planner, Prediction
 
 logger = logging.getLogger("lockstep")
 
@@ -100,7 +98,9 @@ class Trainer:
             left = min(runtime.gather(memory - self.feed.resident_bytes))
             self.eval_feed = runtime.agree(lambda: self._feed(eval_set, config.data, "eval", left))
         self.planned: Prediction | None = None
-        if self.to_train and needs_planner(config):
+        if self.to_train and config.leaves_memory_open:
+            from trainer.memory.fitting import Fitting  # takes a while to import, and most runs plan nothing
+
             self.fitting = Fitting(config, runtime, self._planner)
             self.planned = self.fitting.choose(self.plan.micro_batch_size)
             self._split_batch(self.plan.num_samples, self.planned.micro_batch_size)
@@ -163,6 +163,10 @@ class Trainer:
 
     def _planner(self) -> Planner:
         """Returns the planner of this run's step on this device."""
+        from trainer.memory.devices import this_device
+        from trainer.memory.jobs import plan_job
+        from trainer.memory.planner import Planner
+
         device = self.runtime.device
         job = plan_job(self.config, self.bare_model, self.task, self.feed, self.plan, device.type)
         return Planner(job, this_device(device))
@@ -418,6 +422,8 @@ class Trainer:
 
     def _memory_table(self) -> str:
         """Returns what the planner says of the present setting."""
+        from trainer.memory.table import parts_table
+
         if self.planned is not None:
             return parts_table(self.planned)
         return parts_table(self._planner().uniform(self.plan.micro_batch_size, self.config.memory.checkpointing))

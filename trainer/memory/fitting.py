@@ -24,11 +24,6 @@ from trainer.units import format_bytes
 logger = logging.getLogger("lockstep")
 
 
-def needs_planner(config: Config) -> bool:
-    """Tells whether the config leaves something to be found out."""
-    return config.train.micro_batch_size == "auto" or config.memory.checkpointing == "auto"
-
-
 class Fitting:
     """Fits one run into its devices: a plan, then a trial. All ranks call its methods together.
 

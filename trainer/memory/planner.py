@@ -258,11 +258,11 @@ class Planner:
         none = steps["none"].blocks
         costs = [
             BlockCost(
-                {policy: step.blocks[name].kept_bytes for policy, step in steps.items()},
+                {policy: _kept(step, name, following) for policy, step in steps.items()},
                 {policy: _held_in_backward(step, name) for policy, step in steps.items()},
                 {"none": 0.0, "selective": none[name].cheap_seconds, "full": none[name].seconds},
             )
-            for name in self.blocks
+            for name, following in zip(self.blocks, [*self.blocks[1:], None], strict=True)
         ]
         last = none[self.blocks[-1]]
         return costs, max(steps["none"].head_peak_bytes - last.before_bytes - last.kept_bytes, 0)
@@ -312,6 +312,13 @@ class Planner:
                 largest = self.largest_micro_batch("full", limit_bytes)
                 candidates = [] if largest is None else [largest]
         return min(candidates, key=lambda found: (found.step_seconds, -found.micro_batch_size), default=None)
+
+
+def _kept(step: StepMemory, name: str, following: str | None) -> int:
+    """Returns what stays after a block's forward, with that of whatever runs between it and the following block."""
+    if following is None:
+        return step.blocks[name].kept_bytes
+    return max(step.blocks[following].before_bytes - step.blocks[name].before_bytes, 0)
 
 
 def _held_in_backward(step: StepMemory, name: str) -> int:

@@ -201,6 +201,7 @@ def _resident_bytes(config: Config, train_set: SizedDataset, num_ranks: int, dev
 
 def _as_configured(config: Config, planner: Planner, share: int, limit: int) -> Prediction | None:
     """Returns the setting of the config itself; what it leaves open is chosen as a run would choose it."""
+    _check_device(config, planner)
     micro_batch_size = share if config.train.micro_batch_size in ("auto", None) else config.train.micro_batch_size
     assert isinstance(micro_batch_size, int)
     if not config.leaves_memory_open:
@@ -212,9 +213,26 @@ def _as_configured(config: Config, planner: Planner, share: int, limit: int) -> 
         return None
 
 
+def _check_device(config: Config, planner: Planner) -> None:
+    """Refuses what a run would refuse there."""
+    flops, precision = planner.device.flops, config.precision
+    if (precision == "bf16" and flops.bfloat16 is None) or (precision == "fp8" and flops.fp8 is None):
+        raise UserError(f"{planner.device.name} has no {precision}", path="precision")
+    if config.memory.checkpointing != "none" and not planner.blocks:
+        message = f"'{config.model.name}' has no repeated blocks; name them in memory.blocks"
+        raise UserError(message, path="memory.checkpointing")
+
+
 def _rows(planner: Planner, limit: int) -> list[Row]:
     settings = ("none", "selective", "full") if planner.blocks else ("none",)
-    rows = [Row(setting, "ddp", planner.largest_micro_batch(setting, limit)) for setting in settings]
+    rows = []
+    for setting in settings:
+        try:
+            rows.append(Row(setting, "ddp", planner.largest_micro_batch(setting, limit)))
+        except UserError as error:
+            if setting == "none":
+                raise
+            sys.stdout.write(f"not with memory.checkpointing={setting}: {error}\n")
     fastest = planner.fastest(limit)
     if fastest is not None and fastest.num_recomputed:
         rows.insert(1, Row("auto", "ddp", fastest))

@@ -518,6 +518,12 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
     if config.model.dtype == "bfloat16" and config.precision != "bf16":
         problem = Problem("bfloat16 parameters need precision: bf16", "model.dtype")
         raise UserError(config.locate(problem))
+    may_accumulate = config.train.micro_batch_size == "auto" or config.memory.on_oom == "shrink"
+    if config.parallel.static_graph and may_accumulate:
+        message = (
+            "DDP with a static graph cannot accumulate gradients, which micro_batch_size: auto and on_oom: shrink do"
+        )
+        raise UserError(config.locate(Problem(message, "parallel.static_graph")))
     uses_blocks = config.memory.checkpointing != "none" or config.model.compile == "blocks"
     if config.memory.blocks and not uses_blocks:
         problem = Problem("has no effect without memory.checkpointing or model.compile: blocks", "memory.blocks")

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import nn
 
 from trainer.checkpoint import CheckpointFolder, Identity, Progress
 from trainer.config import Config, DataConfig, Interval
@@ -67,7 +68,7 @@ class Trainer:
             self.model, self.optimizer = self.runtime.prepare(self.bare_model, self.bare_optimizer)
             self.model.train()
             if self.planned is not None:
-                self._split_batch(self.plan.num_samples, self.fitting.confirm(self.bare_model, self.planned))
+                self._split_batch(self.plan.num_samples, self._confirmed_micro_batch())
         self.progress = Progress()
         self._window = _Window(self.runtime, self.clock, self.feed)
         self._skipped_samples = 0  # that could not be read, on all ranks, at the last report
@@ -176,9 +177,18 @@ class Trainer:
         config, model = self.config, self.bare_model
         if uses_channels_last(config.model, model):
             model.to(memory_format=torch.channels_last)
+        self._compiled_blocks: dict[str, nn.Module] = {}
+        if not self.to_train:  # one evaluation is not worth compiling for, and has no backward
+            return
         blocks = recompute_blocks(config, model, self.planned.policies if self.planned is not None else {})
         compile_model(config.model, model, blocks)
         self._compiled_blocks = blocks if config.model.compile != "none" else {}
+
+    def _confirmed_micro_batch(self) -> int:
+        from trainer.memory.jobs import summed_loss
+
+        assert self.planned is not None
+        return self.fitting.confirm(self.bare_model, summed_loss(self.task), self.planned)
 
     def _check_transforms(self) -> None:
         for split in ("train", "eval"):
@@ -246,7 +256,7 @@ class Trainer:
         self.progress.skipped_steps += self.runtime.step(self.optimizer)
         self.optimizer.zero_grad()
         self.progress.step += 1
-        check_compiled_buffers(self._compiled_blocks)  # once
+        check_compiled_buffers(self._compiled_blocks)  # looks after the first step only
 
     def loss_sum(self, batch: MicroBatch) -> torch.Tensor:
         """Returns the summed loss of a micro-batch; a stand-in keeps this rank in step without weight."""
@@ -425,7 +435,9 @@ class Trainer:
         from trainer.memory.table import parts_table
 
         if self.planned is not None:
-            return parts_table(self.planned)
+            planned = self.planned
+            size = self.plan.micro_batch_size
+            return parts_table(self.fitting.planner.predict(size, planned.checkpointing, planned.policies))
         return parts_table(self._planner().uniform(self.plan.micro_batch_size, self.config.memory.checkpointing))
 
     # ---- state --------------------------------------------------------------------------------------------

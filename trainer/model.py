@@ -59,12 +59,14 @@ def build_model(config: ModelConfig, num_classes: int | None) -> nn.Module:
 
 
 def _convert_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Gives the model's parameters another type, and leaves buffers alone: running statistics need their bits.
+    """Gives the model's parameters another type, but for BatchNorm's, whose statistics need their bits; and no buffer.
 
     Not by `Module.to`, which cannot convert the fake parameters of a plan.
     """
     converted: dict[nn.Parameter, nn.Parameter] = {}  # tied weights stay tied
     for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            continue
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_floating_point():
                 if parameter not in converted:

@@ -30,7 +30,9 @@ def evaluate(run_dir: Path, *, best: bool) -> dict[str, float]:
     config = _read_config(run_dir)
     train = config.train
     # On this one process, however many trained: no accumulation to fit, the same evaluation batches.
-    micro_batch_size = None if train.micro_batch_size == "auto" else train.micro_batch_size
+    micro_batch_size = train.micro_batch_size
+    if micro_batch_size == "auto":
+        micro_batch_size = _micro_batch_that_trained(run_dir)
     eval_batch = config.eval.batch_size or micro_batch_size or train.batch_size
     config = _read_config(run_dir, "train.micro_batch_size=null", f"eval.batch_size={eval_batch}")
     if config.data.eval is None:
@@ -41,6 +43,14 @@ def evaluate(run_dir: Path, *, best: bool) -> dict[str, float]:
     metrics = trainer.evaluate()
     trainer.close()
     return {"step": step, **metrics}
+
+
+def _micro_batch_that_trained(run_dir: Path) -> int | None:
+    try:
+        found = json.loads((run_dir / "summary.json").read_text(encoding="utf-8")).get("micro_batch_size")
+    except (OSError, ValueError):  # the run is still going, or was killed
+        return None
+    return found if isinstance(found, int) else None
 
 
 def export(run_dir: Path, file_format: str, output: Path, *, best: bool) -> None:

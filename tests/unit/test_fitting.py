@@ -17,6 +17,7 @@ from trainer.cli import main
 from trainer.config import load_config
 from trainer.loop import Trainer
 from trainer.memory import fitting
+from trainer.memory.budget import held_at_most
 from trainer.memory.measure import measure_cpu_peak
 from trainer.memory.planner import Planner, Prediction
 from trainer.memory.shrink import Shrink, write_shrink
@@ -158,11 +159,44 @@ def test_a_plan_that_hopes_for_too_much_is_corrected(
 def test_a_micro_batch_of_the_users_that_does_not_fit(
     train: Train, write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the checkpointing was left open, so nothing smaller may be taken."""
+    """Only the checkpointing was left open, so nothing smaller may be taken: it runs as long as the device has room."""
     monkeypatch.setattr(fitting, "measure", lambda *arguments: 2**60)
     outcome = train("--config", stack(write_config), "memory.checkpointing=auto")
+    assert outcome.code == 0
+    assert "that is more than memory.target" in outcome.out
+    monkeypatch.setattr(fitting, "measure", lambda *arguments: None)
+    outcome = train("--config", stack(write_config, "other.yaml"), "memory.checkpointing=auto")
     assert outcome.code == 2
     assert f"memory.target: a micro-batch of {BATCH} takes more than" in outcome.err
+
+
+def test_a_budget_in_bytes_finds_its_micro_batch(train: Train, write_config: WriteConfig) -> None:
+    """A budget that the whole share cannot meet, and a quarter of it can."""
+    file = stack(write_config)
+    trainer = built(file, "memory.checkpointing=auto", "memory.budget=100%")
+    quarter, _ = trainer.fitting.planner.block_costs(BATCH // 4)
+    trainer.close()
+    budget = int(held_at_most(quarter, ["none"] * len(quarter)))
+    outcome = train("--config", file, AUTO, "memory.checkpointing=auto", f"memory.budget={budget}B")
+    assert outcome.code == 0, outcome.err
+    assert BATCH // 4 <= chosen(outcome) <= BATCH
+
+
+def test_a_policy_that_the_model_cannot_have_is_left_out(train: Train, write_config: WriteConfig) -> None:
+    """`selective` keeps what this model overwrites; `auto` does without it."""
+    model = {"name": "fitted_model:Overwriting"}
+    file = stack(write_config, model=model)
+    outcome = train("--config", file, "memory.checkpointing=auto", "memory.budget=75%")
+    assert outcome.code == 0, outcome.err
+    assert "not with selective" in outcome.out
+
+
+def test_what_was_planned_is_told_of_a_checkpointed_model(write_config: WriteConfig) -> None:
+    trainer = built(stack(write_config), "memory.checkpointing=full")
+    known = trainer.situation()
+    assert known.memory_plan is not None
+    assert "activations" in str(known.memory_plan())
+    trainer.close()
 
 
 def test_running_out_of_memory_while_trying(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
@@ -199,7 +233,7 @@ def peak_of_a_step(file: str, *overrides: str) -> int:
 
 
 DROPPING = {"dropout": 0.3}
-WITHIN_BUDGET = ("memory.checkpointing=auto", "memory.budget=60%")
+WITHIN_BUDGET = ("memory.checkpointing=auto", "memory.budget=75%")
 
 
 def test_within_a_budget_the_same_bits_in_less_memory(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
@@ -292,7 +326,7 @@ def test_such_a_run_can_be_evaluated(
     train: Train, write_config: WriteConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     file = stack(write_config)
-    budget = ("memory.checkpointing=auto", "memory.budget=60%")
+    budget = ("memory.checkpointing=auto", "memory.budget=75%")
     assert train("--config", file, AUTO, *budget).code == 0
     forget_accelerate()
     assert main(["evaluate", str(tmp_path / "run")]) == 0

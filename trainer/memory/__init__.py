@@ -1,1 +1,1 @@
-"""What fits in the device's memory: blocks that are computed again in backward."""
+"""What a training step keeps in memory: predicted, measured, made to fit, and what happens where it does not."""

@@ -39,6 +39,11 @@ def held_at_most(blocks: Sequence[BlockCost], policies: Sequence[Policy], head_b
     return max(peak, before + head_bytes)
 
 
+def least_policies(blocks: Sequence[BlockCost]) -> list[Policy]:
+    """Returns the policy of each block that keeps least."""
+    return [min(block.kept_bytes, key=lambda policy: block.kept_bytes[policy]) for block in blocks]
+
+
 def cheapest_policies(blocks: Sequence[BlockCost], budget_bytes: float, head_bytes: float = 0.0) -> list[Policy] | None:
     """Chooses a policy per block, in forward order, that keeps activations within the budget in the least time.
 

@@ -100,7 +100,7 @@ def apply_checkpointing(
                 for module in state.made_out_of_place:
                     module.__dict__["inplace"] = False
             if for_compile:
-                state.at_first = [(m, n, b, b.detach().clone()) for m, n, b in _buffers_that_matter(block)]
+                state.at_first = [(m, n, b.detach().clone()) for m, n, b in _buffers_that_matter(block)]
             setattr(block, _STATE, state)
             # A bound method, for a deep copy of the model binds it to the copy of the block.
             forward = _compilable_forward if for_compile else _checkpointed_forward
@@ -121,9 +121,9 @@ def check_compiled_buffers(blocks: Mapping[str, nn.Module]) -> None:
         if state is None:
             continue
         at_first, state.at_first = state.at_first, []
-        for module, buffer_name, buffer, value in at_first:
-            now = module._buffers.get(buffer_name)
-            if now is not buffer or not torch.equal(value.to(now.device), now):
+        for module, buffer_name, value in at_first:
+            now = module._buffers.get(buffer_name)  # another tensor, if the model has moved to a GPU since
+            if now is None or not torch.equal(value.to(now.device), now):
                 raise UserError(
                     f"block {name} changes its buffer {buffer_name} in forward, and torch.compile with "
                     f"'{state.policy}' computes wrong gradients from that; leave the block out of memory.blocks, use "
@@ -190,8 +190,8 @@ class _State:
     own_forward: Callable[..., Any] | None  # the attribute that was set on the block itself
     former: Callable[..., Any]
     made_out_of_place: list[nn.Module] = field(default_factory=list)
-    # With for_compile, until the first step has been checked: module, name, buffer and its value.
-    at_first: list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    # With for_compile, until the first step has been checked: module, name of the buffer and its value.
+    at_first: list[tuple[nn.Module, str, torch.Tensor]] = field(default_factory=list)
     # By training or not: the big buffers that forward changes, as (module, name); None before the first forward.
     changing: dict[bool, set[tuple[nn.Module, str]]] = field(default_factory=dict)
 
@@ -199,7 +199,7 @@ class _State:
 def _undo(block: nn.Module) -> None:
     state: _State | None = block.__dict__.pop(_STATE, None)
     if state is not None:
-        del block.forward
+        block.__dict__.pop("forward", None)  # a copy made for a simulation has none
         if state.own_forward is not None:
             block.forward = state.own_forward
         for module in state.made_out_of_place:

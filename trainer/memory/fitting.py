@@ -7,14 +7,16 @@ tried on the device by `trainer.memory.probe`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import nn
 
 from trainer.config import Config
 from trainer.data.nested import map_tensors
 from trainer.errors import UserError
-from trainer.memory.budget import cheapest_policies, held_at_most
+from trainer.memory.budget import cheapest_policies, held_at_most, least_policies
 from trainer.memory.checkpointing import Policy
 from trainer.memory.planner import Planner, Prediction
 from trainer.memory.probe import largest_that_fits, measure
@@ -61,32 +63,36 @@ class Fitting:
         logger.info("memory     %s of %s", shared.describe(), format_bytes(self.limit_bytes))
         return shared
 
-    def confirm(self, model: nn.Module, planned: Prediction) -> int:
+    def confirm(self, model: nn.Module, loss: Callable[[nn.Module, Any], torch.Tensor], planned: Prediction) -> int:
         """Tries the choice on the device, and returns the micro-batch that really fits: this, or a smaller one.
 
         Args:
             model: as it will train, but for DDP.
+            loss: of (model, batch), the summed loss.
             planned: what was chosen.
 
         Raises:
             UserError: none fits.
         """
         job = self.planner.job
-        sizes = [planned.micro_batch_size]
+        sizes, limit = [planned.micro_batch_size], None  # a micro-batch that is asked for may exceed the target
         if self.config.train.micro_batch_size == "auto":
+            limit = self.limit_bytes
             sizes = [size for size in job.micro_batch_sizes if size <= planned.micro_batch_size]
         example = map_tensors(lambda tensor: tensor.to(self.runtime.device), job.example)
         fitting = largest_that_fits(
             self.runtime,
             sizes,
-            self.limit_bytes,
-            lambda size: measure(self.runtime, model, job, example, size, planned.missing_bytes(job, size)),
+            limit,
+            lambda size: measure(self.runtime, model, loss, job, example, size, planned.missing_bytes(job, size)),
         )
         if fitting is None:
             message = f"a micro-batch of {sizes[0]} takes more than {format_bytes(self.limit_bytes)} on the device"
             raise UserError(message, path="memory.target", agreed=True)
         size, peak = fitting
         logger.info("memory     tried: micro-batch %d takes %s", size, format_bytes(peak))
+        if peak > self.limit_bytes:
+            logger.warning("memory     that is more than memory.target, %s", format_bytes(self.limit_bytes))
         return size
 
 
@@ -111,15 +117,25 @@ def choose(config: Config, planner: Planner, micro_batch_size: int, limit: int) 
     if memory.checkpointing != "auto":
         found = planner.largest_micro_batch(memory.checkpointing, limit)
     elif memory.budget is not None:
-        policies = _within_budget(config, planner, micro_batch_size)
-        found = (
-            planner.largest_with(policies, limit) if is_auto else planner.predict(micro_batch_size, "auto", policies)
-        )
+        found = _largest_within_budget(config, planner, sizes if is_auto else [micro_batch_size], limit)
     else:
         found = planner.fastest(limit, given)
     if found is None:
         raise _nothing_fits(config, planner, sizes[0] if is_auto else micro_batch_size, limit)
     return found
+
+
+def _largest_within_budget(config: Config, planner: Planner, sizes: Sequence[int], limit: int) -> Prediction | None:
+    for size in reversed(sizes):
+        try:
+            found = planner.predict(size, "auto", _within_budget(config, planner, size))
+        except UserError:
+            if size == sizes[0]:
+                raise
+            continue  # a budget in bytes may do for a smaller micro-batch
+        if found.peak_bytes <= limit or len(sizes) == 1:
+            return found
+    return None
 
 
 def _within_budget(config: Config, planner: Planner, micro_batch_size: int) -> Mapping[str, Policy]:
@@ -132,7 +148,7 @@ def _within_budget(config: Config, planner: Planner, micro_batch_size: int) -> M
     policies = cheapest_policies(costs, config.memory.budget.of(int(everything)), head)
     if policies is not None:
         return dict(zip(planner.blocks, policies, strict=True))
-    least = held_at_most(costs, ["full"] * len(costs), head)
+    least = held_at_most(costs, least_policies(costs), head)
     message = f"with every block recomputed activations still take {format_bytes(least)}"
     message += f" of {format_bytes(everything)} ({100 * least / everything:.0f}%), the budget is {config.memory.budget}"
     raise UserError(message, path="memory.budget")

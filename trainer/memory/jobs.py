@@ -5,7 +5,9 @@ Used before a run starts and by `python -m launch plan`, which has no device; so
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,11 +37,14 @@ def plan_job(config: Config, model: nn.Module, task: Task, feed: DeviceFeed, bat
     Raises:
         UserError: the samples cannot be read.
     """
+    # Simulated tensors say that they are on the CPU; so must what the task has of its own, such as class weights.
+    task = copy.deepcopy(task)
+    task.to(torch.device("cpu"))
     example, feed_bytes = feed.example(_EXAMPLES)
     waiting = config.data.prefetch + 1  # and the one from which the step's own batch is made
     return Job(
         model,
-        lambda m, data: task.loss_sum(task.forward(m, data), data),
+        summed_loss(task),
         _optimizer_as_on(device_type, config),
         example,
         share=batch.batch_size // batch.num_ranks,
@@ -47,7 +52,12 @@ def plan_job(config: Config, model: nn.Module, task: Task, feed: DeviceFeed, bat
         num_ranks=batch.num_ranks,
         device_type=device_type,
         autocast_dtype=None if config.precision == "no" else STEP_DTYPES[config.precision],
-        allows_tf32=config.backends.matmul_precision != "highest",
+        # What most of the arithmetic is: convolutions, or matrix products.
+        allows_tf32=(
+            config.backends.cudnn_tf32
+            if any(isinstance(module, nn.Conv2d) and module.kernel_size != module.stride for module in model.modules())
+            else config.backends.matmul_precision != "highest"
+        ),
         clips_gradients=config.optim.clip_norm is not None,
         feed_bytes=waiting * feed_bytes,
         resident_bytes=feed.resident_bytes,
@@ -56,6 +66,11 @@ def plan_job(config: Config, model: nn.Module, task: Task, feed: DeviceFeed, bat
         compresses_gradients=config.parallel.gradient_compression != "none",
         block_patterns=config.memory.blocks,
     )
+
+
+def summed_loss(task: Task) -> Callable[[nn.Module, Any], torch.Tensor]:
+    """Returns the task's loss as a function of (model, batch)."""
+    return lambda model, batch: task.loss_sum(task.forward(model, batch), batch)
 
 
 def _optimizer_as_on(device_type: str, config: Config) -> Callable[[nn.Module], torch.optim.Optimizer]:

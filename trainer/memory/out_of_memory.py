@@ -110,6 +110,11 @@ class Report:
     snapshot: str | None = None
     time: float = field(default_factory=lambda: round(time.time(), 3))
 
+    def plan_text(self) -> str:
+        """Returns what was planned, for a person."""
+        plan = self.memory_plan or ""
+        return "\n".join(["  planned", *(f"    {line}" for line in plan.splitlines()), ""])
+
     def text(self, files: Iterable[Path]) -> str:
         """Returns the report for a person."""
         what = "ran out of memory"
@@ -128,8 +133,6 @@ class Report:
         if self.host_bytes:
             sizes = ", ".join(f"{format_bytes(size)} {name}" for name, size in self.host_bytes.items())
             lines.append(f"  host     {sizes}")
-        if self.memory_plan is not None:
-            lines += ["  planned", *(f"    {line}" for line in self.memory_plan.splitlines())]
         if self.tensors:
             whole = f"{format_bytes(self.tensor_bytes)} in {self.num_tensors}"
             lines.append(f"  tensors  {whole}, without what autograd keeps for backward; the largest:")
@@ -178,11 +181,15 @@ def handle_out_of_memory(
     _guarded(lambda: folder.mkdir(parents=True, exist_ok=True))
     _guarded(lambda: _tell_memory(report, known, folder / f"rank-{rank}-snapshot.pickle"))
     _guarded(lambda: _tell_tensors(report, known))
-    _guarded(lambda: _tell_plan(report, known))
     file = folder / f"rank-{rank}.json"
     _guarded(lambda: write_json(file, asdict(report)))
     files = [file, folder / report.snapshot] if report.snapshot is not None else [file]
     _guarded(lambda: _show(report.text(path for path in files if path.exists())))
+    # Last, for it simulates a step: a launcher that ends this process now ends a complete report.
+    if known is not None and known.memory_plan is not None:
+        _guarded(lambda: _tell_plan(report, known))
+        _guarded(lambda: _show(report.plan_text()))
+        _guarded(lambda: write_json(file, asdict(report)))
 
 
 def advice(config: Config, plan: BatchPlan | None, phase: str = "training") -> str:
@@ -197,7 +204,7 @@ def advice(config: Config, plan: BatchPlan | None, phase: str = "training") -> s
             return f"eval.batch_size={size // 2}  (half of the present {size}; the same result)"
     elif smaller is not None:
         return f"train.micro_batch_size={smaller}  (instead of {plan.micro_batch_size}; the same optimisation)"
-    elif config.memory.checkpointing == "none":
+    elif config.memory.checkpointing in ("none", "every_2", "selective"):
         return "memory.checkpointing=full  (recomputes activations in backward; the same optimisation)"
     return "a device with more memory: no setting is left that leaves the optimisation as it is"
 

@@ -9,6 +9,7 @@ for promising a throughput. Not counted: the CUDA context, NCCL's buffers, kerne
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,15 +18,21 @@ import torch
 from torch import nn
 
 from trainer.data.nested import map_tensors
-from trainer.errors import UserError, one_line_text
+from trainer.errors import UserError, one_line
 from trainer.memory.blocks import repeated_blocks
-from trainer.memory.budget import BlockCost, cheapest_policies
-from trainer.memory.checkpointing import Policy, apply_checkpointing, uniform_policies
+from trainer.memory.budget import BlockCost, cheapest_policies, least_policies
+from trainer.memory.checkpointing import (
+    Policy,
+    apply_checkpointing,
+    explain_checkpointing_error,
+    uniform_policies,
+)
 from trainer.memory.devices import Device
-from trainer.memory.fakes import CannotSimulate
 from trainer.memory.sharding import simulate_sharded_step
 from trainer.memory.trace import StepMemory, simulate_step
 from trainer.units import format_bytes
+
+logger = logging.getLogger("lockstep")
 
 POLICIES: tuple[Policy, ...] = ("none", "selective", "full")
 _BUCKETS_IN_FLIGHT = 2  # one compressed bucket is sent while the next is made
@@ -79,6 +86,10 @@ class Job:
         """Tells whether gradients are there before a forward: in DDP's buckets, or while they accumulate."""
         return self.num_ranks > 1 or micro_batch_size < self.share
 
+    def keeps_gradients_beside_buckets(self, micro_batch_size: int) -> bool:
+        """Tells whether there are gradients besides those in DDP's buckets."""
+        return micro_batch_size < self.share or (self.num_ranks > 1 and not self.gradient_as_bucket_view)
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -107,9 +118,10 @@ class Prediction:
 
     def missing_bytes(self, job: Job, micro_batch_size: int) -> int:
         """Returns what a step takes that a mere forward and backward, before the first step, does not."""
-        resident = 0 if job.device_type == "cuda" else job.resident_bytes  # it is on the GPU already
-        waiting = job.feed_bytes * micro_batch_size
-        return self.memory.persistent["optimizer"] + self.parts.get("communication", 0) + resident + waiting
+        missing = self.memory.persistent["optimizer"] + job.feed_bytes * micro_batch_size
+        if job.device_type == "cuda":  # resident data and DDP's buckets are on the GPU already, and counted there
+            return missing
+        return missing + self.parts.get("communication", 0) + job.resident_bytes
 
     def describe(self) -> str:
         """Returns the choice in one line."""
@@ -152,8 +164,7 @@ class Planner:
     def _communication_bytes(self, gradient_bytes: int, micro_batch_size: int) -> int:
         # Gradients of earlier micro-batches are not in the buckets, which are there all the same; they get there one
         # by one in the last one's backward.
-        is_in_buckets = self.job.gradient_as_bucket_view and micro_batch_size == self.job.share
-        extra = 0 if is_in_buckets else gradient_bytes
+        extra = gradient_bytes if self.job.keeps_gradients_beside_buckets(micro_batch_size) else 0
         if self.job.compresses_gradients:
             extra += min(_BUCKETS_IN_FLIGHT * self.job.bucket_bytes, gradient_bytes) // 2
         return extra
@@ -168,9 +179,10 @@ class Planner:
         if key not in self._steps:
             try:
                 self._steps[key] = self._simulate(micro_batch_size, dict(zip(self.blocks, chosen, strict=True)))
-            except CannotSimulate as error:
-                message = f"a step of this model cannot be predicted: {one_line_text(error)}; without `auto` it can run"
-                raise UserError(message, path="memory") from error
+            except Exception as error:  # a user's model meets tensors without numbers, or policies it cannot have
+                explained = explain_checkpointing_error(error)
+                message = f"a step of this model cannot be predicted: {one_line(error)}; without `auto` it can run"
+                raise explained or UserError(message, path="memory") from error
         return self._steps[key]
 
     def _simulate(self, micro_batch_size: int, policies: Mapping[str, Policy]) -> StepMemory:
@@ -184,7 +196,7 @@ class Planner:
             job.model,
             job.loss,
             job.make_optimizer,
-            map_tensors(lambda t: t.new_empty((micro_batch_size, *t.shape[1:]), device="meta"), job.example),
+            self._batch(micro_batch_size),
             device_type=job.device_type,
             device=self.device,
             allow_tf32=job.allows_tf32,
@@ -194,6 +206,16 @@ class Planner:
             prepare=prepare,
             watch={name: name for name in self.blocks},
         )
+
+    def _batch(self, micro_batch_size: int) -> Any:
+        """Returns a batch like the example, without memory, in the same layout: kernels follow that."""
+
+        def like(tensor: torch.Tensor) -> torch.Tensor:
+            larger = torch.empty((micro_batch_size, *tensor.shape[1:]), dtype=tensor.dtype, device="meta")
+            is_channels_last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+            return larger.contiguous(memory_format=torch.channels_last) if is_channels_last else larger
+
+        return map_tensors(like, self.job.example)
 
     def sharded(self, prediction: Prediction) -> Prediction:
         """Simulates a predicted setting under FSDP2 instead of DDP; its estimated time stays, so it is too short."""
@@ -206,7 +228,7 @@ class Planner:
             job.model,
             job.loss,
             job.make_optimizer,
-            map_tensors(lambda t: t.new_empty((size, *t.shape[1:]), device="meta"), job.example),
+            self._batch(size),
             job.num_ranks,
             blocks_of,
             prepare=lambda model: apply_checkpointing(blocks_of(model), prediction.policies),
@@ -249,12 +271,19 @@ class Planner:
             if found.peak_bytes <= budget_bytes:
                 return found
             allowed -= 1.02 * (found.peak_bytes - budget_bytes)
-        full = self.uniform(micro_batch_size, "full")
+        full = self.predict(micro_batch_size, "auto", dict(zip(self.blocks, least_policies(costs), strict=True)))
         return full if full.peak_bytes <= budget_bytes else None
 
     def block_costs(self, micro_batch_size: int) -> tuple[list[BlockCost], float]:
         """Returns what each block keeps, holds and costs under each policy, and what follows the blocks holds."""
-        steps = {policy: self._step(micro_batch_size, dict.fromkeys(self.blocks, policy)) for policy in POLICIES}
+        steps: dict[Policy, StepMemory] = {}
+        for policy in POLICIES:
+            try:
+                steps[policy] = self._step(micro_batch_size, dict.fromkeys(self.blocks, policy))
+            except UserError as error:
+                if policy == "none":
+                    raise
+                logger.info("memory     not with %s: %s", policy, error)  # the others may do
         none = steps["none"].blocks
         costs = [
             BlockCost(

@@ -21,14 +21,14 @@ from trainer.runtime import Runtime
 
 
 def largest_that_fits(
-    runtime: Runtime, sizes: Sequence[int], limit_bytes: int, peak_of: Callable[[int], int | None]
+    runtime: Runtime, sizes: Sequence[int], limit_bytes: int | None, peak_of: Callable[[int], int | None]
 ) -> tuple[int, int] | None:
     """Tries micro-batches, the largest first, until one fits on every rank; all ranks call it together.
 
     Args:
         runtime: for agreeing.
         sizes: to try, ascending.
-        limit_bytes: that a step may take.
+        limit_bytes: that a step may take; None: what the device has.
         peak_of: measures one; None where the device ran out of memory.
 
     Returns:
@@ -36,14 +36,16 @@ def largest_that_fits(
     """
     for size in reversed(sizes):
         peaks = runtime.gather(peak_of(size))
-        if all(peak is not None and peak <= limit_bytes for peak in peaks):
-            return size, max(peak for peak in peaks if peak is not None)
+        measured = [peak for peak in peaks if peak is not None]
+        if len(measured) == len(peaks) and (limit_bytes is None or max(measured) <= limit_bytes):
+            return size, max(measured)
     return None
 
 
 def measure(
     runtime: Runtime,
     model: nn.Module,
+    loss: Callable[[nn.Module, Any], torch.Tensor],
     job: Job,
     example: Any,
     micro_batch_size: int,
@@ -54,6 +56,7 @@ def measure(
     Args:
         runtime: for the device and its generators.
         model: on the device, as it will train but for DDP, whose exchange of gradients must not begin here.
+        loss: of (model, batch), the summed loss.
         job: what a step is.
         example: a batch on the device, repeated to the size of the micro-batch.
         micro_batch_size: samples to try.
@@ -65,13 +68,16 @@ def measure(
     states = runtime.generator_states()
     buffers = [buffer.detach().clone() for buffer in model.buffers()]
     try:
-        if job.keeps_gradients(micro_batch_size):
+        # On a GPU DDP's buckets count as they are; on the host only what this trial makes is counted.
+        has_buckets = runtime.device.type == "cuda" and runtime.num_ranks > 1
+        keeps = job.keeps_gradients_beside_buckets if has_buckets else job.keeps_gradients
+        if keeps(micro_batch_size):
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         batch = map_tensors(lambda t: t[torch.arange(micro_batch_size, device=t.device) % len(t)], example)
         if runtime.device.type == "cuda":
-            return _on_cuda(runtime.device, model, job.loss, batch, reserved_bytes)
-        return _on_host(model, job.loss, batch) + reserved_bytes
+            return _on_cuda(runtime.device, model, loss, batch, reserved_bytes)
+        return _on_host(model, loss, batch) + reserved_bytes
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -93,7 +99,8 @@ def _on_cuda(
 ) -> int:
     ballast = torch.empty(reserved, dtype=torch.uint8, device=device)  # so that the allocator meets the real limit
     torch.cuda.reset_peak_memory_stats(device)
-    loss(model, batch).backward()
+    with torch.compiler.set_stance("force_eager"):  # or every size that is tried would be compiled
+        loss(model, batch).backward()
     del ballast
     return torch.cuda.max_memory_allocated(device)
 

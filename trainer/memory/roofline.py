@@ -33,12 +33,6 @@ _MORE: dict[Any, Callable[..., int]] = {
 }
 
 
-def is_product(function: Any) -> bool:
-    """Whether an operation is a matrix product, a convolution or attention: dear to do twice."""
-    packet = function._overloadpacket
-    return packet in _MORE or packet in flop_registry
-
-
 def op_seconds(
     device: Device,
     function: Any,

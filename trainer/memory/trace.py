@@ -19,9 +19,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from trainer.data.nested import map_tensors
+from trainer.memory.checkpointing import is_kept_by_selective
 from trainer.memory.devices import Device
 from trainer.memory.fakes import fake_batch, fake_copy, fake_step
-from trainer.memory.roofline import is_product, op_seconds
+from trainer.memory.roofline import op_seconds
 
 CATEGORIES = ("parameters", "buffers", "gradients", "optimizer", "inputs", "activations", "temporary", "communication")
 PERSISTENT = ("parameters", "buffers", "gradients", "optimizer")
@@ -255,7 +256,7 @@ class MemoryTrace(TorchDispatchMode):
         self.seconds_by_phase[self._phase] = self.seconds_by_phase.get(self._phase, 0.0) + seconds
         for cost in self._running:
             cost.seconds += seconds
-            if not is_product(func):
+            if not is_kept_by_selective(func):
                 cost.cheap_seconds += seconds
 
     def _add(self, storage: torch.UntypedStorage, tensor: torch.Tensor, category: str, origin: str) -> None:

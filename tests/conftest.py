@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +39,10 @@ def forget_accelerate() -> None:
 def _fresh_process_state() -> Iterator[None]:
     yield
     forget_accelerate()
+    logger = logging.getLogger("lockstep")  # which the command line gives a handler of its own
+    logger.handlers = []
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 class Outcome(NamedTuple):

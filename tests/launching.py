@@ -37,6 +37,12 @@ def local(config: Path, processes: int, *overrides: str, **variables: str) -> su
     return run([sys.executable, "-m", "launch", "local", *arguments], config.parent, **variables)
 
 
+def on_processes(count: int, script: str, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script of `support/` on so many processes under torchrun, a thread each, to its end."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return run([*command, str(SUPPORT / script), *arguments], cwd, OMP_NUM_THREADS="1")
+
+
 class Job:
     """A job in the background, whose output is watched."""
 

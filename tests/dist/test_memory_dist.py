@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
-from conftest import SUPPORT
-from launching import run
+from launching import on_processes
 from memory_models import CASES
 
 TOLERANCE = 0.1
 
 
 def test_as_much_as_measured(tmp_path: Path) -> None:
-    torchrun = shutil.which("torchrun")
-    assert torchrun is not None
-    command = [torchrun, "--standalone", "--nproc-per-node", "2", str(SUPPORT / "memory_worker.py")]
-    done = run(command, tmp_path, OMP_NUM_THREADS="1")
+    done = on_processes(2, "memory_worker.py", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     results = [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if "RESULT" in line]
     errors = {}

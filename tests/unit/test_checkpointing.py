@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -338,7 +337,6 @@ def test_big_buffers(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_big_buffer_that_changes_late_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("lockstep").propagate = True
     block = Codebook(hidden=False)
     apply_checkpointing({"layers.3": block}, {"layers.3": "full"})
     block.decay = 0.0

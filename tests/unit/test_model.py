@@ -69,7 +69,6 @@ def test_weights_from_a_file(suffix: str, tmp_path: Path, caplog: pytest.LogCapt
     same = build("small_cnn", num_classes=10, weights=file)
     assert all(torch.equal(a, b) for a, b in zip(same.state_dict().values(), source.state_dict().values(), strict=True))
 
-    logging.getLogger("lockstep").propagate = True
     caplog.set_level(logging.INFO, "lockstep")
     other = build("small_cnn", num_classes=4, weights=file)
     assert other.head.out_features == 4

@@ -17,6 +17,7 @@ import torch
 from conftest import Train, WriteConfig
 from hungry import PEBIBYTE
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from launch import local
 from trainer.config import Config, load_config
@@ -274,6 +275,15 @@ def test_tensors_without_memory_are_passed_over() -> None:
     nothing = [torch.empty(3, device="meta"), torch.zeros(0), torch.eye(3).to_sparse()]
     assert all(t.device != "meta" and t.num_bytes for t in live_tensors())
     assert nothing
+
+
+def test_tensors_of_a_plan_are_passed_over() -> None:
+    with FakeTensorMode():
+        planned = torch.ones(1234, 567)
+    real = torch.ones(1234, 568)
+    shapes = {tensor.shape for tensor in live_tensors()}
+    assert tuple(real.shape) in shapes
+    assert tuple(planned.shape) not in shapes
 
 
 @pytest.mark.parametrize("broken", ["_tell_place", "_tell_memory", "_tell_tensors", "write_json", "advice"])

@@ -182,7 +182,6 @@ def test_closing_a_feed_in_the_middle_of_everything(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """Neither an exception of a thread (pytest would say so), nor one of the batches that come after."""
-    monkeypatch.setattr(logger, "propagate", True)  # which the command line turns off
     caplog.set_level(logging.WARNING, logger.name)
     config = load_config(
         str(request.config.rootpath / "configs/digits.yaml"), ["data.workers=2", "data.transforms.train=[]"]
@@ -260,7 +259,6 @@ def test_a_death_is_raised_in_the_step(make: Make) -> None:
 
 def test_slow_data_is_named(make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(prefetch, "SLOW_SECONDS", 0.3)
-    monkeypatch.setattr(logger, "propagate", True)  # which the command line turns off
     caplog.set_level(logging.WARNING, logger.name)
     feed = make([[SampleKey(1000, 7)], [SampleKey(1, 8)], [SampleKey(1, 9)], [SampleKey(1, 10)]])
     started = time.monotonic()
@@ -276,7 +274,6 @@ def test_slowness_that_no_sample_is_to_blame_for(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(prefetch, "SLOW_SECONDS", 0.2)
-    monkeypatch.setattr(logger, "propagate", True)  # which the command line turns off
     caplog.set_level(logging.WARNING, logger.name)
     feed = make([[SampleKey(0, 1)]], check=lambda batch: time.sleep(0.5))
     assert feed.get() is not None

@@ -348,11 +348,13 @@ def live_tensors(model: nn.Module | None = None, optimizer: torch.optim.Optimize
         optimizer: whose state is named after the parameters.
     """
     import torch
+    from torch._subclasses import FakeTensor
 
     found = _named_tensors(model, optimizer)
     named = set(found)
     for thing in gc.get_objects():
-        if not issubclass(type(thing), torch.Tensor):  # not isinstance: it runs code of lazy objects and proxies
+        kind = type(thing)  # not isinstance: it runs code of lazy objects and proxies
+        if not issubclass(kind, torch.Tensor) or issubclass(kind, FakeTensor):  # a plan's tensors hold no memory
             continue
         try:
             key, num_bytes = _storage(thing)

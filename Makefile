@@ -18,7 +18,8 @@ train: $(INSTALLED)            ## train the handwritten digits
 	$(BIN)/accelerate launch train.py --config configs/digits.yaml
 
 test: $(INSTALLED)             ## every tier that this machine allows; the rest is skipped with a reason
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m unit --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m "not unit"
 
 test-unit: $(INSTALLED)        ## the quick tier
 	$(BIN)/python -m pytest -m unit

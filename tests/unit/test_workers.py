@@ -524,7 +524,7 @@ def test_batches_that_torch_does_not_make() -> None:
         [np.array(["a"]), np.array(["b"])],
         [torch.ones(2).to_sparse(), torch.ones(2).to_sparse()],
     ],
-    ids=str,
+    ids=["shapes", "none last", "none first", "keys", "lengths", "objects", "text", "sparse"],
 )
 def test_what_makes_no_batch_is_refused(items: list[Any]) -> None:
     with pytest.raises((RuntimeError, TypeError, ValueError, KeyError)):

@@ -17,17 +17,16 @@ from trainer.cli import main
 from trainer.data.sampler import BatchPlan, StepSampler
 
 WORLDS = (1, 2, 3)
-BATCH, SAMPLES, EVAL_SAMPLES, EPOCHS, EVALUATIONS = 96, 1442, 355, 12, 3
+BATCH, SAMPLES, EVAL_SAMPLES, EPOCHS, EVALUATIONS = 96, 1442, 355, 30, 6
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The shipped digits config, shortened, with a data set that is recorded."""
+    """The shipped digits config to its end, with a data set that is recorded."""
     folder = tmp_path_factory.mktemp("same")
     config = yaml.safe_load((REPOSITORY / "configs" / "digits.yaml").read_text())
     config["data"]["train"]["name"] = config["data"]["eval"]["name"] = "recorded_digits:RecordedDigits"
     config["optim"]["lr"] = float(config["optim"]["lr"])  # PyYAML alone reads 6e-3 as text
-    config["train"]["epochs"] = EPOCHS
     config["log"] = {"every": 1}
     config["tracking"] = {"trackers": []}
     loss = config["task"]["loss"]

@@ -25,6 +25,7 @@ import torch.distributed.run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from trainer.checkpoint.folder import open_folder
 from trainer.cli import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USAGE
 from trainer.config import Config
 from trainer.errors import UserError
@@ -88,7 +89,7 @@ def run(plan: LaunchPlan, config: Config) -> int:
         record = read_shrink(config.run_dir)
         if outcome.code != EXIT_FAILED or outcome.told_to_stop or record is None or not record.follows(before):
             return outcome.code
-        if config.checkpoint.resume == "never" and any((config.run_dir / "checkpoints").glob("step-*")):
+        if config.checkpoint.resume == "never" and open_folder(config).steps():
             logger.info("not started again, as checkpoint.resume is never")
             return outcome.code
         logger.info(

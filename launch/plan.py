@@ -31,6 +31,7 @@ from trainer.memory.jobs import plan_job
 from trainer.memory.planner import Planner, Prediction
 from trainer.memory.table import Row, config_lines, parts_table, settings_table
 from trainer.model import build_model
+from trainer.parallel import choose_shard_size
 from trainer.precision import STEP_DTYPES
 from trainer.tasks import build_task
 from trainer.units import format_bytes
@@ -100,7 +101,11 @@ def run(
     write(f"device     {device.name}: {format_bytes(limit)} to use ({config.memory.target} of its memory)\n")
     write(f"model      {config.model.name}, {parameters:,} parameters, {len(planner.blocks)} repeated blocks\n")
     write(f"precision  {config.precision}\n")
-    write(f"batch      {config.train.batch_size} = {num_ranks} processes x {share}\n\n")
+    write(f"batch      {config.train.batch_size} = {num_ranks} processes x {share}\n")
+    strategy = "fsdp" if planner.job.shard_size > 1 else "ddp"
+    if strategy == "fsdp":
+        write(f"strategy   {config.parallel.strategy}: {planner.job.shard_size} processes share one copy\n")
+    write("\n")
     own = _as_configured(config, planner, share, limit)
     if own is not None:
         write(f"per process with {config_lines(own)}, predicted:\n{parts_table(own, limit)}\n\n")
@@ -108,11 +113,13 @@ def run(
     write("the largest micro-batch that fits (time: estimated, relative to the fastest):\n")
     write(f"{settings_table(rows, share)}\n\n")
     fastest = min(
-        (row.prediction for row in rows if row.prediction is not None and row.strategy == "ddp"),
+        (row.prediction for row in rows if row.prediction is not None and row.strategy == strategy),
         key=lambda p: (p.step_seconds, -p.micro_batch_size),
         default=None,
     )
-    if fastest is None:
+    if fastest is None and strategy == "fsdp":
+        write("nothing fits; a device with more memory is needed, or more of them\n")
+    elif fastest is None:
         write("nothing fits with DDP; a device with more memory is needed, or more of them and FSDP2\n")
     else:
         write(f"fastest that fits: {config_lines(fastest)}\n")
@@ -175,10 +182,15 @@ def _planner(config: Config, device: Device, num_ranks: int) -> tuple[Planner, i
     )
     try:
         resident = _resident_bytes(config, train_set, num_ranks, device)
-        job = plan_job(config, model, task, feed, batch, "cuda")
+        job = plan_job(config, model, task, feed, batch, "cuda", _shard_size(config, num_ranks))
     finally:
         feed.close()
     return Planner(replace(job, resident_bytes=resident), device), batch.batch_size // num_ranks
+
+
+def _shard_size(config: Config, num_ranks: int) -> int:
+    """Returns how many processes would share a copy of the model, taking them to be on one machine."""
+    return choose_shard_size(config.parallel, [num_ranks] * num_ranks)
 
 
 def _with_way_out(problem: Problem) -> Problem:
@@ -226,19 +238,20 @@ def _check_device(config: Config, planner: Planner) -> None:
 def _rows(planner: Planner, limit: int) -> list[Row]:
     settings = ("none", "selective", "full") if planner.blocks else ("none",)
     rows = []
+    ddp = planner.under_ddp()
     for setting in settings:
         try:
-            rows.append(Row(setting, "ddp", planner.largest_micro_batch(setting, limit)))
+            rows.append(Row(setting, "ddp", ddp.largest_micro_batch(setting, limit)))
         except UserError as error:
             if setting == "none":
                 raise
             sys.stdout.write(f"not with memory.checkpointing={setting}: {error}\n")
-    fastest = planner.fastest(limit)
+    fastest = ddp.fastest(limit)
     if fastest is not None and fastest.num_recomputed:
         rows.insert(1, Row("auto", "ddp", fastest))
     if planner.job.num_ranks > 1:
         sharded = planner.largest_sharded("none", limit)
         rows.append(Row("none", "fsdp", sharded))
-        if sharded is None and planner.blocks:
+        if planner.blocks and (sharded is None or planner.job.shard_size > 1):
             rows.append(Row("full", "fsdp", planner.largest_sharded("full", limit)))
     return rows

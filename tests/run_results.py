@@ -8,13 +8,26 @@ from typing import Any
 
 import torch
 
+from trainer.checkpoint.reading import Checkpoint
+from trainer.checkpoint.storage import LocalStorage
+
+
+def checkpoint(run: Path, step: int) -> Checkpoint:
+    return Checkpoint(LocalStorage(run / "checkpoints"), f"step-{step:08d}")
+
+
+def tensors(run: Path, step: int, prefix: str) -> dict[str, torch.Tensor]:
+    """Returns the whole tensors of a checkpoint whose names begin so, without that."""
+    found = checkpoint(run, step)
+    return {name: found.read(prefix + name) for name in found.names(prefix)}
+
 
 def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
-    return torch.load(run / "checkpoints" / f"step-{step:08d}" / "model.pt", weights_only=True)
+    return tensors(run, step, "model.")
 
 
-def optimizer_state(run: Path, step: int) -> dict[int, dict[str, torch.Tensor]]:
-    return torch.load(run / "checkpoints" / f"step-{step:08d}" / "optimizer.pt", weights_only=True)["state"]
+def optimizer_state(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return tensors(run, step, "optimizer.")
 
 
 def records(run: Path) -> list[dict[str, Any]]:

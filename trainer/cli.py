@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from trainer.config import CacheConfig, Config, load_config, read_section, schema_text
-from trainer.errors import UserError, one_line
+from trainer.errors import UserError, one_line, one_line_text
 from trainer.memory.out_of_memory import handle_out_of_memory, is_out_of_memory
 
 EXIT_FINISHED = 0
@@ -52,11 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer", epilog=f"{_EXIT_CODES}.")
     commands = parser.add_subparsers(dest="command", required=True)
     evaluate = commands.add_parser("evaluate", help="evaluate a run's checkpoint and print its metrics as JSON")
-    export = commands.add_parser("export", help="write a run's weights to one file")
+    export = commands.add_parser("export", help="write a run's weights, or its model, to one file")
     for command in (evaluate, export):
         command.add_argument("run_dir", metavar="RUN_DIR", help="run folder, such as runs/digits")
         command.add_argument("--best", action="store_true", help="the best checkpoint instead of the newest")
-    export.add_argument("--format", choices=("safetensors", "state_dict"), default="safetensors")
+        kinds = "averages (optim.ema) or the last weights (default: averages where there are any)"
+        command.add_argument("--weights", choices=("ema", "raw"), help=kinds)
+    formats = ("safetensors", "state_dict", "onnx", "torch_export")
+    export.add_argument("--format", choices=formats, default="safetensors")
     export.add_argument("--output", required=True, metavar="FILE", help="file to write")
     pack = commands.add_parser("pack", help="pack an image folder into few large files, for data.cache")
     pack.add_argument("source", metavar="SRC", help="folder of class folders")
@@ -167,6 +170,9 @@ def _train(options: argparse.Namespace) -> int:
             sys.stderr.write(f"rank {_rank()}: another rank has ended, and said why: {one_line(error)[:160]}\n")
         elif type(error).__name__ == "WorkerDied":  # it says all; importing it here would import torch
             sys.stderr.write(f"error: rank {_rank()}: {one_line(error)}\n")
+        elif type(error).__name__ == "SaveFailed":  # the same on every rank
+            if _rank() == 0:
+                sys.stderr.write(f"error: {one_line_text(error)}\n")
         elif not isinstance(error, KeyboardInterrupt):
             traceback.print_exc()
         if trainer is not None:
@@ -210,8 +216,8 @@ def _run_main(options: argparse.Namespace) -> int:
 
     run_dir = Path(options.run_dir)
     if options.command == "export":
-        results.export(run_dir, options.format, Path(options.output), best=options.best)
+        results.export(run_dir, options.format, Path(options.output), best=options.best, kind=options.weights)
     else:
-        metrics = results.evaluate(run_dir, best=options.best)
+        metrics = results.evaluate(run_dir, best=options.best, kind=options.weights)
         sys.stdout.write(json.dumps(metrics) + "\n")
     return EXIT_FINISHED

@@ -31,6 +31,7 @@ from trainer.config_values import (
     ComponentName,
     Duration,
     Every,
+    EveryOrMinutes,
     Interval,
     MemoryAmount,
     MicroBatchSize,
@@ -204,8 +205,14 @@ class ModelConfig(Component):
 
     weights: Annotated[str, Field(min_length=1)] | None = Field(
         None,
-        description="Start from these weights: a torchvision weights name such as `DEFAULT`, or a .safetensors or "
-        "state-dict file. A final layer of another size keeps its fresh weights.",
+        description="Start from these weights: a run folder (its newest checkpoint, averages before raw weights), a "
+        "checkpoint's folder, a .safetensors or state-dict file, or a torchvision weights name such as `DEFAULT`. A "
+        "final layer of another size keeps its fresh weights.",
+    )
+    weights_strict: Bool = Field(
+        True,
+        description="Refuse weights that lack some of the model's, have others or other shapes. Off: load what fits, "
+        "and say what does not.",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
@@ -244,6 +251,16 @@ class TaskConfig(Component):
     )
 
 
+class EmaConfig(Section):
+    """A moving average of the weights, which is evaluated and exported instead of the last weights."""
+
+    decay: Annotated[float, Field(strict=True, gt=0, lt=1)] = Field(
+        description="Share of itself that the average keeps in an update, such as 0.9998."
+    )
+    warmup: Bool = Field(True, description="Let the n-th update keep at most (1 + n) / (10 + n).")
+    every: PositiveInt = Field(1, description="Update after every so many optimizer steps.")
+
+
 class OptimConfig(Component):
     """The optimizer and what happens to gradients before it."""
 
@@ -256,6 +273,7 @@ class OptimConfig(Component):
         description="How torch updates the parameters: one kernel for many (`fused`), one per operation for many "
         "(`foreach`), or one by one. `auto`: fused on GPUs where the optimizer has it, else torch's choice.",
     )
+    ema: EmaConfig | None = Field(None, description="Keep a moving average of the weights, and evaluate it.")
 
 
 class ScheduleConfig(Component):
@@ -323,8 +341,34 @@ class MemoryConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How several processes train one model: DistributedDataParallel."""
+    """How several processes train one model: each with a copy of it (DDP), or sharing one (FSDP2)."""
 
+    strategy: Literal["ddp", "fsdp", "hsdp"] = Field(
+        "ddp",
+        description="`ddp`: a copy of the model per process. `fsdp`: all processes share one copy of parameters, "
+        "gradients and optimizer state. `hsdp`: `shard_size` processes share a copy, and there are several. A single "
+        "process trains the whole model under each.",
+    )
+    shard_size: PositiveInt | None = Field(
+        None,
+        description="With `strategy: hsdp`: processes that share one copy; must divide the number of processes. "
+        "Default: the processes of one machine.",
+    )
+    reshard_after_forward: Bool = Field(
+        True,
+        description="With `fsdp` and `hsdp`: let go of a block's gathered parameters after its forward and gather them "
+        "again for backward. Off: more memory, less traffic.",
+    )
+    cpu_offload: Bool = Field(
+        False,
+        description="With `fsdp` and `hsdp`: keep the shares of parameters, gradients and optimizer state in host "
+        "memory, where the optimizer then works. Slow; for models that fit in no other way.",
+    )
+    sync_batchnorm: Bool = Field(
+        False,
+        description="BatchNorm over the samples of all processes instead of each process's own: an exchange per layer, "
+        "for micro-batches that are too small.",
+    )
     pin_cores: Bool = Field(
         True,
         description="Where several processes train on GPUs of one machine: keep each, and its loader workers, on its "
@@ -345,8 +389,10 @@ class ParallelConfig(Section):
     bucket_mb: PositiveFloat = Field(
         25.0, description="Size in MiB of the buckets in which gradients are exchanged while backward runs."
     )
-    gradient_compression: Literal["none", "bf16"] = Field(
-        "none", description="Exchange gradients in bfloat16: half the traffic, less exact sums."
+    gradient_compression: Literal["none", "bf16", "fp16"] = Field(
+        "none",
+        description="With `ddp`: exchange gradients in bfloat16 or float16: half the traffic, less exact sums. float16 "
+        "has more digits and overflows.",
     )
 
     @model_validator(mode="after")
@@ -402,17 +448,43 @@ class BestConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When to save, what to keep, and whether to continue. The end of training is always saved."""
+    """When to save, where, what to keep, and whether to continue. The end of training is always saved."""
 
-    every: Every = Field(Interval(1, "epochs"), description="Save this often: steps, or like `1 epoch`.")
+    every: EveryOrMinutes = Field(
+        Interval(1, "epochs"), description="Save this often: steps, or like `1 epoch` or `10 minutes`."
+    )
+    dir: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="Where to save: a folder that all ranks share, or a URL that fsspec knows, such as "
+        "`s3://bucket/run`. Default: `checkpoints` in the run folder.",
+    )
     keep: PositiveInt = Field(2, description="Newest checkpoints to keep, besides the best one.")
+    keep_every: Every | None = Field(
+        None, description="Never delete the checkpoints of these steps: multiples of a number of steps or epochs."
+    )
     best: BestConfig | None = Field(
         None, description="What makes a checkpoint the best. Default: the task's own metric."
     )
+    async_save: Bool = Field(
+        True,
+        description="Copy the state to (pinned) host memory and write it behind the training, which takes as much host "
+        "memory as a process's part of a checkpoint. Off: training waits until all is written.",
+    )
+    on_error: Literal["warn", "raise"] = Field(
+        "warn",
+        description="When a checkpoint cannot be written (a full disk, a lost mount): `warn` goes on, with the last "
+        "good one kept and the next one tried as usual; `raise` ends the run. The last checkpoint of a run always ends "
+        "it.",
+    )
     resume: Literal["auto", "never"] = Field(
         "auto",
-        description="`auto` continues from the newest checkpoint in the run folder; `never` refuses a run folder "
-        "that holds one.",
+        description="`auto` continues from the newest checkpoint that verifies; `never` refuses to start where there "
+        "is one.",
+    )
+    allow_changes: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (),
+        description="Settings that may differ from the checkpoint's although they change the training, such as "
+        "`optim.lr` or `schedule`.",
     )
 
 
@@ -524,11 +596,56 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
             "DDP with a static graph cannot accumulate gradients, which micro_batch_size: auto and on_oom: shrink do"
         )
         raise UserError(config.locate(Problem(message, "parallel.static_graph")))
-    uses_blocks = config.memory.checkpointing != "none" or config.model.compile == "blocks"
+    for i, key in enumerate(config.checkpoint.allow_changes):
+        if not _is_key(key):
+            problem = Problem(f"'{key}' is no setting{nearest(key, _all_keys())}", f"checkpoint.allow_changes.{i}")
+            raise UserError(config.locate(problem))
+    problems = _parallel_problems(config)
+    if problems:
+        raise UserError(*map(config.locate, problems))
+    uses_blocks = (
+        config.memory.checkpointing != "none" or config.model.compile == "blocks" or config.parallel.strategy != "ddp"
+    )
     if config.memory.blocks and not uses_blocks:
-        problem = Problem("has no effect without memory.checkpointing or model.compile: blocks", "memory.blocks")
-        raise UserError(config.locate(problem))
+        message = "has no effect without memory.checkpointing, model.compile: blocks or parallel.strategy: fsdp or hsdp"
+        raise UserError(config.locate(Problem(message, "memory.blocks")))
     return config
+
+
+_ONLY_DDP = (
+    "find_unused_parameters",
+    "static_graph",
+    "gradient_as_bucket_view",
+    "bucket_mb",
+    "gradient_compression",
+)
+_ONLY_SHARDED = ("shard_size", "reshard_after_forward", "cpu_offload")
+
+
+def _parallel_problems(config: Config) -> list[Problem]:
+    """Returns what has no effect with the chosen `parallel.strategy`, or does not go with it."""
+    parallel = config.parallel
+    strategy = parallel.strategy
+    without_effect = {"ddp": _ONLY_SHARDED, "fsdp": (*_ONLY_DDP, "shard_size"), "hsdp": _ONLY_DDP}[strategy]
+    defaults = ParallelConfig()
+    problems = [
+        Problem(f"has no effect with strategy: {strategy}", f"parallel.{key}")
+        for key in without_effect
+        if getattr(parallel, key) != getattr(defaults, key)
+    ]
+    if strategy == "ddp":
+        return problems
+    if parallel.shard_size == 1:
+        problems.append(Problem("1 process shares with nobody: that is strategy: ddp", "parallel.shard_size"))
+    if config.model.dtype != "float32":
+        message = f"{strategy} keeps parameters in float32 and gathers them in what `precision` says"
+        problems.append(Problem(message, "model.dtype"))
+    if config.model.channels_last is True:
+        message = f"{strategy} keeps weights row by row; `auto` leaves images in channels_last, which is what matters"
+        problems.append(Problem(message, "model.channels_last"))
+    if config.precision == "fp8":
+        problems.append(Problem(f"fp8 does not go with strategy: {strategy}; use bf16", "precision"))
+    return problems
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -578,20 +695,37 @@ def _problem(details: ErrorDetails, source: yaml_source.Source) -> Problem:
     return Problem(message, ".".join(map(str, path)), source.origin(path))
 
 
+def _is_key(key: str) -> bool:
+    """Tells whether a dotted path names a section or a setting, or something inside a component's `args`."""
+    return key in _all_keys() or any(key.startswith(f"{known}.") for known in _all_keys() if known.endswith(".args"))
+
+
+def _all_keys(section: type[Section] | None = None, prefix: str = "") -> list[str]:
+    """Returns the dotted paths of all sections and settings."""
+    keys = []
+    for name, field in (section or Config).model_fields.items():
+        keys.append(prefix + name)
+        inside = _section_inside(field.annotation)
+        if inside is not None:
+            keys += _all_keys(inside, f"{prefix}{name}.")
+    return keys
+
+
 def _keys_at(path: tuple[int | str, ...]) -> list[str]:
     """Returns the valid keys of the section at `path`."""
     section: type[Section] = Config
     for key in path:
         if isinstance(key, int):
             continue
-        section = _section_type(section.model_fields[key].annotation)
+        inside = _section_inside(section.model_fields[key].annotation)
+        assert inside is not None, key
+        section = inside
     return list(section.model_fields)
 
 
-def _section_type(annotation: Any) -> type[Section]:
-    """Returns the one Section class inside an annotation such as `Component | None`."""
+def _section_inside(annotation: Any) -> type[Section] | None:
+    """Returns the one Section class inside an annotation such as `Component | None`, or None for a plain value."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    found = [_section_type(a) for a in getattr(annotation, "__args__", ()) if a not in (type(None), Ellipsis)]
-    assert len(found) == 1, annotation
-    return found[0]
+    found = [_section_inside(a) for a in getattr(annotation, "__args__", ()) if a not in (type(None), Ellipsis)]
+    return next((section for section in found if section is not None), None)

@@ -59,6 +59,53 @@ Every = Annotated[Interval, BeforeValidator(lambda v: _positive(Interval.parse(v
 
 
 @dataclass(frozen=True)
+class Minutes:
+    """How often, by the clock."""
+
+    count: float
+
+    def __str__(self) -> str:
+        return f"{self.count:g} {'minute' if self.count == 1 else 'minutes'}"
+
+
+def _steps_or_minutes(value: object) -> Interval | Minutes:
+    """Reads what `Every` takes, or a number of minutes such as `10 minutes` or `0.5 minutes`."""
+    if isinstance(value, Minutes):
+        return value
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*min(?:ute)?s?\s*", value) if isinstance(value, str) else None
+    if match is not None:
+        if float(match[1]) <= 0:
+            raise ValueError("must be more than 0 minutes")
+        return Minutes(float(match[1]))
+    try:
+        return _positive(Interval.parse(value))
+    except ValueError as error:
+        if "write a number" not in str(error):
+            raise
+        raise ValueError(f"write a number of steps, or like '2 epochs' or '10 minutes' (got {value!r})") from None
+
+
+EveryOrMinutes = Annotated[
+    Interval | Minutes,
+    BeforeValidator(_steps_or_minutes),
+    PlainSerializer(
+        lambda i: i.count if isinstance(i, Interval) and i.unit == "steps" else str(i), return_type=int | str
+    ),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1},
+                {
+                    "type": "string",
+                    "pattern": r"^\s*([0-9]+\s*(steps?|epochs?)?|[0-9]+(\.[0-9]+)?\s*min(ute)?s?)\s*$",
+                },
+            ]
+        }
+    ),
+]
+
+
+@dataclass(frozen=True)
 class Amount:
     """An amount of memory as it was written: a share of a whole such as `90%`, or bytes such as `20GiB`."""
 

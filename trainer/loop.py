@@ -7,23 +7,34 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
-from trainer.checkpoint import CheckpointFolder, Identity, Progress
-from trainer.config import Config, DataConfig, Interval
+from trainer.agreement import StepVotes
+from trainer.checkpoint.compatibility import check_resumable
+from trainer.checkpoint.folder import open_folder
+from trainer.checkpoint.manifest import Manifest, Progress
+from trainer.checkpoint.reading import Checkpoint
+from trainer.checkpoint.state import Parts, State
+from trainer.checkpoint.writing import SaveFailed, Saver
+from trainer.config import Config, DataConfig, ModelConfig
+from trainer.config_values import Interval, Minutes
 from trainer.data.build import build_data, packed
 from trainer.data.datasets import SizedDataset, class_names
 from trainer.data.feed import DeviceFeed, MicroBatch
+from trainer.data.loader import preserved_generators
 from trainer.data.modes import device_memory
 from trainer.data.resident import Share
-from trainer.data.sampler import BatchPlan, StepSampler
+from trainer.data.sampler import BatchPlan, EvalSampler, StepSampler
 from trainer.data.transforms import build_transforms
+from trainer.ema import Ema
 from trainer.errors import UserError, one_line
 from trainer.faults import StopRequests
+from trainer.memory.blocks import repeated_blocks
 from trainer.memory.checkpointing import (
     check_compiled_buffers,
 )
@@ -31,12 +42,16 @@ from trainer.memory.out_of_memory import Situation
 from trainer.memory.shrink import Shrink, read_shrink
 from trainer.model import build_model, compile_model, recompute_blocks, uses_channels_last
 from trainer.optim import build_learning_rate, build_optimizer
+from trainer.parallel import in_lockstep
+from trainer.random_state import generator_states, restore_generators
 from trainer.reporting import Reporter
 from trainer.run_folder import RunFolder
 from trainer.runtime import Runtime, explained_model_errors, seed_everything
+from trainer.sync_batchnorm import synchronise_batchnorm
 from trainer.tasks import build_task
-from trainer.telemetry import Clock
+from trainer.telemetry import Clock, Timer
 from trainer.tracking import check_trackers
+from trainer.weights import settled_weights
 
 if TYPE_CHECKING:
     from trainer.memory.planner import Planner, Prediction
@@ -62,14 +77,29 @@ class Trainer:
         with self.clock.phase("startup"):
             self.runtime = Runtime(config)
             self.folder = RunFolder(config)
-            self.checkpoints = CheckpointFolder(config.run_dir / "checkpoints", config.checkpoint.keep)
-            self.stop_requests = StopRequests(self.runtime.host_group)
+            self.checkpoints = self.runtime.agree(lambda: open_folder(config, self._is_kept_for_good))
+            self.stop_requests = StopRequests()
+            self.votes = StepVotes(self.runtime.host_group, num_questions=3)
             self._build()
-            self.model, self.optimizer = self.runtime.prepare(self.bare_model, self.bare_optimizer)
+            self.model, self.optimizer = self.runtime.prepare(
+                self.bare_model, self.bare_optimizer, self._shared_blocks.values()
+            )
+            self.ema = Ema(self.bare_model, config.optim.ema) if config.optim.ema is not None else None
             self.model.train()
-            if self.planned is not None:
+            # Not where a forward is a collective: a rank that runs out of memory in it would leave the others waiting.
+            if self.planned is not None and not self.runtime.in_lockstep:
                 self._split_batch(self.plan.num_samples, self._confirmed_micro_batch())
+            self.saver = Saver(
+                self.checkpoints,
+                self.runtime,
+                self.runtime.new_host_group(),
+                config.checkpoint.async_save,
+                self.runtime.device,
+            )
         self.progress = Progress()
+        self._first_step = 0  # of this attempt
+        every = config.checkpoint.every
+        self.save_timer = Timer(60 * every.count) if isinstance(every, Minutes) and self.runtime.is_main else None
         self._window = _Window(self.runtime, self.clock, self.feed)
         self._skipped_samples = 0  # that could not be read, on all ranks, at the last report
         self._micro_batch = 0  # of the present step
@@ -84,7 +114,9 @@ class Trainer:
         num_classes = runtime.agree(lambda: class_count(config, train_set))
         shrink = runtime.from_main(lambda: read_shrink(config.run_dir)) if config.memory.on_oom == "shrink" else None
         runtime.agree(lambda: self._build_order_and_task(train_set, num_classes, shrink))
-        runtime.agree(lambda: self._build_model(num_classes))
+        settled = runtime.agree(lambda: settled_weights(config.model) if runtime.is_main else config.model)
+        settled = runtime.from_main(lambda: settled)
+        runtime.agree(lambda: self._build_model(settled, num_classes))
         # What takes long comes last, when all else is known to be good.
         data = config.data
         if self.to_train:
@@ -148,17 +180,19 @@ class Trainer:
             self.runtime.num_ranks,
             config.data.drop_last,
             group_size=2 if config.data.augment.mixes else 1,
+            in_lockstep=self.runtime.in_lockstep,
         )
         self.sampler = StepSampler(self.plan, self.runtime.rank, config.run.seed)
         if config.parallel.static_graph and self.plan.num_micro_batches > 1:
             message = "DDP with a static graph cannot accumulate gradients over micro-batches"
             raise UserError(message, path="parallel.static_graph")
 
-    def _build_model(self, num_classes: int | None) -> None:
+    def _build_model(self, model: ModelConfig, num_classes: int | None) -> None:
         config = self.config
+        self._num_classes = num_classes
         seed_everything(config.run.seed)  # the same initial weights on every rank
-        with self.runtime.main_first() if config.model.weights else nullcontext():  # weights may be downloaded
-            self.bare_model = build_model(config.model, num_classes)
+        with self.runtime.main_first() if model.weights else nullcontext():  # weights may be downloaded
+            self.bare_model = build_model(model, num_classes)
         self.bare_optimizer = build_optimizer(config.optim, self.bare_model, self.runtime.device.type)
         seed_everything(config.run.seed + 1 + self.runtime.rank)  # dropout differs per rank
 
@@ -169,20 +203,46 @@ class Trainer:
         from trainer.memory.planner import Planner
 
         device = self.runtime.device
-        job = plan_job(self.config, self.bare_model, self.task, self.feed, self.plan, device.type)
+        model = self._model_without_memory() if self.runtime.in_lockstep else self.bare_model
+        job = plan_job(self.config, model, self.task, self.feed, self.plan, device.type, self.runtime.shard_size)
         return Planner(job, this_device(device))
+
+    def _model_without_memory(self) -> nn.Module:
+        """Returns the model as built: of one that is sharded, or has a BatchNorm of all ranks, no plan can be made."""
+        from trainer.memory.fakes import fake_tensors
+
+        with preserved_generators(), fake_tensors():
+            return build_model(self.config.model.model_copy(update={"weights": None}), self._num_classes)
 
     def _shape_model(self) -> None:
         """Memory format, gradient checkpointing, compile: in this order, and all of it before DDP."""
-        config, model = self.config, self.bare_model
-        if uses_channels_last(config.model, model):
+        config = self.config
+        if config.parallel.sync_batchnorm:
+            self.bare_model = synchronise_batchnorm(
+                self.bare_model, self.runtime.num_ranks, self.runtime.device.type
+            )
+            self._check_even_batches()
+        model = self.bare_model
+        # FSDP shards rows of row-major weights; images arrive in channels_last all the same.
+        if uses_channels_last(config.model, model) and not self.runtime.is_sharded:
             model.to(memory_format=torch.channels_last)
         self._compiled_blocks: dict[str, nn.Module] = {}
+        self._shared_blocks = repeated_blocks(model, config.memory.blocks) if self.runtime.is_sharded else {}
         if not self.to_train:  # one evaluation is not worth compiling for, and has no backward
             return
         blocks = recompute_blocks(config, model, self.planned.policies if self.planned is not None else {})
         compile_model(config.model, model, blocks)
         self._compiled_blocks = blocks if config.model.compile != "none" else {}
+
+    def _check_even_batches(self) -> None:
+        """Refuses stand-ins, which keep a rank in step, where they would count in BatchNorm's statistics."""
+        last = self.plan.steps_per_epoch - 1
+        if self.runtime.in_lockstep and self.total_steps > last and self.plan.needs_stand_ins(last):
+            message = (
+                f"the last batch of an epoch has {self.plan.step_samples(last)} samples, which are not as many "
+                f"micro-batches on each of {self.runtime.num_ranks} processes, as sync_batchnorm needs: leave it out"
+            )
+            raise UserError(message, path="data.drop_last")
 
     def _confirmed_micro_batch(self) -> int:
         from trainer.memory.jobs import summed_loss
@@ -220,17 +280,20 @@ class Trainer:
             self.close()
             return "finished"
         self.start()
-        if self.evaluation_due():  # stopped after a step, before it was evaluated
+        if self.evaluation_due():  # ended after a step, before it was evaluated
             self.evaluate_and_keep_best()
             self.save()
         stop = False
         while self.progress.step < self.total_steps and not stop:
             self.train_step()
-            stop = self.stop_requests.agreed()
+            stop, by_clock = self.agree()
             if self.due(self.config.log.every):
                 self.report()
-            improved = not stop and self.evaluation_due() and self.evaluate_and_keep_best()
-            if stop or improved or self.due(self.config.checkpoint.every):
+            # Before the evaluation, which may take long; what it finds is added to the checkpoint.
+            saved = stop or by_clock or self.save_due()
+            if saved:
+                self.save()
+            if not stop and self.evaluation_due() and (self.evaluate_and_keep_best() or saved):
                 self.save()
         return self.finish()
 
@@ -240,7 +303,8 @@ class Trainer:
         learning_rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        # DDP averages gradients over ranks; this makes the average the mean over the global batch.
+        self.runtime.begin_step(self.model)
+        # DDP and FSDP average gradients over ranks; this makes the average the mean over the global batch.
         scale = self.runtime.num_ranks / self.plan.step_samples(step)
         for i, batch in enumerate(self.feed.step_batches(step)):
             self._micro_batch = i
@@ -250,12 +314,17 @@ class Trainer:
                     self.runtime.backward(loss_sum * scale)
             self._window.add(loss_sum, batch.num_samples)
         if self.config.optim.clip_norm is not None:
-            self.runtime.unscale_gradients(self.optimizer)
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            self._window.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.optim.clip_norm)
+            self._window.grad_norm = self.runtime.clip_gradients(self.optimizer, self.config.optim.clip_norm)
+        if self.saver.holds_state:  # the last save may still be copying what the next line changes
+            with self.clock.phase("checkpoint"):
+                self.saver.before_update()
         self.progress.skipped_steps += self.runtime.step(self.optimizer)
         self.optimizer.zero_grad()
         self.progress.step += 1
+        if self.ema is not None:
+            self.ema.update(self.progress.step)
+        if step == self._first_step:  # now the optimizer has the state that there is to save
+            self.saver.prepare(self._state())
         check_compiled_buffers(self._compiled_blocks)  # looks after the first step only
 
     def loss_sum(self, batch: MicroBatch) -> torch.Tensor:
@@ -277,16 +346,29 @@ class Trainer:
         model.eval()
         batch_size = self.config.eval.batch_size or self.plan.micro_batch_size
         totals: dict[str, torch.Tensor] = {}
-        for batch in self.eval_feed.eval_batches(batch_size, self.runtime.rank, self.runtime.num_ranks):
-            sums = self.task.eval_sums(self.task.forward(model, batch.data), batch.data)
-            for name, value in sums.items():
+        for batch in self._eval_batches(batch_size):
+            outputs = self.task.forward(model, batch.data)
+            if not batch.num_samples:
+                continue
+            for name, value in self.task.eval_sums(outputs, batch.data).items():
                 totals[name] = totals.get(name, 0) + self.runtime.exact(value)  # on its device: nobody waits
         for module, mode in modes.items():  # a part that the user keeps in eval mode stays in it
             module.training = mode
+        self.runtime.end_evaluation(model)
         # A rank without a sample (a tiny evaluation set) has no totals of its own, and adds zeros.
-        names = self.runtime.from_main(lambda: list(totals))
+        names: list[str] = next(filter(None, self.runtime.gather(list(totals))), [])
         zero = torch.zeros(())
         return self.task.metrics(self.runtime.sum({name: totals.get(name, zero) for name in names}))
+
+    def _eval_batches(self, batch_size: int) -> Iterator[MicroBatch]:
+        """Returns this rank's evaluation batches; with a sharded model also stand-ins, which must not count."""
+        assert self.eval_feed is not None
+        runtime = self.runtime
+        batches = self.eval_feed.eval_batches(batch_size, runtime.rank, runtime.num_ranks)
+        if not runtime.is_sharded:
+            return batches
+        most = EvalSampler.most_batches(len(self.eval_feed.dataset), batch_size, runtime.num_ranks)
+        return in_lockstep(batches, most, runtime.rank, runtime.device, runtime.gather)
 
     # ---- around the steps ---------------------------------------------------------------------------------
 
@@ -294,6 +376,29 @@ class Trainer:
         """Tells whether something is due after the current step; at the end of training everything is."""
         step = self.progress.step
         return step % every.steps(self.plan.steps_per_epoch) == 0 or step == self.total_steps
+
+    def save_due(self) -> bool:
+        """Tells whether a checkpoint is due after the current step, by its number."""
+        every = self.config.checkpoint.every
+        return self.progress.step == self.total_steps if isinstance(every, Minutes) else self.due(every)
+
+    def _is_kept_for_good(self, step: int) -> bool:
+        every = self.config.checkpoint.keep_every
+        return every is not None and step % every.steps(self.plan.steps_per_epoch) == 0
+
+    def agree(self) -> tuple[bool, bool]:
+        """Tells whether to stop now, and whether a checkpoint is due by the clock: the same on every rank.
+
+        Raises:
+            SaveFailed: a checkpoint could not be written, and `checkpoint.on_error` is `raise`; on every rank.
+        """
+        by_clock = self.save_timer is not None and self.save_timer.rings()
+        has_failed = self.config.checkpoint.on_error == "raise" and bool(self.saver.failures)
+        stop, by_clock, has_failed = self.votes.exchange([self.stop_requests.requested, by_clock, has_failed])
+        if has_failed:
+            self.saver.wait()
+            raise SaveFailed(f"checkpoint.on_error is raise, and a checkpoint failed: {'; '.join(self.saver.failures)}")
+        return stop, by_clock
 
     def complete(self) -> bool:
         """Tells whether nothing is left to do."""
@@ -308,8 +413,13 @@ class Trainer:
 
     def evaluate_and_keep_best(self) -> bool:
         """Evaluates, reports, and tells whether this is the best evaluation so far."""
+        with self.clock.phase("checkpoint"):
+            self.saver.before_update()
         with self.clock.phase("evaluation"):
-            metrics = self.evaluate()
+            generators = generator_states(self.runtime.device)
+            with self.ema.swapped_in() if self.ema is not None else nullcontext():
+                metrics = self.evaluate()
+            restore_generators(generators, self.runtime.device)  # so that evaluating changes nothing that follows
         progress = self.progress
         progress.evaluated_step, progress.eval_metrics = progress.step, metrics
         if self.reporter is not None:
@@ -336,6 +446,7 @@ class Trainer:
             {
                 "loss": window.loss_sum,
                 "count": torch.tensor(window.num_samples),
+                "timed": torch.tensor(window.num_timed_samples),
                 "skipped": torch.tensor(self._num_skipped()),
             }
         )
@@ -344,7 +455,7 @@ class Trainer:
         record = {
             "train/loss": totals["loss"] / totals["count"],
             "train/lr": self.learning_rate(step - 1),
-            "train/samples_per_second": totals["count"] / seconds["train"],
+            "train/samples_per_second": totals["timed"] / seconds["train"],
             "train/data_wait": seconds["data_wait"] / seconds["train"],
         }
         if window.grad_norm is not None:
@@ -368,26 +479,41 @@ class Trainer:
                     self.progress,
                     self.bare_model,
                 )
+                self.checkpoints.clean()
             self.feed.start(self.sampler, self.progress.step, self.total_steps)
             self.stop_requests.install()
-        self._window = _Window(self.runtime, self.clock, self.feed)
+        self._first_step = self.progress.step
+        self._window.restart(self.clock, self.feed)
 
     def finish(self) -> str:
-        """Writes the summary and closes everything. Returns the status."""
+        """Waits for the last checkpoint, writes the summary and closes everything. Returns the status.
+
+        Raises:
+            SaveFailed: the end of the run is not saved, or there is no checkpoint at all to go on from.
+        """
         status = "finished" if self.complete() else "stopped"
+        self._wait_for_the_last_save(must_be_there=status == "finished")
         self._skipped_samples = int(self.runtime.sum({"skipped": torch.tensor(self._num_skipped())})["skipped"])
         self._summarise(status)
         self.close()
         logger.info("%s at step %d of %d: %s", status, self.progress.step, self.total_steps, self.folder.path)
         return status
 
+    def _wait_for_the_last_save(self, must_be_there: bool) -> None:
+        with self.clock.phase("checkpoint"):
+            self.saver.wait()
+        if self.saver.saved_step != self.progress.step:
+            self.save()  # once more: what failed may have passed
+            with self.clock.phase("checkpoint"):
+                self.saver.wait()
+        if self.saver.saved_step is None or (must_be_there and self.saver.saved_step != self.progress.step):
+            raise SaveFailed(f"the last step, {self.progress.step}, could not be saved: {'; '.join(self.saver.failures[-1:])}")
+
     def abandon(self, error: BaseException) -> None:
         """Ends a run that failed: leaves a summary and no process behind. Talks to no other rank."""
-        try:
-            self._summarise("failed", one_line(error))
-        except OSError:  # the disk may be what failed
-            logger.exception("cannot write the summary")
+        self._summarise("failed", one_line(error))
         self._close_feeds()
+        self.saver.give_up(seconds=5)
         self.stop_requests.release_signals()
         if self.reporter is not None:
             self.reporter.close(failed=True)
@@ -397,7 +523,8 @@ class Trainer:
         self._close_feeds()
         if self.reporter is not None:
             self.reporter.close()
-        self.stop_requests.drain()
+        self.votes.drain()
+        self.saver.wait()
         del self.model, self.optimizer, self.bare_model, self.bare_optimizer
         self.runtime.close()
         self.stop_requests.release_signals()
@@ -412,7 +539,8 @@ class Trainer:
             wait = self.feed.data_wait_seconds
             # Other ranks' skips are those of their last report: a failed run must not wait for them.
             skipped = max(self._skipped_samples, self._num_skipped())
-            self.reporter.summarise(status, self.progress, self.best_metric, self.clock, wait, skipped, error)
+            saves = self.saver.statistics
+            self.reporter.summarise(status, self.progress, self.best_metric, self.clock, wait, skipped, saves, error)
 
     def _num_skipped(self) -> int:
         """Returns how often this rank could not read a sample."""
@@ -442,78 +570,81 @@ class Trainer:
 
     # ---- state --------------------------------------------------------------------------------------------
 
-    @property
-    def identity(self) -> Identity:
-        """What a resuming run must agree on."""
-        config = self.config
-        return Identity(
-            model=config.model.name,
-            optimizer=config.optim.name,
-            num_samples=self.plan.num_samples,
-            batch_size=self.plan.batch_size,
-            seed=config.run.seed,
-            drop_last=self.plan.drop_last,
+    def _parts(self) -> Parts:
+        return Parts(
+            model=self.bare_model,
+            optimizer=self.bare_optimizer,
+            averages=self.ema.averages if self.ema is not None else None,
+            scaler=self.runtime.scaler,
+            own={
+                **{f"generator.{name}": state for name, state in generator_states(self.runtime.device).items()},
+                **{f"window.{name}": value for name, value in self._window.totals().items()},
+            },
+            rank=self.runtime.rank,
+            num_ranks=self.runtime.num_ranks,
         )
 
+    def _state(self) -> State:
+        # Ranks' BatchNorm statistics are their own until the next step, and the planner lets any rank write them.
+        self.runtime.broadcast_buffers(self.bare_model)
+        return self._parts().collect()
+
     def save(self) -> None:
-        """Writes a checkpoint of the current step; every rank calls it."""
+        """Saves the current step behind the training; every rank calls it."""
         with self.clock.phase("checkpoint"):
-            generators = self.runtime.gather(self.runtime.generator_states())
-            if self.runtime.is_main:
-                tensors: dict[str, Any] = {
-                    "model": self.bare_model.state_dict(),
-                    "optimizer": self.bare_optimizer.state_dict(),
-                    "generators": generators,
-                }
-                if self.runtime.scaler is not None:
-                    tensors["scaler"] = self.runtime.scaler.state_dict()
-                self.checkpoints.write(self.progress, self.identity, tensors, self.runtime.num_ranks)
-            self.runtime.barrier()
+            state = self._state()
+            manifest = Manifest(
+                progress=self.progress,
+                config=self.config.model_dump(mode="json"),
+                num_samples=self.plan.num_samples,
+                num_ranks=self.runtime.num_ranks,
+                values=state.values,
+                tensors={},
+                files={},
+            )
+            self.saver.save(state, manifest)
 
     def restore(self) -> None:
-        """Continues from the newest checkpoint in the run folder, if there is one.
+        """Continues from the newest checkpoint that is good, if the run has one.
 
         Raises:
-            UserError: the checkpoint is of another run or model, cannot be read, or may not be resumed.
+            UserError: no checkpoint is good, it is of another run or model, or may not be resumed.
         """
         with self.clock.phase("startup"):
-            steps = self.runtime.from_main(self.checkpoints.steps)
-            if not steps:
-                return
-            if self.config.checkpoint.resume == "never":
-                message = f"'{self.folder.path}' already holds a run; choose another run.dir"
+            if self.config.checkpoint.resume == "never" and self.runtime.from_main(self.checkpoints.steps):
+                message = f"'{self.checkpoints.location}' already holds a run; choose another run.dir"
                 raise UserError(message, path="checkpoint.resume", agreed=True)
-            self.runtime.agree(lambda: self.load(steps[-1]))
+            checkpoint = self.checkpoints.choose(self.runtime)
+            if checkpoint is None:
+                return
+            manifest = checkpoint.manifest
+            changes = self.runtime.agree(
+                lambda: check_resumable(manifest.config, manifest.num_samples, self.config, self.plan.num_samples)
+            )
+            self.load(checkpoint)
+            self.saver.saved_step = checkpoint.step
         logger.info("continuing from step %d of %s", self.progress.step, self.folder.path)
-        for change in self.folder.config_changes():
+        for change in changes.allowed:
             logger.info("changed    %s", change)
 
-    def load(self, step: int) -> None:
-        """Loads the checkpoint of a step into model, optimizer, generators and progress."""
-        progress, num_ranks = self.checkpoints.read(step, self.identity)
-        where = self.checkpoints.path(step)
-        try:
-            self.bare_model.load_state_dict(self.checkpoints.load(step, "model"))
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"'{where}' is of another model: {reason}", path="run.dir") from error
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Loads a verified checkpoint into model, optimizer, generators and progress; all ranks call it together.
+
+        Raises:
+            UserError: it is of another model or optimizer.
+        """
         # What the config says of the optimizer wins over what the checkpoint remembers.
         set_here = {"lr", "weight_decay", "fused", "foreach", *self.config.optim.args}
-        state = self.checkpoints.load(step, "optimizer")
-        # Before it is loaded: torch looks there for where the state of a fused optimizer belongs.
-        for group, setting in zip(state["param_groups"], self.bare_optimizer.param_groups, strict=False):
-            group.update({k: v for k, v in setting.items() if k in set_here})
-        try:
-            self.bare_optimizer.load_state_dict(state)
-        except ValueError as error:
-            raise UserError(f"'{where}' is of another optimizer: {error}", path="run.dir") from error
-        if self.runtime.scaler is not None and self.checkpoints.has(step, "scaler"):
-            self.runtime.scaler.load_state_dict(self.checkpoints.load(step, "scaler"))
-        generators = self.checkpoints.load(step, "generators")
+        own = self._parts().restore(checkpoint, self.runtime.host_group, set_here)
+        num_ranks = checkpoint.manifest.num_ranks
         if num_ranks == self.runtime.num_ranks:
-            self.runtime.restore_generators(generators[self.runtime.rank])
+            prefix = "generator."
+            generators = {name.removeprefix(prefix): state for name, state in own.items() if name.startswith(prefix)}
+            restore_generators(generators, self.runtime.device)
         else:
             logger.info("written by %d processes, read by %d", num_ranks, self.runtime.num_ranks)
+        self._window.load(own["window.loss_sum"], own["window.num_samples"])
+        progress = checkpoint.manifest.progress
         if progress.best_of != self.best_of:  # values of another metric do not compare
             progress.best_step = progress.best_value = None
         self.progress = progress
@@ -526,12 +657,30 @@ class _Window:
         self.loss_sum = runtime.exact(torch.zeros((), device=runtime.device))
         self.num_samples = 0
         self.grad_norm: torch.Tensor | None = None
+        self.restart(clock, feed)
+
+    def restart(self, clock: Clock, feed: DeviceFeed) -> None:
+        """Measures time from now on."""
+        self._num_samples_before = self.num_samples  # of an earlier attempt, whose time is not ours
         self._train_seconds = clock.split()["train"]
         self._data_wait = feed.data_wait_seconds
 
     def add(self, loss_sum: torch.Tensor, num_samples: int) -> None:
         self.loss_sum += loss_sum.detach()
         self.num_samples += num_samples
+
+    @property
+    def num_timed_samples(self) -> int:
+        """Samples since `restart`."""
+        return self.num_samples - self._num_samples_before
+
+    def totals(self) -> dict[str, torch.Tensor]:
+        """Returns what a checkpoint keeps, so that a report tells the same wherever the run was interrupted."""
+        return {"loss_sum": self.loss_sum, "num_samples": torch.tensor(self.num_samples)}
+
+    def load(self, loss_sum: torch.Tensor, num_samples: torch.Tensor) -> None:
+        self.loss_sum.copy_(loss_sum)
+        self.num_samples = int(num_samples)
 
     def seconds(self, clock: Clock, feed: DeviceFeed) -> dict[str, float]:
         return {

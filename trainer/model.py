@@ -1,14 +1,13 @@
 """The model: built by name, started from given weights, its head fitted to the number of classes, then put in shape.
 
 Owns what happens to a model before Accelerate prepares it, in the one right order: memory format, gradient
-checkpointing, compile. Wrapping and precision are `trainer.runtime`.
+checkpointing, compile. Wrapping and precision are `trainer.runtime`, weights to start from `trainer.weights`.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +15,10 @@ from torch import nn
 
 from trainer.components import accepts, call, is_import_path, resolve
 from trainer.config import Config, ModelConfig
-from trainer.errors import UserError, nearest, one_line
+from trainer.errors import UserError
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.checkpointing import Policy, apply_checkpointing, uniform_policies
+from trainer.weights import start_from_weights
 
 logger = logging.getLogger("lockstep")
 
@@ -52,7 +52,7 @@ def build_model(config: ModelConfig, num_classes: int | None) -> nn.Module:
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"'{config.name}' has no parameter to train", path="model.name")
     if config.weights is not None:
-        load_weights(model, _read_weights(config), config.weights)
+        start_from_weights(model, config)
     if config.dtype != "float32":
         _convert_parameters(model, getattr(torch, config.dtype))
     return model
@@ -119,80 +119,3 @@ def compile_model(config: ModelConfig, model: nn.Module, blocks: Mapping[str, nn
     mode = None if config.compile_mode == "default" else config.compile_mode
     for module in {"none": (), "blocks": blocks.values(), "model": (model,)}[config.compile]:
         module.compile(mode=mode)
-
-
-def load_weights(model: nn.Module, state: Mapping[str, Any], source: str) -> None:
-    """Loads a state dict; a final layer of another size keeps its fresh values, and that is said.
-
-    Raises:
-        UserError: keys are missing or unexpected, or a layer other than the last has another shape.
-    """
-    own = model.state_dict()
-    reshaped = [k for k in own if k in state and state[k].shape != own[k].shape]
-    head = reshaped[0].rpartition(".")[0] if reshaped else None
-    last_layer = [k for k in own if k.rpartition(".")[0] == list(own)[-1].rpartition(".")[0]]
-    if head is not None and any(k not in last_layer for k in reshaped):
-        key = next(k for k in reshaped if k not in last_layer)
-        message = f"'{source}': {key} is {list(state[key].shape)}, the model has {list(own[key].shape)}"
-        raise UserError(message, path="model.weights")
-    # torchvision's auxiliary heads are not part of the model that we build.
-    unexpected = [k for k in state if k not in own and not k.startswith(("aux", "AuxLogits"))]
-    missing = [k for k in own if k not in state]
-    for what, keys in (("lacks", missing), ("has unknown", unexpected)):
-        if keys:
-            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            hint = nearest(keys[0], unexpected if what == "lacks" else missing)
-            raise UserError(f"'{source}' {what} {keys[0]}{more}{hint}", path="model.weights")
-    model.load_state_dict({k: v for k, v in state.items() if k in own and k not in reshaped}, strict=False)
-    logger.info("weights %s: %d tensors loaded", source, len(own) - len(reshaped))
-    for key in reshaped:
-        logger.info("weights: %s is new, %s instead of %s", key, list(own[key].shape), list(state[key].shape))
-
-
-def _read_weights(config: ModelConfig) -> Mapping[str, Any]:
-    """Reads the state dict that `model.weights` names: a file, or a torchvision weights name."""
-    assert config.weights is not None
-    file = Path(config.weights)
-    if file.suffix in (".safetensors", ".pt", ".pth", ".bin") or file.exists():
-        return read_state_dict(file)
-    from torchvision import models
-
-    if is_import_path(config.name) or config.name not in models.list_models():
-        message = f"no such file: '{config.weights}' (and '{config.name}' has no named weights)"
-        raise UserError(message, path="model.weights")
-    weights = models.get_model_weights(config.name)
-    names = ["DEFAULT", *(w.name for w in weights)]
-    if config.weights not in names:
-        hint = nearest(config.weights, names) or f"; it has: {', '.join(names)}"
-        raise UserError(f"'{config.name}' has no weights '{config.weights}'{hint}", path="model.weights")
-    try:
-        return weights[config.weights].get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot get '{config.weights}': {one_line(error)}", path="model.weights") from error
-
-
-def read_state_dict(file: Path) -> Mapping[str, Any]:
-    """Reads a .safetensors file, or a state dict that torch.save wrote; never runs code from the file.
-
-    Raises:
-        UserError: the file is missing or is not a state dict.
-    """
-    if not file.is_file():
-        raise UserError(f"no such file: '{file}'", path="model.weights")
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # both libraries raise types of their own for a broken file
-        message = f"cannot read '{file}': {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        raise UserError(message, path="model.weights") from error
-    if isinstance(state, Mapping):
-        for wrapper in ("state_dict", "model"):  # as timm and torchvision's reference save them
-            if isinstance(state.get(wrapper), Mapping):
-                state = state[wrapper]
-        if state and all(isinstance(v, torch.Tensor) for v in state.values()):
-            return state
-    raise UserError(f"'{file}' is not a state dict", path="model.weights")

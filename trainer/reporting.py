@@ -8,12 +8,14 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 from tqdm import tqdm
 
-from trainer.checkpoint import Progress
+from trainer.checkpoint.manifest import Progress
+from trainer.checkpoint.writing import SaveStatistics
 from trainer.config import Config
 from trainer.data.sampler import BatchPlan
 from trainer.run_folder import RunFolder
@@ -54,7 +56,7 @@ class Reporter:
         self.total_steps = total_steps
         self.first_step = progress.step
         folder.describe(runtime.num_ranks, runtime.device)
-        folder.cut_metrics(progress.step)
+        folder.cut_metrics(progress.step, progress.evaluated_step)
         self.trackers = Trackers(config, folder.path, progress.wandb_id)
         progress.wandb_id = self.trackers.wandb_id
         self._announce(model)
@@ -97,6 +99,7 @@ class Reporter:
         clock: Clock,
         data_wait_seconds: float,
         skipped_samples: int,
+        saves: SaveStatistics,
         error: str | None = None,
     ) -> None:
         """Writes summary.json: the run so far, and the time and throughput of this attempt."""
@@ -120,6 +123,7 @@ class Reporter:
                 "goodput": split["train"] / split["total"],
                 "peak_memory_bytes": peak_memory_bytes(self.runtime.device),
                 "seconds": {**split, "data_wait": data_wait_seconds},
+                "checkpoints": asdict(saves),
                 "num_processes": self.runtime.num_ranks,
                 "micro_batch_size": self.plan.micro_batch_size,
             }

@@ -1,4 +1,8 @@
-"""What can be done with a run's results: evaluate a checkpoint, export its weights."""
+"""What can be done with a run's results: evaluate a checkpoint, export its weights or the whole model.
+
+Owns which checkpoint and which weights are meant, and that a file is written whole or not at all. How a model becomes
+a graph is `trainer.graphs`.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,62 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 
-from trainer.checkpoint import CheckpointFolder
+from trainer.checkpoint.folder import CheckpointFolder, open_folder
+from trainer.checkpoint.layout import safetensors_header
+from trainer.checkpoint.manifest import Damaged
+from trainer.checkpoint.reading import Checkpoint
 from trainer.config import Config, load_config
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line_text
+from trainer.system import sync_folder
+from trainer.weights import CheckpointWeights, Kind
 
 logger = logging.getLogger("lockstep")
 
+Format = Literal["safetensors", "state_dict", "onnx", "torch_export"]
 
-def evaluate(run_dir: Path, *, best: bool) -> dict[str, float]:
+_ENDINGS = {"safetensors": ".safetensors", "state_dict": ".pt", "onnx": ".onnx", "torch_export": ".pt2"}
+
+# On one process without training, whatever the run trained on.
+_ALONE = (
+    "model.weights=null",  # the checkpoint has them all
+    "train.micro_batch_size=null",
+    "data.resident_placement=auto",
+    "memory.blocks=[]",
+    "parallel.strategy=ddp",
+    "parallel.shard_size=null",
+    "parallel.reshard_after_forward=true",
+    "parallel.cpu_offload=false",
+    "parallel.sync_batchnorm=false",
+    "parallel.static_graph=false",
+    "parallel.gradient_compression=none",
+    "parallel.pin_cores=false",
+    "tracking.trackers=[]",
+)
+# In float32 and row by row, and every sample as an evaluation sees it.
+_PLAIN = (
+    "precision=no",
+    "model.dtype=float32",
+    "model.channels_last=false",
+    "data.augment.mixup=0.0",
+    "data.augment.cutmix=0.0",
+    "data.augment.erase=0.0",
+)
+
+
+def evaluate(run_dir: Path, *, best: bool, kind: Kind | None = None) -> dict[str, float]:
     """Evaluates the newest or best checkpoint of a run on this machine and returns its metrics.
+
+    Args:
+        run_dir: the run folder.
+        best: the best checkpoint instead of the newest.
+        kind: averages or the last weights; None for averages where there are any.
 
     Raises:
         UserError: there is no such checkpoint, or the run has no evaluation data.
@@ -29,20 +74,20 @@ def evaluate(run_dir: Path, *, best: bool) -> dict[str, float]:
 
     config = _read_config(run_dir)
     train = config.train
-    # On this one process, however many trained: no accumulation to fit, the same evaluation batches.
     micro_batch_size = train.micro_batch_size
     if micro_batch_size == "auto":
         micro_batch_size = _micro_batch_that_trained(run_dir)
     eval_batch = config.eval.batch_size or micro_batch_size or train.batch_size
-    config = _read_config(run_dir, "train.micro_batch_size=null", f"eval.batch_size={eval_batch}")
     if config.data.eval is None:
         raise UserError(f"the run in '{run_dir}' has no evaluation data", path="data.eval")
-    step = _choose(_checkpoints(run_dir, config), best)
-    trainer = Trainer(config, to_train=False)
-    trainer.load(step)
+    weights = CheckpointWeights(_choose(open_folder(config), best), kind)
+    # On this one process, however many trained: no accumulation to fit, the same evaluation batches.
+    trainer = Trainer(_read_config(run_dir, *_ALONE, f"eval.batch_size={eval_batch}"), to_train=False)
+    weights.load_into(trainer.bare_model)
     metrics = trainer.evaluate()
     trainer.close()
-    return {"step": step, **metrics}
+    logger.info("evaluated  the %s", weights)
+    return {"step": weights.checkpoint.step, **metrics}
 
 
 def _micro_batch_that_trained(run_dir: Path) -> int | None:
@@ -53,38 +98,72 @@ def _micro_batch_that_trained(run_dir: Path) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def export(run_dir: Path, file_format: str, output: Path, *, best: bool) -> None:
-    """Writes the weights of the newest or best checkpoint to one file, under the model's own names.
+def export(run_dir: Path, file_format: Format, output: Path, *, best: bool, kind: Kind | None = None) -> None:
+    """Writes the weights of a run's newest or best checkpoint, or the model with them, to one file.
 
     Args:
         run_dir: the run folder.
-        file_format: `safetensors`, or `state_dict` for a file that torch.load reads.
+        file_format: `safetensors`; `state_dict` for a file that torch.load reads; `onnx` or `torch_export` for the
+            whole model, which takes batches of any size.
         output: the file to write; an existing one is replaced whole or not at all.
         best: the best checkpoint instead of the newest.
+        kind: averages or the last weights; None for averages where there are any.
 
     Raises:
-        UserError: there is no such checkpoint, or the file cannot be written.
+        UserError: there is no such checkpoint, the model cannot be exported, or the file cannot be written.
     """
-    checkpoints = _checkpoints(run_dir, _read_config(run_dir))
-    step = _choose(checkpoints, best)
-    weights: Mapping[str, Any] = checkpoints.load(step, "model")
-    # Tied weights share memory, which safetensors refuses: every name gets its own copy.
-    state = {name: tensor.clone().contiguous() for name, tensor in weights.items()}
-    staged = output.with_name(f".{output.name}.new")
+    config = _read_config(run_dir)
+    weights = CheckpointWeights(_choose(open_folder(config), best), kind)
+    if file_format in ("onnx", "torch_export"):
+        from trainer.graphs import write_graph
+
+        plain = _read_config(run_dir, *_ALONE, *_PLAIN)
+        with _replacing(output, _ENDINGS[file_format]) as staged:
+            write_graph(plain, weights, file_format, staged)
+    else:
+        write = _write_safetensors if file_format == "safetensors" else _write_state_dict
+        with _replacing(output, _ENDINGS[file_format]) as staged:
+            write(weights, staged)
+    logger.info("%s: %d tensors, the %s, as %s", output, len(weights.names), weights, file_format)
+
+
+def _write_safetensors(weights: CheckpointWeights, file: Path) -> None:
+    """Writes one tensor after the other: the whole model is never in memory."""
+    entries: list[tuple[str, torch.dtype, torch.Size]] = []
+    for name in weights.names:
+        shape, dtype = weights.shape_and_dtype(name)
+        entries.append((name, dtype, shape))
+    entries.sort(key=lambda entry: -entry[1].itemsize)  # so that all are aligned without gaps
+    metadata = {"format": "pt", "step": str(weights.checkpoint.step), "weights": weights.kind}
+    with open(file, "wb") as stream:
+        stream.write(safetensors_header(entries, metadata))
+        for name, _, _ in entries:
+            stream.write(memoryview(weights.read(name).reshape(-1).view(torch.uint8).numpy()))
+
+
+def _write_state_dict(weights: CheckpointWeights, file: Path) -> None:
+    with open(file, "wb") as stream:  # where torch opens it itself, a full disk is a RuntimeError
+        torch.save(weights.state_dict(), stream)
+
+
+@contextlib.contextmanager
+def _replacing(output: Path, ending: str) -> Iterator[Path]:
+    """Gives a file to write beside `output`, which takes its place once it is whole and on the disk."""
+    staged = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}{ending}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        if file_format == "safetensors":
-            from safetensors.torch import save_file
-
-            save_file(state, staged, metadata={"format": "pt", "step": str(step)})
-        else:
-            torch.save(state, staged)
+        if output.is_dir():
+            raise IsADirectoryError("it is a folder")
+        yield staged
+        with open(staged, "rb") as stream:
+            os.fsync(stream.fileno())
         os.replace(staged, output)
+        sync_folder(output.parent)
     except OSError as error:
+        raise UserError(f"cannot write '{output}': {one_line_text(error)}") from error
+    finally:
         with contextlib.suppress(OSError):
             staged.unlink()
-        raise UserError(f"cannot write '{output}': {error}") from error
-    logger.info("%d tensors of step %d written to %s", len(state), step, output)
 
 
 def _read_config(run_dir: Path, *overrides: str) -> Config:
@@ -95,15 +174,16 @@ def _read_config(run_dir: Path, *overrides: str) -> Config:
     return load_config(str(file), [f"run.dir={json.dumps(str(run_dir))}", *overrides])
 
 
-def _checkpoints(run_dir: Path, config: Config) -> CheckpointFolder:
-    return CheckpointFolder(run_dir / "checkpoints", config.checkpoint.keep)
-
-
-def _choose(checkpoints: CheckpointFolder, best: bool) -> int:
-    steps = checkpoints.steps()
-    if not steps:
-        raise UserError(f"'{checkpoints.folder}' holds no checkpoint")
-    step = checkpoints.best() if best else steps[-1]
+def _choose(folder: CheckpointFolder, best: bool) -> Checkpoint:
+    if not best:
+        return folder.newest()
+    step = folder.best()
     if step is None:
-        raise UserError(f"'{checkpoints.folder}' has no best checkpoint: the run was never evaluated")
-    return step
+        what = "no best checkpoint: the run was never evaluated, or it is gone" if folder.steps() else "no checkpoint"
+        raise UserError(f"'{folder.location}' holds {what}")
+    try:
+        checkpoint = folder.open(step)
+        checkpoint.verify()
+    except Damaged as error:
+        raise UserError(f"'{folder.location}/{folder.name(step)}': {error}") from error
+    return checkpoint

@@ -1,12 +1,14 @@
 """The files that a run leaves behind, other than checkpoints: the contract that users' scripts read.
 
-`config.yaml`, `environment.json`, `metrics.jsonl` and `summary.json`; rank 0 writes them all.
+`config.yaml`, `environment.json`, `metrics.jsonl` and `summary.json`; rank 0 writes them all. Where there is no room,
+what is to be written waits in memory until there is.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
@@ -16,14 +18,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from trainer.config import Config, flatten
-from trainer.errors import UserError
+from trainer.config import Config
+from trainer.errors import UserError, one_line_text
+
+logger = logging.getLogger("lockstep")
 
 
 class RunFolder:
@@ -33,6 +37,11 @@ class RunFolder:
         self.path = config.run_dir
         self.config = config
         self.metrics_file = self.path / "metrics.jsonl"
+        # What could not be written yet: files as they should be, and records to append after that.
+        self._files: dict[str, str] = {}
+        self._lines: list[str] = []
+        self._is_behind = False
+        self._torn_at: int | None = None  # where an append to `metrics.jsonl` began that failed
 
     def create(self) -> None:
         """Makes the folder and checks that it can be written to.
@@ -51,42 +60,78 @@ class RunFolder:
         self._write("config.yaml", self.config.to_yaml())
         self._write("environment.json", json.dumps(_environment(num_ranks, device), indent=2))
 
-    def config_changes(self) -> list[str]:
-        """Returns what this config says other than the one that the run was last started with."""
-        file = self.path / "config.yaml"
-        if not file.is_file():
-            return []
-        before = flatten(yaml.safe_load(file.read_text(encoding="utf-8")))
-        now = flatten(self.config.model_dump(mode="json"))
-        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        return [f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys]
-
-    def cut_metrics(self, step: int) -> None:
-        """Drops records after `step`, which a resumed run is about to write again."""
+    def cut_metrics(self, step: int, evaluated_step: int) -> None:
+        """Drops what a run that goes on from `step` writes again: later records, and evaluations new to it."""
         if not self.metrics_file.exists():
             return
+        before = self.metrics_file.read_text(encoding="utf-8")
         kept = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+        for line in before.splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                record = json.loads(line)
+                is_evaluation = any(key.startswith("eval/") for key in record)
+                if record["step"] <= (evaluated_step if is_evaluation else step):
                     kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):  # a line that a killed run left half written
+            except (ValueError, KeyError, TypeError, AttributeError):  # a line that a killed run left half written
                 continue
-        self._write("metrics.jsonl", "".join(kept))
+        if "".join(kept) != before:
+            self._write("metrics.jsonl", "".join(kept))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Appends a record to `metrics.jsonl` and flushes it."""
-        with open(self.metrics_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite({**record, "time": round(time.time(), 3)})) + "\n")
+        self._lines.append(json.dumps(_finite({**record, "time": round(time.time(), 3)})) + "\n")
+        self._write_what_waits()
 
     def summarise(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json`."""
         self._write("summary.json", json.dumps(_finite(summary), indent=2))
 
     def _write(self, name: str, text: str) -> None:
+        self._files[name] = text
+        self._write_what_waits()
+
+    def _write_what_waits(self) -> None:
+        """Writes all that is not written yet. A full disk or a lost mount leaves it waiting, and ends no run."""
+        try:
+            for name, text in list(self._files.items()):
+                self._replace(name, text)
+                del self._files[name]
+            if self._lines:
+                self._append("".join(self._lines).encode())
+                self._lines.clear()
+        except OSError as error:
+            if not self._is_behind:
+                message = "cannot write to '%s', and tries again with every record, all of which are kept: %s"
+                logger.warning(message, self.path, one_line_text(error))
+            self._is_behind = True
+            return
+        if self._is_behind:
+            logger.info("all records are in '%s' now", self.path)
+        self._is_behind = False
+
+    def _replace(self, name: str, text: str) -> None:
         staged = self.path / f".{name}.new"
-        staged.write_text(text, encoding="utf-8")
-        os.replace(staged, self.path / name)
+        try:
+            staged.write_text(text, encoding="utf-8")
+            os.replace(staged, self.path / name)
+        except OSError:
+            with suppress(OSError):
+                staged.unlink()
+            raise
+
+    def _append(self, data: bytes) -> None:
+        with open(self.metrics_file, "ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if self._torn_at is not None and end > self._torn_at:  # half of what did not fit the last time
+                end = file.truncate(self._torn_at)
+            self._torn_at = end
+            try:
+                while data:
+                    data = data[file.write(data) :]
+            except OSError:
+                file.truncate(end)  # at once, if it can be: a reader wants whole records
+                raise
+        self._torn_at = None  # only now: some file systems find out on closing that there was no room
 
 
 def _finite(value: Any) -> Any:

@@ -14,7 +14,7 @@ import random
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -32,6 +32,7 @@ from trainer.data.modes import device_memory
 from trainer.data.tuning import cores_of_a_rank
 from trainer.errors import Problem, UserError, one_line
 from trainer.memory.checkpointing import explain_checkpointing_error
+from trainer.parallel import broadcast, choose_shard_size, clip_gradients, prepare_sharded, reshard, use_fsdp
 from trainer.placement import place_this_process
 from trainer.precision import STEP_DTYPES, autocast_on_cpu, check_precision, set_backends
 
@@ -54,10 +55,7 @@ class Runtime:
             self.accelerator = Accelerator(
                 mixed_precision=config.precision,
                 cpu=not has_accelerator,
-                kwargs_handlers=[
-                    InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
-                    _ddp_settings(config.parallel),
-                ],
+                kwargs_handlers=[_process_group_settings(config.parallel), _ddp_settings(config.parallel)],
             )
         if config.precision == "fp16" and not has_accelerator:
             autocast_on_cpu(self.accelerator)
@@ -78,7 +76,21 @@ class Runtime:
         if promised != self.num_ranks:
             raise UserError(_wrong_world(promised, self.num_ranks))
         # Decisions between hosts travel over gloo, so that agreeing on them never waits for the GPU.
-        self.host_group = _gloo_group() if self.num_ranks > 1 else None
+        self.host_group = self.new_host_group()
+        # Processes that share one copy of parameters, gradients and optimizer state.
+        self.shard_size = choose_shard_size(config.parallel, self.gather(self.num_local_ranks))
+        self.is_sharded = self.shard_size > 1
+        # Whether a training forward is a collective, so that every rank has to run as many as the others.
+        self.in_lockstep = self.is_sharded or (config.parallel.sync_batchnorm and self.num_ranks > 1)
+        if self.is_sharded:
+            use_fsdp(
+                self.accelerator,
+                config.parallel,
+                self.shard_size,
+                None if config.precision == "no" else self.step_dtype,
+            )
+        if config.parallel.strategy != "ddp":
+            logger.info("parallel   %s", _describe_sharding(config.parallel, self.num_ranks, self.shard_size))
 
     @property
     def device_memory(self) -> int:
@@ -88,10 +100,30 @@ class Runtime:
 
     # ---- model and optimizer ------------------------------------------------------------------------------
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Places the model on the device and wraps model and optimizer for this world and precision."""
+    def prepare(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, blocks: Iterable[nn.Module] = ()
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Places the model on the device and wraps model and optimizer for this world and precision.
+
+        Args:
+            model: in its final shape. DDP wraps it; FSDP shards it in place.
+            optimizer: of its parameters, without state.
+            blocks: what FSDP shards each by itself.
+        """
+        if self.is_sharded:
+            return prepare_sharded(self.accelerator, model, optimizer, blocks)
         prepared = self.accelerator.prepare(model, optimizer)
         return prepared[0], prepared[1]
+
+    def begin_step(self, model: nn.Module) -> None:
+        """Gives every rank the buffers of rank 0 where DDP, which does so in a step's first forward, is not there."""
+        if self.is_sharded:
+            broadcast(list(model.buffers()))
+
+    def end_evaluation(self, model: nn.Module) -> None:
+        """Brings a sharded model's parameters back into shares, which a forward without backward leaves whole."""
+        if self.is_sharded:
+            reshard(model)
 
     def accumulate(self, model: nn.Module, is_last: bool) -> AbstractContextManager[Any]:
         """Exchanges gradients only in the last micro-batch of a step."""
@@ -112,6 +144,11 @@ class Runtime:
         if self.scaler is not None:
             self.accelerator.unscale_gradients(optimizer)
 
+    def clip_gradients(self, optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
+        """Clips the norm of all gradients together and returns what it was, without the loss scale."""
+        self.unscale_gradients(optimizer)
+        return clip_gradients([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+
     def step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Takes an optimizer step, and tells whether the loss scaler skipped it because of an overflow."""
         if self.scaler is None:
@@ -121,6 +158,10 @@ class Runtime:
         scale = self.scaler.get_scale()
         optimizer.step()
         return self.scaler.get_scale() < scale
+
+    def new_host_group(self) -> dist.ProcessGroup | None:
+        """Returns another gloo group of all ranks, for a thread of its own; None for a single process."""
+        return _gloo_group() if self.num_ranks > 1 else None
 
     # ---- collectives --------------------------------------------------------------------------------------
 
@@ -141,8 +182,7 @@ class Runtime:
     def broadcast_buffers(self, model: nn.Module) -> None:
         """Gives every rank the buffers of rank 0, as DDP does before a training step's forward."""
         if self.num_ranks > 1:
-            for buffer in model.buffers():
-                dist.broadcast(buffer, src=0)
+            broadcast(list(model.buffers()))
 
     def gather(self, value: T) -> list[T]:
         """Returns every rank's object, in rank order, on every rank."""
@@ -199,31 +239,6 @@ class Runtime:
         ]
         raise UserError(*shared, *lone, agreed=True)
 
-    # ---- random state -------------------------------------------------------------------------------------
-
-    def generator_states(self) -> dict[str, Any]:
-        """Returns the state of this rank's global generators, of types that torch.load accepts safely."""
-        name, keys, *rest = np.random.get_state()
-        version, internal, gauss = random.getstate()
-        states = {
-            "torch": torch.get_rng_state(),
-            "numpy": [str(name), torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
-            "python": [version, list(internal), gauss],
-        }
-        if self.device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(self.device)
-        return states
-
-    def restore_generators(self, states: Mapping[str, Any]) -> None:
-        """Sets this rank's global generators to what `generator_states` returned."""
-        torch.set_rng_state(states["torch"])
-        name, keys, *rest = states["numpy"]
-        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-        version, internal, gauss = states["python"]
-        random.setstate((version, tuple(internal), gauss))
-        if self.device.type == "cuda" and "cuda" in states:
-            torch.cuda.set_rng_state(states["cuda"], self.device)
-
     # ---- end ----------------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -237,8 +252,28 @@ class Runtime:
             dist.destroy_process_group()
 
 
+def _process_group_settings(config: ParallelConfig) -> InitProcessGroupKwargs:
+    settings: dict[str, Any] = {}
+    if config.cpu_offload and torch.cuda.is_available():
+        settings["backend"] = "cuda:nccl,cpu:gloo"  # norms and overflows of gradients in host memory are agreed there
+    return InitProcessGroupKwargs(timeout=timedelta(minutes=30), **settings)
+
+
+def _describe_sharding(config: ParallelConfig, num_ranks: int, shard_size: int) -> str:
+    if shard_size == 1:
+        text = f"{config.strategy}: one process has nobody to share with, so the model is whole"
+        return f"{text}, and in its memory" if config.cpu_offload else text
+    copies = num_ranks // shard_size
+    text = f"{config.strategy}: {shard_size} processes share one copy of parameters, gradients and optimizer state"
+    return f"{text}; {copies} copies" if copies > 1 else text
+
+
 def _ddp_settings(config: ParallelConfig) -> DistributedDataParallelKwargs:
-    hooks = {"none": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
+    hooks = {
+        "none": DDPCommunicationHookType.NO,
+        "bf16": DDPCommunicationHookType.BF16,
+        "fp16": DDPCommunicationHookType.FP16,
+    }
     return DistributedDataParallelKwargs(
         bucket_cap_mb=config.bucket_mb,
         find_unused_parameters=config.find_unused_parameters,

@@ -38,6 +38,26 @@ class Clock:
         return {"total": total, "train": total - sum(self.phases.values()), **self.phases}
 
 
+class Timer:
+    """Rings once per period.
+
+    Args:
+        seconds: the period.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._next = time.monotonic() + seconds
+
+    def rings(self) -> bool:
+        """Tells whether the period is over; then the next one begins."""
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + self._seconds
+        return True
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Returns the most memory allocated on the device, or on the CPU the peak size of this process."""
     if device.type == "cuda":

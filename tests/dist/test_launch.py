@@ -25,6 +25,7 @@ import wandb_log
 import yaml
 from conftest import REPOSITORY, WriteConfig
 from launching import Job, alive, environment, local, run
+from run_results import weights
 
 from trainer.cli import main
 
@@ -40,10 +41,6 @@ def summary(folder: Path) -> dict[str, Any]:
 def losses(folder: Path) -> dict[int, float]:
     records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
-
-
-def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "checkpoints" / f"step-{step:08d}" / "model.pt", weights_only=True)
 
 
 @pytest.mark.parametrize(

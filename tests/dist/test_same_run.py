@@ -11,6 +11,7 @@ import torch
 import yaml
 from conftest import REPOSITORY
 from launching import local
+from run_results import weights
 from safetensors.torch import load_file
 
 from trainer.cli import main
@@ -103,7 +104,7 @@ def test_exported_weights_have_the_same_names_and_are_the_trained_ones(runs: dic
         assert main(["export", str(run), "--format", "safetensors", "--output", str(file)]) == 0
         exported[world] = load_file(file)
         newest = max((run / "checkpoints").glob("step-*"))
-        trained = torch.load(newest / "model.pt", weights_only=True)
+        trained = weights(run, int(newest.name.removeprefix("step-")))
         assert exported[world].keys() == trained.keys()
         assert all(torch.equal(exported[world][k], trained[k]) for k in trained)
     assert exported[1].keys() == exported[2].keys() == exported[3].keys()

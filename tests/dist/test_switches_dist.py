@@ -20,6 +20,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "static": ({"static_graph": True, "bucket_mb": 3}, {"static_graph": True, "bucket_bytes_cap": 3 * 2**20}),
     "bf16": ({"gradient_compression": "bf16"}, {}),
+    "fp16": ({"gradient_compression": "fp16"}, {}),
 }
 
 
@@ -49,9 +50,10 @@ def test_settings_reach_ddp(write_config: WriteConfig, tmp_path: Path) -> None:
         assert len(lines) == 2 * 5
         assert all(line[key] == value for line in lines for key, value in expected.items())
         assert summary(folder / "run")["status"] == "finished"
-        is_short = all(torch.equal(g, g.bfloat16().float()) for g in gradients(folder))
-        assert is_short == (name == "bf16")
-        rel = 2e-2 if name == "bf16" else 1e-5
+        for compressed, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            is_short = all(torch.equal(g, g.to(dtype).float()) for g in gradients(folder))
+            assert is_short == (name == compressed)
+        rel = {"bf16": 2e-2, "fp16": 2e-3}.get(name, 1e-5)
         assert losses(folder / "run") == pytest.approx(losses(tmp_path / "defaults" / "run"), rel=rel)
 
 

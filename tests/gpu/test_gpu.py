@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Train, WriteConfig, forget_accelerate
+from run_results import checkpoint
 
 from trainer.config import load_config
 from trainer.loop import Trainer
@@ -65,12 +66,12 @@ def test_losses_are_those_of_the_cpu(
 
 def test_loss_scale_survives_a_restart(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
     assert train("--config", write_config(precision="fp16")).code == 0
-    file = tmp_path / "run" / "checkpoints" / "step-00000010" / "scaler.pt"
-    assert torch.load(file, weights_only=True)["scale"] > 0
+    saved = checkpoint(tmp_path / "run", 10).manifest.values["scaler"]
+    assert saved["scale"] > 0
     trainer = Trainer(load_config(str(write_config(precision="fp16", train__epochs=3))))
     trainer.restore()
     assert trainer.runtime.scaler is not None
-    assert trainer.runtime.scaler.state_dict() == torch.load(file, weights_only=True)
+    assert trainer.runtime.scaler.state_dict() == saved
     trainer.close()
 
 

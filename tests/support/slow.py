@@ -49,3 +49,15 @@ class Downloads(Vectors):
                 file.write(os.environ.get("RANK", "0"))
             time.sleep(0.5)
             Path(folder, "complete").touch()
+
+
+class Steady(Vectors):
+    """Takes the same time for every sample."""
+
+    def __init__(self, length: int, seconds: float) -> None:
+        super().__init__(length)
+        self.seconds = seconds
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        time.sleep(self.seconds)
+        return super().__getitem__(index)

@@ -442,12 +442,12 @@ def test_npy_that_would_unpickle(train: Train, write_config: WriteConfig, tmp_pa
 
 
 RESUMES: dict[str, tuple[dict[str, Any], str, str]] = {
-    "another model": ({"model__name": "small_cnn"}, "model.name", "was trained with model mlp"),
-    "another size of model": ({"model__args__hidden": [32]}, "run.dir", "size mismatch for layers.1.weight"),
-    "another optimizer": ({"optim__name": "sgd"}, "optim.name", "was trained with optimizer adamw"),
-    "another batch size": ({"train__batch_size": 20}, "train.batch_size", "trained with batch size 12"),
-    "another seed": ({"run__seed": 1}, "run.seed", "trained with seed 0"),
-    "other data": ({"data__train__args__length": 48}, "data.train", "trained with num samples 60"),
+    "another model": ({"model__name": "small_cnn"}, "model.name", "mlp in the checkpoint, vectors_model:Linear now;"),
+    "another size of model": ({"model__args__hidden": [32]}, "model.args.hidden", "[16] in the checkpoint, [32] now"),
+    "another optimizer": ({"optim__name": "sgd"}, "optim.name", "adamw in the checkpoint, sgd now"),
+    "another batch size": ({"train__batch_size": 20}, "train.batch_size", "12 in the checkpoint, 20 now"),
+    "another seed": ({"run__seed": 1}, "run.seed", "0 in the checkpoint, 1 now"),
+    "other data": ({"data__train__args__length": 48}, "data.train.args.length", "60 in the checkpoint, 48 now"),
     "not wanted": ({"checkpoint__resume": "never"}, "checkpoint.resume", "already holds a run"),
 }
 
@@ -468,18 +468,3 @@ def test_resume(name: str, train: Train, write_config: WriteConfig, tmp_path: Pa
     assert re.search(rf"error: .*: {re.escape(path)}: ", err), err
     assert message in err
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "checkpoints").rglob("*")} == before
-
-
-@pytest.mark.parametrize("damage", ["truncated", "empty", "no progress"])
-def test_damaged_checkpoint(damage: str, train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
-    assert train("--config", write_config()).code == 0
-    newest = tmp_path / "run" / "checkpoints" / "step-00000010"
-    if damage == "no progress":
-        (newest / "progress.json").write_text("{}")
-    else:
-        content = (newest / "model.pt").read_bytes()
-        (newest / "model.pt").write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
-    code, _, err = train("--config", write_config(train__epochs=3))
-    assert code == 2
-    assert "cannot read checkpoint" in err
-    assert len(err.splitlines()) == 1

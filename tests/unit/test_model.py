@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Train, WriteConfig
+from run_results import identical, tensors
 from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
@@ -16,6 +18,7 @@ from torchvision.models.regnet import BlockParams
 from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.model import build_model
+from trainer.weights import load_weights
 
 CLASSIFIERS = models.list_models(module=models)
 
@@ -108,6 +111,7 @@ def test_torchvision_weights_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (lambda s: s.update({"extra": torch.zeros(1)}), "has unknown extra"),
         (lambda s: s.update({"features.0.0.weight": torch.zeros(1)}), "features.0.0.weight is \\[1\\], the model has"),
         (lambda s: s.clear(), "is not a state dict"),
+        (lambda s: [s.pop("head.bias"), s.update({"extra": torch.zeros(1)})], "lacks head.bias\n.*has unknown extra"),
     ],
 )
 def test_weights_that_do_not_fit(change: Any, message: str, tmp_path: Path) -> None:
@@ -128,3 +132,141 @@ def test_a_file_with_code_in_it_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read"):
         build("small_cnn", num_classes=10, weights=tmp_path / "w.pt")
     assert not (tmp_path / "sprung").exists()
+
+
+def states(file: Path, change: Any) -> dict[str, Any]:
+    """Writes small_cnn's weights after a change, and returns them as they were."""
+    state = build("small_cnn", num_classes=10).state_dict()
+    before = dict(state)
+    torch.save(change(state) or state, file)
+    return before
+
+
+def lenient(file: Path, **args: Any) -> Any:
+    config = ModelConfig(name="small_cnn", args=args, weights=str(file), weights_strict=False)
+    return build_model(config, 10)
+
+
+def test_the_report_counts_and_lists_each_kind(tmp_path: Path) -> None:
+    def change(state: dict[str, Any]) -> None:
+        for i in range(12):
+            state[f"old.{i}"] = torch.zeros(1)
+        for name in ("features.0.0.weight", "features.1.0.weight", "head.weight"):
+            state[name] = torch.zeros(1, 2)
+        for name in [name for name in state if name.startswith(("features.2", "features.3", "features.0.1"))]:
+            del state[name]
+
+    states(tmp_path / "w.pt", change)
+    with pytest.raises(UserError) as info:
+        build("small_cnn", num_classes=10, weights=tmp_path / "w.pt")
+    missing, unexpected, shapes = (problem.message for problem in info.value.problems)
+    assert "lacks 8 tensors: features.0.1.weight, features.0.1.bias, features.2.0.weight, " in missing
+    assert "has unknown 12 tensors: old.0, old.1, " in unexpected
+    assert "old.9 and 2 more" in unexpected
+    assert "old.10" not in unexpected
+    assert "2 tensors: features.0.0.weight is [1, 2], the model has [32, 1, 3, 3], features.1.0.weight" in shapes
+    assert "head.weight" not in shapes  # a last layer of another size is no mistake
+    assert shapes.endswith("weights_strict: false loads what fits")
+
+
+def test_not_strict_loads_what_fits_and_says_what_does_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def change(state: dict[str, Any]) -> None:
+        state["extra"] = state.pop("features.1.0.weight")
+        state["features.2.0.weight"] = torch.zeros(1)
+
+    before = states(tmp_path / "w.pt", change)
+    caplog.set_level(logging.INFO, "lockstep")
+    model = lenient(tmp_path / "w.pt")
+    assert "12 of 14 tensors loaded" in caplog.text
+    assert "lacks features.1.0.weight" in caplog.text
+    assert "has unknown extra" in caplog.text
+    assert "features.2.0.weight is [1], the model has [64, 32, 3, 3]" in caplog.text
+    for name, tensor in model.state_dict().items():
+        is_new = name in ("features.1.0.weight", "features.2.0.weight")
+        assert torch.equal(tensor, before[name]) != is_new, name
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_nothing_that_fits_is_always_an_error(strict: bool, tmp_path: Path) -> None:
+    torch.save({"other.weight": torch.zeros(3)}, tmp_path / "w.pt")
+    config = ModelConfig(name="small_cnn", weights=str(tmp_path / "w.pt"), weights_strict=strict)
+    with pytest.raises(UserError, match="has nothing that fits the model"):
+        build_model(config, 10)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "module.", "_orig_mod.", "module._orig_mod."])
+def test_what_a_wrapper_put_before_all_names_is_taken_off(
+    prefix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = states(tmp_path / "w.pt", lambda state: {prefix + name: value for name, value in state.items()})
+    caplog.set_level(logging.INFO, "lockstep")
+    model = build("small_cnn", num_classes=10, weights=tmp_path / "w.pt")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert f"'{prefix}' before all names taken off" in caplog.text
+
+
+def test_a_models_own_prefix_stays(tmp_path: Path) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Linear(2, 2)
+
+    first, second = Wrapped(), Wrapped()
+    load_weights(second, first.state_dict(), "first")
+    assert torch.equal(first.model.weight, second.model.weight)
+    load_weights(second, {f"module.{k}": v + 1 for k, v in first.state_dict().items()}, "first")
+    assert torch.equal(first.model.weight + 1, second.model.weight)
+
+
+@pytest.mark.parametrize("ema", [None, {"decay": 0.9}])
+def test_weights_of_a_run(
+    ema: dict[str, Any] | None,
+    train: Train,
+    write_config: WriteConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert train("--config", write_config(optim={"name": "adamw", "lr": 0.01, "ema": ema})).code == 0
+    monkeypatch.chdir(tmp_path)
+
+    def build_from(weights: str) -> dict[str, torch.Tensor]:
+        model = build("mlp", 3, weights, in_features=8, hidden=[16], dropout=0.2)
+        return dict(model.state_dict())
+
+    prefix = "ema." if ema else "model."
+    newest, older = (tensors(tmp_path / "run", step, prefix) for step in (10, 5))
+    assert identical(build_from("run"), newest)
+    assert identical(build_from(str(tmp_path / "run" / "checkpoints" / "step-00000010")), newest)
+    assert identical(build_from("run/checkpoints/step-00000005"), older)
+    assert identical(build_from("run/checkpoints"), newest)
+    assert identical(build_from(f"file://{tmp_path}/run/checkpoints/step-00000005"), older)
+
+    file = tmp_path / "run" / "checkpoints" / "step-00000010" / "rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    caplog.set_level(logging.INFO, "lockstep")
+    logging.getLogger("lockstep").propagate = True
+    assert identical(build_from("run"), older)
+    assert f"weights run: {'averages (EMA)' if ema else 'weights'} of step 5" in caplog.text
+    for weights, message in (
+        ("run/checkpoints/step-00000010", "rank-00000.safetensors has .* bytes instead of"),
+        ("run/checkpoints/best/none", "no such file"),
+        (".", "is neither a run folder nor a checkpoint"),
+    ):
+        with pytest.raises(UserError, match=message) as info:
+            build_from(weights)
+        assert info.value.problems[0].path == "model.weights"
+    (tmp_path / "run" / "config.yaml").write_text("[")
+    with pytest.raises(UserError, match="cannot read 'run'"):
+        build_from("run")
+
+
+def test_a_run_starts_from_another(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
+    assert train("--config", write_config()).code == 0
+    optim = {"name": "sgd", "lr": 1e-30}
+    second = write_config("b.yaml", run__dir=str(tmp_path / "b"), model__weights=str(tmp_path / "run"), optim=optim)
+    code, out, _ = train("--config", second)
+    assert code == 0
+    assert "checkpoints/step-00000010: weights of step 10" in out  # and not what may be the newest on another rank
+    assert identical(tensors(tmp_path / "b", 10, "model."), tensors(tmp_path / "run", 10, "model."))
+    assert f"weights: {tmp_path / 'run'}\n" in (tmp_path / "b" / "config.yaml").read_text()

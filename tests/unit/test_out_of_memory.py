@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import Train, WriteConfig
 from hungry import PEBIBYTE
+from run_results import weights
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
@@ -342,10 +343,6 @@ def losses(folder: Path) -> dict[int, float]:
     return {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
 
 
-def weights(folder: Path, step: int = 10) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "checkpoints" / f"step-{step:08d}" / "model.pt", weights_only=True)
-
-
 def facts(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "out-of-memory" / "rank-0.json").read_text())
 
@@ -409,7 +406,7 @@ def test_the_next_start_takes_half(train: Train, write_config: WriteConfig, tmp_
     asked = train("--config", config, "train.micro_batch_size=6", "run.dir=" + str(tmp_path / "asked"))
     assert asked.code == 0
     assert losses(tmp_path / "run") == losses(tmp_path / "asked")
-    ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "asked")
+    ours, theirs = weights(tmp_path / "run", 10), weights(tmp_path / "asked", 10)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -428,7 +425,7 @@ def test_shrunk_within_a_run_equals_one_that_fits(train: Train, write_config: Wr
     whole = train("--config", hungry(write_config, {"limit": 99}), "run.dir=" + str(tmp_path / "whole"))
     assert whole.code == 0
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
-    ours, theirs = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    ours, theirs = weights(tmp_path / "run", 10), weights(tmp_path / "whole", 10)
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
 

@@ -42,6 +42,7 @@ class BatchPlan:
     num_ranks: int
     drop_last: bool
     group_size: int = 1  # neighbours in the global batch that stay neighbours on one rank: 2 where pairs are mixed
+    in_lockstep: bool = False  # a forward is a collective: every rank runs as many micro-batches as the others
 
     @classmethod
     def split(
@@ -52,6 +53,7 @@ class BatchPlan:
         num_ranks: int,
         drop_last: bool,
         group_size: int = 1,
+        in_lockstep: bool = False,
     ) -> BatchPlan:
         """Splits the global batch over ranks and micro-batches, in groups.
 
@@ -90,7 +92,7 @@ class BatchPlan:
         if drop_last and num_samples < batch_size:
             message = f"drop_last leaves nothing: {num_samples} samples make no batch of {batch_size}"
             raise UserError(message, path="data.drop_last")
-        return cls(num_samples, batch_size, micro, num_ranks, drop_last, group_size)
+        return cls(num_samples, batch_size, micro, num_ranks, drop_last, group_size, in_lockstep)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -118,6 +120,17 @@ class BatchPlan:
         """Returns which positions of a step's global batch a rank has, int64, in order: groups in turn."""
         positions = torch.arange(self.step_samples(step))
         return positions[positions // self.group_size % self.num_ranks == rank]
+
+    def num_turns(self, step: int, rank: int) -> int:
+        """Returns how many micro-batches a rank runs in a step, stand-ins included."""
+        # Rank 0 has as many samples as any.
+        share = len(self.positions(step, 0 if self.in_lockstep else rank))
+        return max(math.ceil(share / self.micro_batch_size), 1)
+
+    def needs_stand_ins(self, step: int) -> bool:
+        """Tells whether some rank has fewer micro-batches with samples than it runs in a step."""
+        last = self.num_ranks - 1  # which has as few samples as any
+        return self.num_turns(step, last) > math.ceil(len(self.positions(step, last)) / self.micro_batch_size)
 
     def samples_before(self, step: int) -> int:
         """Returns the number of samples that all steps before `step` saw together."""
@@ -180,6 +193,7 @@ class MicroBatchSampler(Sampler[list[SampleKey]]):
 
     A rank without a sample in an epoch's last batch gets one stand-in sample (the batch's first), so that every
     rank runs forward and backward in every step; `micro_batch_sizes` counts it as 0 samples, so it has no weight.
+    In lockstep so does a rank that has fewer micro-batches than another.
     """
 
     def __init__(self, sampler: StepSampler, start: int, stop: int) -> None:
@@ -191,16 +205,16 @@ class MicroBatchSampler(Sampler[list[SampleKey]]):
         size = self.sampler.plan.micro_batch_size
         for step in range(self.start, self.stop):
             epoch, indices = self.sampler.share(step)
-            indices = indices or [self.sampler.first(step)]
-            for first in range(0, len(indices), size):
-                yield [SampleKey(epoch, index) for index in indices[first : first + size]]
+            for turn in range(self.sampler.plan.num_turns(step, self.sampler.rank)):
+                own = indices[turn * size : (turn + 1) * size] or [self.sampler.first(step)]
+                yield [SampleKey(epoch, index) for index in own]
 
     def micro_batch_sizes(self, step: int) -> list[int]:
         """Returns how many real samples each micro-batch of this rank holds in a step: `[0]` for a stand-in."""
         plan = self.sampler.plan
         share = len(plan.positions(step, self.sampler.rank))
-        firsts = range(0, max(share, 1), plan.micro_batch_size)
-        return [min(plan.micro_batch_size, share - first) for first in firsts]
+        firsts = range(0, plan.num_turns(step, self.sampler.rank) * plan.micro_batch_size, plan.micro_batch_size)
+        return [min(plan.micro_batch_size, max(share - first, 0)) for first in firsts]
 
 
 class EvalSampler(Sampler[list[SampleKey]]):
@@ -216,3 +230,8 @@ class EvalSampler(Sampler[list[SampleKey]]):
 
     def __len__(self) -> int:
         return math.ceil(len(self.indices) / self.batch_size)
+
+    @staticmethod
+    def most_batches(num_samples: int, batch_size: int, num_ranks: int) -> int:
+        """Returns how many batches the rank with the most of them has."""
+        return len(EvalSampler(num_samples, batch_size, 0, num_ranks))

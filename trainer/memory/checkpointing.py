@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointError, CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from trainer.errors import UserError, one_line_text
+from trainer.sync_batchnorm import CpuSyncBatchNorm
 
 logger = logging.getLogger("lockstep")
 
@@ -35,7 +36,7 @@ _SMALL_BYTES = 1 << 16
 _STATE = "_lockstep_checkpointing"  # the attribute of a block that holds its _State
 
 # Their training forward writes its buffers and reads none of them, unless it averages over all steps.
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, CpuSyncBatchNorm)
 
 _PRODUCTS = frozenset(
     f"aten::{name}"

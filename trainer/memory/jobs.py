@@ -23,7 +23,15 @@ from trainer.tasks.base import Task
 _EXAMPLES = 2  # samples of which the shapes are taken
 
 
-def plan_job(config: Config, model: nn.Module, task: Task, feed: DeviceFeed, batch: BatchPlan, device_type: str) -> Job:
+def plan_job(
+    config: Config,
+    model: nn.Module,
+    task: Task,
+    feed: DeviceFeed,
+    batch: BatchPlan,
+    device_type: str,
+    shard_size: int = 1,
+) -> Job:
     """Returns the training step that a config describes.
 
     Args:
@@ -33,6 +41,7 @@ def plan_job(config: Config, model: nn.Module, task: Task, feed: DeviceFeed, bat
         feed: of the training data; two of its samples are read.
         batch: the batch arithmetic; its micro-batch does not matter.
         device_type: where the step will run.
+        shard_size: processes that share one copy of the model's state; 1 for DDP.
 
     Raises:
         UserError: the samples cannot be read.
@@ -50,6 +59,7 @@ def plan_job(config: Config, model: nn.Module, task: Task, feed: DeviceFeed, bat
         share=batch.batch_size // batch.num_ranks,
         micro_batch_sizes=batch.micro_batch_sizes,
         num_ranks=batch.num_ranks,
+        shard_size=shard_size,
         device_type=device_type,
         autocast_dtype=None if config.precision == "no" else STEP_DTYPES[config.precision],
         # What most of the arithmetic is: convolutions, or matrix products.

@@ -52,6 +52,7 @@ class Job:
         share: samples per process and optimizer step.
         micro_batch_sizes: those that split the share evenly, ascending.
         num_ranks: processes that train together.
+        shard_size: processes that share one copy of the model's state, under FSDP2; 1 under DDP.
         device_type: such as `cuda`.
         autocast_dtype: what matrix products take, where it is not float32.
         allows_tf32: whether float32 products use TF32.
@@ -71,6 +72,7 @@ class Job:
     share: int
     micro_batch_sizes: Sequence[int]
     num_ranks: int = 1
+    shard_size: int = 1
     device_type: str = "cuda"
     autocast_dtype: torch.dtype | None = None
     allows_tf32: bool = False
@@ -144,11 +146,16 @@ class Planner:
         self.device = device
         self.blocks = list(repeated_blocks(job.model, job.block_patterns))
         self._steps: dict[tuple[int, tuple[Policy, ...]], StepMemory] = {}
+        self._sharded_steps: dict[tuple[int, int, tuple[Policy, ...]], StepMemory] = {}
 
     # ---- one setting -----------------------------------------------------------------------------------------
 
     def predict(self, micro_batch_size: int, checkpointing: str, policies: Mapping[str, Policy]) -> Prediction:
         """Simulates a setting."""
+        whole = self._predict_whole(micro_batch_size, checkpointing, policies)
+        return self.sharded(whole) if self.job.shard_size > 1 else whole
+
+    def _predict_whole(self, micro_batch_size: int, checkpointing: str, policies: Mapping[str, Policy]) -> Prediction:
         job, step = self.job, self._step(micro_batch_size, policies)
         parts = {name: size for name, size in step.at_peak.items() if size}
         parts["feed"] = job.resident_bytes + job.feed_bytes * micro_batch_size
@@ -220,26 +227,40 @@ class Planner:
     def sharded(self, prediction: Prediction) -> Prediction:
         """Simulates a predicted setting under FSDP2 instead of DDP; its estimated time stays, so it is too short."""
         job, size = self.job, prediction.micro_batch_size
+        num_shards = job.shard_size if job.shard_size > 1 else job.num_ranks
+        key = num_shards, size, tuple(prediction.policies.get(name, "none") for name in self.blocks)
+        if key not in self._sharded_steps:
+            self._sharded_steps[key] = self._simulate_sharded(size, prediction.policies, num_shards)
+        step = self._sharded_steps[key]
+        parts = {name: num_bytes for name, num_bytes in step.at_peak.items() if num_bytes}
+        parts["feed"] = job.resident_bytes + job.feed_bytes * size
+        return replace(prediction, parts=parts, memory=step)
+
+    def _simulate_sharded(self, size: int, policies: Mapping[str, Policy], num_shards: int) -> StepMemory:
+        job = self.job
 
         def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
             return repeated_blocks(model, job.block_patterns)
 
-        step = simulate_sharded_step(
+        return simulate_sharded_step(
             job.model,
             job.loss,
             job.make_optimizer,
             self._batch(size),
-            job.num_ranks,
+            num_shards,
             blocks_of,
-            prepare=lambda model: apply_checkpointing(blocks_of(model), prediction.policies),
+            prepare=lambda model: apply_checkpointing(blocks_of(model), policies),
             autocast_dtype=job.autocast_dtype,
             is_accumulating=size < job.share,
             device_type=job.device_type,
             clip_norm=job.clips_gradients,
         )
-        parts = {name: num_bytes for name, num_bytes in step.at_peak.items() if num_bytes}
-        parts["feed"] = job.resident_bytes + job.feed_bytes * size
-        return replace(prediction, parts=parts, memory=step)
+
+    def under_ddp(self) -> Planner:
+        """Returns a planner of the same job with a copy of the model per process, which shares what was simulated."""
+        other = copy.copy(self)
+        other.job = replace(self.job, shard_size=1)
+        return other
 
     def restricted_to(self, micro_batch_sizes: Sequence[int]) -> Planner:
         """Returns a planner that chooses among these micro-batches only, and shares what was simulated."""
@@ -261,8 +282,9 @@ class Planner:
         if not self.blocks:
             return None
         costs, head = self.block_costs(micro_batch_size)
-        beside = none.peak_bytes - none.memory.peak_bytes  # feed and communication
-        allowed = budget_bytes - beside - none.memory.blocks[self.blocks[0]].before_bytes
+        whole = self._step(micro_batch_size, none.policies)  # of which a sharded step differs outside of the blocks
+        beside = none.peak_bytes - whole.peak_bytes  # feed and communication, less what others have
+        allowed = budget_bytes - beside - whole.blocks[self.blocks[0]].before_bytes
         for _ in range(_MOST_TRIES):
             policies = cheapest_policies(costs, allowed, head) if allowed > 0 else None
             if policies is None:

@@ -17,6 +17,7 @@ from trainer.data.nested import map_tensors
 from trainer.memory.out_of_memory import is_out_of_memory
 from trainer.memory.planner import Job
 from trainer.memory.trace import CPU_GRANULARITY, MemoryTrace
+from trainer.random_state import generator_states, restore_generators
 from trainer.runtime import Runtime
 
 
@@ -65,7 +66,7 @@ def measure(
     Returns:
         Bytes, or None where the device ran out of memory.
     """
-    states = runtime.generator_states()
+    states = generator_states(runtime.device)
     buffers = [buffer.detach().clone() for buffer in model.buffers()]
     try:
         # On a GPU DDP's buckets count as they are; on the host only what this trial makes is counted.
@@ -88,7 +89,7 @@ def measure(
         with torch.no_grad():
             for buffer, before in zip(model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
-        runtime.restore_generators(states)
+        restore_generators(states, runtime.device)
         gc.collect()
         if runtime.device.type == "cuda":
             torch.cuda.empty_cache()

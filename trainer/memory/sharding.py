@@ -1,40 +1,87 @@
-"""The memory of a training step under FSDP2, on one of several processes.
+"""FSDP2: what of a model is sharded with what, and the memory of a training step that is, on one of several processes.
 
-Owns how a model is sharded: each repeated block by itself and what is left as a whole, as Accelerate's FSDP2 does. The
-step itself is torch's own `fully_shard` on fake tensors, among fake processes, so nothing is assumed about which
-parameters are whole at what time; counting is `trainer.memory.trace`.
+Owns how a model is sharded, for training (`trainer.parallel`) and for predictions alike: each repeated block by itself
+and what is left as a whole. A prediction is torch's own `fully_shard` on fake tensors, among fake processes, so nothing
+is assumed about which parameters are whole at what time; counting is `trainer.memory.trace`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from trainer.errors import UserError
 from trainer.memory.fakes import fake_mesh
 from trainer.memory.trace import StepMemory, simulate_step
 
+# Their statistics are float32, and their kernels take weights of the same type only.
+_KEPT_IN_FLOAT32 = nn.modules.batchnorm._NormBase
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, dtype: torch.dtype | None = None) -> None:
+
+def shard(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    mesh: DeviceMesh,
+    dtype: torch.dtype | None = None,
+    *,
+    reshard_after_forward: bool = True,
+    offload: OffloadPolicy | None = None,
+    before: Callable[[nn.Module], None] | None = None,
+) -> None:
     """Shards the blocks' parameters over a mesh, then the rest of the model.
 
     Args:
-        model: the model; it is changed.
-        blocks: parts of it, none inside another.
-        mesh: the processes, in one dimension.
-        dtype: what the model computes in; its gradients are summed in float32. None: in the type it has.
+        model: the model; it is changed. Its names stay, its parameters become DTensors.
+        blocks: parts of it, none inside another. One that shares a parameter with another part of the model is
+            sharded with the rest: a parameter can be gathered with one group only.
+        mesh: the processes, in one dimension; or in two, of which the second shares.
+        dtype: what parameters are gathered in; gradients are summed in float32, and BatchNorm keeps float32. None:
+            in the type they have.
+        reshard_after_forward: whether a block's parameters are let go after its forward and gathered again for
+            backward. The rest of the model, whose backward comes first, keeps them.
+        offload: where shares are kept.
+        before: called with each part before it is sharded.
+
+    Raises:
+        UserError: a block is a container without a forward of its own.
     """
-    policy = MixedPrecisionPolicy()
-    if dtype is not None:
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
-    for block in blocks:
-        if any(True for _ in block.parameters()):
-            fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    settings: dict[str, Any] = {"mesh": mesh, "offload_policy": offload or OffloadPolicy()}
+
+    def shard_part(part: nn.Module, output_dtype: torch.dtype | None = None, **more: Any) -> None:
+        if before is not None:
+            before(part)
+        policy = MixedPrecisionPolicy()
+        if dtype is not None:
+            for module in part.modules():
+                is_done = isinstance(module, FSDPModule)
+                if isinstance(module, _KEPT_IN_FLOAT32) and not is_done and any(True for _ in module.parameters()):
+                    fully_shard(module, **settings, **more, mp_policy=policy)
+            # No output type inside of the model: what follows a block takes what its parameters are gathered in.
+            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=output_dtype)
+        fully_shard(part, **settings, **more, mp_policy=policy)
+
+    for block in _with_parameters_of_their_own(model, blocks):
+        if isinstance(block, nn.ModuleList | nn.ModuleDict):
+            message = f"a {type(block).__name__} has no forward and cannot be sharded as a block; name what it holds"
+            raise UserError(message, path="memory.blocks")
+        shard_part(block, reshard_after_forward=reshard_after_forward)
+    shard_part(model, torch.float32 if dtype is not None else None)
+
+
+def _with_parameters_of_their_own(model: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Module]:
+    def owners(module: nn.Module) -> Counter[nn.Parameter]:
+        # A module that is registered twice is one; a parameter that two modules hold is counted twice.
+        return Counter(p for part in module.modules() for p in part._parameters.values() if p is not None)
+
+    in_model = owners(model)
+    counted = ((block, owners(block)) for block in blocks)
+    return [block for block, own in counted if own and all(in_model[p] == count for p, count in own.items())]
 
 
 def simulate_sharded_step(
@@ -60,7 +107,7 @@ def simulate_sharded_step(
         num_ranks: processes that share the parameters.
         find_blocks: the blocks of a copy of the model, sharded each by itself.
         prepare: called with the copy before it is sharded.
-        autocast_dtype: what parameters are gathered in and the model computes in.
+        autocast_dtype: what parameters are gathered in, and the type of `simulate_step`.
         is_accumulating: there is an earlier micro-batch, whose gradients are not yet summed over the processes: they
             are whole. Its memory counts for the phase `forward`.
 
@@ -83,4 +130,5 @@ def simulate_sharded_step(
                 prepare(model)
             shard(model, find_blocks(model).values(), mesh, autocast_dtype)
 
+        settings["autocast_dtype"] = autocast_dtype
         return simulate_step(model, loss_of_last, make_optimizer, batch, prepare=prepare_and_shard, **settings)

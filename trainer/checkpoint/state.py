@@ -1,0 +1,260 @@
+"""What a run consists of, as flat names: into a checkpoint and out of it, under any strategy.
+
+Tensors are named after the model's own parameters: `model.conv1.weight`, `optimizer.conv1.weight.exp_avg`,
+`ema.conv1.weight`, and `ranks.3.generator.torch` for what rank 3 has to itself. What is not a tensor (settings of the
+optimizer, the loss scale) is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor
+
+from trainer.checkpoint.reading import Checkpoint
+from trainer.errors import Problem, UserError
+
+_MOST_SHOWN = 10
+SUMMED = ("window.loss_sum", "window.num_samples")  # since the last report, of each rank's own samples
+
+
+@dataclass(frozen=True)
+class State:
+    """A run's state at one moment; the tensors are the run's own, not copies.
+
+    Args:
+        tensors: by name; the same names on all ranks, but for those of `ranks`.
+        values: all that is not a tensor, as JSON would have it.
+        guarded: names of the tensors that nothing but an optimizer's step changes.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    values: dict[str, Any]
+    guarded: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What state is made of.
+
+    Args:
+        model: with its own names, whatever wraps it.
+        optimizer: over the model's parameters.
+        averages: EMA of parameters, by name; None without.
+        scaler: fp16's; None in other precisions.
+        own: what this rank has to itself, such as its generators. On another number of ranks `SUMMED` go to rank 0.
+        rank: this process.
+        num_ranks: of all processes.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    averages: Mapping[str, torch.Tensor] | None
+    scaler: torch.amp.GradScaler | None
+    own: Mapping[str, torch.Tensor]
+    rank: int
+    num_ranks: int
+
+    def collect(self) -> State:
+        """Returns the present state.
+
+        Raises:
+            UserError: something in it is of a kind that cannot be saved.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        values: dict[str, Any] = {}
+        for name, value in get_model_state_dict(self.model).items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"model.{name}"] = value
+            else:  # what a module returns from get_extra_state
+                values[f"model.{name}"] = _as_json(value, f"model.{name}")
+        parameters = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        guarded = {f"model.{name}" for name in parameters}
+        for name, average in (self.averages or {}).items():
+            tensors[f"ema.{name}"] = average
+        optimizer, values["optimizer"] = self._optimizer_state()
+        tensors |= optimizer
+        guarded |= {name for name in tensors if name.startswith(("optimizer.", "ema."))}
+        if self.scaler is not None:
+            values["scaler"] = self.scaler.state_dict()
+        tensors |= {f"ranks.{self.rank}.{name}": value for name, value in self.own.items()}
+        return State(tensors, values, frozenset(guarded))
+
+    def restore(
+        self, checkpoint: Checkpoint, group: dist.ProcessGroup | None, set_here: set[str]
+    ) -> dict[str, torch.Tensor]:
+        """Makes a checkpoint the present state; all ranks call it together.
+
+        Args:
+            checkpoint: a verified one.
+            group: of all ranks, or None for a single process.
+            set_here: settings of the optimizer that the config decides, whatever the checkpoint says.
+
+        Returns:
+            What this rank has to itself, for the caller to put back.
+
+        Raises:
+            UserError: it is of another model or optimizer. Nothing was changed yet.
+        """
+        model = get_model_state_dict(self.model)
+        targets = {f"model.{name}": value for name, value in model.items() if isinstance(value, torch.Tensor)}
+        targets |= {f"ema.{name}": average for name, average in (self.averages or {}).items()}
+        _check_same(targets, checkpoint, "run.dir")
+        optimizer_targets, optimizer_state = self._optimizer_targets(checkpoint, set_here)
+        targets |= optimizer_targets
+        manifest = checkpoint.manifest
+        own: dict[str, torch.Tensor] = {}
+        if manifest.num_ranks == self.num_ranks:
+            saved = set(checkpoint.names(f"ranks.{self.rank}."))
+            own = {name: torch.empty_like(value) for name, value in self.own.items() if name in saved}
+            targets |= {f"ranks.{self.rank}.{name}": value for name, value in own.items()}
+        checkpoint.load_into(targets, group)
+        if manifest.num_ranks != self.num_ranks:
+            own = {name: self._sum_over_ranks(checkpoint, name) for name in SUMMED}
+        extra = {name: manifest.values[f"model.{name}"] for name in model if f"model.{name}" in manifest.values}
+        if extra:
+            self.model.load_state_dict(extra, strict=False)
+        self.optimizer.load_state_dict(optimizer_state)
+        if self.scaler is not None and "scaler" in manifest.values:
+            self.scaler.load_state_dict(manifest.values["scaler"])
+        return own
+
+    def _sum_over_ranks(self, checkpoint: Checkpoint, name: str) -> torch.Tensor:
+        values = [checkpoint.read(f"ranks.{rank}.{name}") for rank in range(checkpoint.manifest.num_ranks)]
+        return torch.stack(values).sum(0) * int(self.rank == 0)
+
+    # ---- the optimizer ------------------------------------------------------------------------------------
+    # Not by torch's get_ and set_optimizer_state_dict: where an optimizer has no state yet (fp16 skipped all steps
+    # so far) they take a step to make some, and that step would count.
+
+    def _optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        tensors: dict[str, torch.Tensor] = {}
+        settings: dict[str, dict[str, Any]] = {}  # state of a parameter that is not a tensor
+        kept: dict[str, list[str]] = {}
+        for parameter, state in self.optimizer.state.items():
+            name = names[parameter]
+            for key, value in state.items():
+                path = f"optimizer.{name}.{key}"
+                if isinstance(value, torch.Tensor):
+                    if isinstance(parameter, DTensor) and not _is_scalar_or_like(value, parameter):
+                        message = f"{path} has a shape of its own, which sharded training cannot restore"
+                        raise UserError(f"{message}; use strategy: ddp", path="parallel.strategy")
+                    tensors[path] = value
+                    kept.setdefault(name, []).append(key)
+                else:
+                    settings.setdefault(name, {})[key] = _as_json(value, path)
+        groups = []
+        for i, group in enumerate(self.optimizer.param_groups):
+            settings_of_group = {}
+            for key, value in group.items():
+                if key == "params":
+                    settings_of_group[key] = [names[parameter] for parameter in value]
+                elif isinstance(value, torch.Tensor):
+                    settings_of_group[key] = {"tensor": value.tolist()}  # such as lr where it is compiled
+                else:
+                    settings_of_group[key] = _as_json(value, f"optimizer.param_groups.{i}.{key}")
+            groups.append(settings_of_group)
+        return tensors, {"tensors": kept, "settings": settings, "groups": groups}
+
+    def _optimizer_targets(
+        self, checkpoint: Checkpoint, set_here: set[str]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Returns empty tensors for the optimizer's state by name, and the state dict that they are in."""
+        saved = checkpoint.manifest.values["optimizer"]
+        parameters = dict(self.model.named_parameters())
+        indices: dict[str, int] = {}
+        names = {parameter: name for name, parameter in parameters.items()}
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                indices[names[parameter]] = len(indices)
+        here = [[names[parameter] for parameter in group["params"]] for group in self.optimizer.param_groups]
+        if [group["params"] for group in saved["groups"]] != here:
+            raise UserError(f"'{checkpoint.location}' has other groups of parameters", path="optim")
+        targets: dict[str, torch.Tensor] = {}
+        state: dict[int, dict[str, Any]] = {}
+        for name, keys in saved["tensors"].items():
+            for key in keys:
+                target = _empty_like(checkpoint, f"optimizer.{name}.{key}", parameters[name])
+                targets[f"optimizer.{name}.{key}"] = target
+                state.setdefault(indices[name], {})[key] = target
+        for name, settings in saved["settings"].items():
+            state.setdefault(indices[name], {}).update(settings)
+        groups = []
+        for now, before in zip(self.optimizer.param_groups, saved["groups"], strict=True):
+            group = {key: _as_before(value, now.get(key)) for key, value in before.items()}
+            group |= {key: value for key, value in now.items() if key in set_here}
+            group["params"] = [indices[names[parameter]] for parameter in now["params"]]
+            groups.append(group)
+        return targets, {"state": state, "param_groups": groups}
+
+
+def _check_same(targets: Mapping[str, torch.Tensor], checkpoint: Checkpoint, path: str) -> None:
+    """Refuses a checkpoint whose model differs, naming what differs by kind."""
+    saved = {name for name in checkpoint.manifest.tensors if name.startswith(("model.", "ema."))}
+    reshaped = [
+        f"{name} ({list(checkpoint.shape_and_dtype(name)[0])} there, {list(target.shape)} here)"
+        for name, target in targets.items()
+        if name in saved and checkpoint.shape_and_dtype(name)[0] != target.shape
+    ]
+    kinds = {
+        "it lacks": [name for name in targets if name not in saved],
+        "it also has": [name for name in checkpoint.manifest.tensors if name in saved and name not in targets],
+        "shapes differ:": reshaped,
+    }
+    told = [
+        f"{kind} {', '.join(names[:_MOST_SHOWN])}{' and more' if len(names) > _MOST_SHOWN else ''}"
+        for kind, names in kinds.items()
+        if names
+    ]
+    if told:
+        raise UserError(Problem(f"'{checkpoint.location}' is of another model: {'; '.join(told)}", path))
+
+
+def _is_scalar_or_like(value: torch.Tensor, parameter: torch.Tensor) -> bool:
+    return value.ndim == 0 or value.shape == parameter.shape
+
+
+def _empty_like(checkpoint: Checkpoint, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """Returns an empty tensor for a piece of optimizer state: sharded as its parameter where it has its shape."""
+    shape, dtype = checkpoint.shape_and_dtype(name)
+    if shape == parameter.shape and parameter.ndim > 0:
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.empty(shape, dtype=dtype)  # the optimizer puts it where it wants it
+
+
+def _as_json(value: Any, name: str) -> Any:
+    """Returns a value as JSON reads it back.
+
+    Raises:
+        UserError: it would not come back as it was.
+    """
+    plain = _without_tuples(value)
+    try:
+        if json.loads(json.dumps(plain)) == plain:
+            return plain
+    except (TypeError, ValueError):
+        pass
+    message = f"{name} is a {type(value).__name__}, which a checkpoint cannot hold: it takes tensors and plain values"
+    raise UserError(message, path="checkpoint")
+
+
+def _without_tuples(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_without_tuples(inner) for inner in value]
+    return {key: _without_tuples(inner) for key, inner in value.items()} if isinstance(value, dict) else value
+
+
+def _as_before(value: Any, example: Any) -> Any:
+    """Returns a setting of an optimizer as the type that the optimizer has there."""
+    if isinstance(value, dict) and value.keys() == {"tensor"}:
+        reference = example if isinstance(example, torch.Tensor) else torch.empty(())
+        return torch.tensor(value["tensor"], dtype=reference.dtype, device=reference.device)
+    return tuple(value) if isinstance(example, tuple) else value

@@ -1,0 +1,297 @@
+"""Where checkpoints live: a folder, local or shared, or anything that fsspec has a URL for.
+
+Owns that a checkpoint is there whole or not at all. A folder is staged under a temporary name, synced and renamed. An
+object store has no rename: files are written in place, and the manifest, last, is what makes them a checkpoint. What
+the files say is `trainer.checkpoint.manifest`; nothing here knows a tensor. All problems are `OSError`s.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from trainer.system import sync_folder
+
+MANIFEST = "manifest.json"
+STAGING = ".tmp-"
+_DAMAGED = "damaged-"
+_PIECE = 64 * 2**20  # bytes per read or write
+
+
+class Storage(Protocol):
+    """A folder of checkpoints. `folder` is the name of a checkpoint or of one that is being written."""
+
+    location: str
+
+    def names(self) -> list[str]:
+        """Returns the names of all folders that were published, good or damaged; none where nothing is there yet."""
+        ...
+
+    def begin(self, name: str) -> str:
+        """Returns the folder to write a new checkpoint's files to. Call on one rank."""
+        ...
+
+    def write(self, folder: str, file: str, parts: Iterable[memoryview]) -> None:
+        """Writes one file so that it survives a power failure."""
+        ...
+
+    def publish(self, staged: str, name: str, manifest: bytes) -> None:
+        """Adds the manifest to what `begin` began: from here on it is a checkpoint. Call on one rank."""
+        ...
+
+    def replace_manifest(self, name: str, manifest: bytes) -> None:
+        """Replaces the manifest of a checkpoint, whole or not at all."""
+        ...
+
+    def size(self, folder: str, file: str) -> int | None:
+        """Returns the bytes of a file, or None where there is none."""
+        ...
+
+    def read(self, folder: str, file: str, begin: int, buffer: memoryview) -> int:
+        """Fills the buffer from a file and returns how many bytes there were."""
+        ...
+
+    def pieces(self, folder: str, file: str) -> Iterator[bytes]:
+        """Yields a file from its beginning to its end."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Removes a checkpoint: for a reader it is there whole, or not at all."""
+        ...
+
+    def set_aside(self, name: str) -> str:
+        """Takes a damaged checkpoint out of the way without deleting it, and returns where it is now."""
+        ...
+
+    def clean(self) -> None:
+        """Removes what interrupted writes and removals left. Call on one rank, while nothing is being written."""
+        ...
+
+    def point(self, name: str, target: str) -> None:
+        """Points a name at a checkpoint, where the storage has links."""
+        ...
+
+
+class LocalStorage:
+    """A folder of this machine or of a file system that all ranks share."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.location = str(root)
+
+    def names(self) -> list[str]:
+        try:
+            return [entry.name for entry in os.scandir(self.root) if entry.is_dir(follow_symlinks=False)]
+        except FileNotFoundError:
+            return []
+
+    def begin(self, name: str) -> str:
+        staged = f"{STAGING}{name}-{uuid.uuid4().hex[:8]}"
+        os.makedirs(self.root / staged)
+        return staged
+
+    def write(self, folder: str, file: str, parts: Iterable[memoryview]) -> None:
+        # Another host may not see yet that rank 0 made the folder.
+        os.makedirs(self.root / folder, exist_ok=True)
+        with open(self.root / folder / file, "wb", buffering=0) as raw:
+            for part in parts:
+                _write_whole(raw.write, part)
+            os.fsync(raw.fileno())
+
+    def publish(self, staged: str, name: str, manifest: bytes) -> None:
+        self.write(staged, MANIFEST, [memoryview(manifest)])
+        sync_folder(self.root / staged)
+        if (self.root / name).exists():
+            self.set_aside(name)
+        os.rename(self.root / staged, self.root / name)
+        sync_folder(self.root)
+
+    def replace_manifest(self, name: str, manifest: bytes) -> None:
+        new = f".{MANIFEST}.new"
+        self.write(name, new, [memoryview(manifest)])
+        os.replace(self.root / name / new, self.root / name / MANIFEST)
+        sync_folder(self.root / name)
+
+    def size(self, folder: str, file: str) -> int | None:
+        try:
+            return (self.root / folder / file).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def read(self, folder: str, file: str, begin: int, buffer: memoryview) -> int:
+        # Not a memory map: where a file is cut short or its disk goes away, that would be SIGBUS, not an error.
+        done = 0
+        with open(self.root / folder / file, "rb", buffering=0) as raw:
+            raw.seek(begin)
+            while done < len(buffer) and (count := raw.readinto(buffer[done : done + _PIECE])):
+                done += count
+        return done
+
+    def pieces(self, folder: str, file: str) -> Iterator[bytes]:
+        with open(self.root / folder / file, "rb", buffering=0) as raw:
+            while piece := raw.read(_PIECE):
+                yield piece
+
+    def remove(self, name: str) -> None:
+        # Renamed first: a kill in between leaves a leftover for `clean`, and never half a checkpoint.
+        going = f"{STAGING}old-{name}-{uuid.uuid4().hex[:8]}" if not name.startswith(STAGING) else name
+        if going != name:
+            os.rename(self.root / name, self.root / going)
+        shutil.rmtree(self.root / going)
+
+    def set_aside(self, name: str) -> str:
+        aside = f"{_DAMAGED}{name}"
+        if (self.root / aside).exists():
+            shutil.rmtree(self.root / aside)
+        os.rename(self.root / name, self.root / aside)
+        return str(self.root / aside)
+
+    def clean(self) -> None:
+        for name in self.names():
+            if name.startswith(STAGING):
+                shutil.rmtree(self.root / name, ignore_errors=True)
+
+    def point(self, name: str, target: str) -> None:
+        link = self.root / f".{name}-new"
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        os.replace(link, self.root / name)
+
+
+class ObjectStorage:
+    """A folder of an object store, or of any other file system that fsspec knows.
+
+    Args:
+        url: such as `s3://bucket/run` or `memory://run`.
+
+    Raises:
+        OSError: the package behind the URL is missing, or its settings are wrong.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.location = url.rstrip("/")
+        with _as_os_errors(url):
+            from fsspec.core import url_to_fs  # torch brings it; importing it takes a while
+
+            self._fs, self._root = url_to_fs(self.location)
+
+    def _path(self, *parts: str) -> str:
+        return posixpath.join(self._root, *parts)
+
+    def names(self) -> list[str]:
+        return [name for name in self._folders() if self.size(name, MANIFEST) is not None]
+
+    def _folders(self) -> list[str]:
+        with _as_os_errors(self.location):
+            self._fs.invalidate_cache()  # others write here, too
+            try:
+                found = self._fs.ls(self._root, detail=True)
+            except FileNotFoundError:
+                return []
+        return [posixpath.basename(entry["name"].rstrip("/")) for entry in found if entry["type"] == "directory"]
+
+    def begin(self, name: str) -> str:
+        self._remove_files(name)  # of an attempt that was interrupted
+        return name
+
+    def write(self, folder: str, file: str, parts: Iterable[memoryview]) -> None:
+        with _as_os_errors(self.location), self._fs.open(self._path(folder, file), "wb") as stream:
+            for part in parts:
+                _write_whole(stream.write, part)
+
+    def publish(self, staged: str, name: str, manifest: bytes) -> None:
+        assert staged == name
+        self.replace_manifest(name, manifest)
+
+    def replace_manifest(self, name: str, manifest: bytes) -> None:
+        with _as_os_errors(self.location):
+            self._fs.pipe_file(self._path(name, MANIFEST), manifest)
+
+    def size(self, folder: str, file: str) -> int | None:
+        with _as_os_errors(self.location):
+            self._fs.invalidate_cache()
+            try:
+                size = self._fs.size(self._path(folder, file))
+            except FileNotFoundError:
+                return None
+        return None if size is None else int(size)
+
+    def read(self, folder: str, file: str, begin: int, buffer: memoryview) -> int:
+        with _as_os_errors(self.location):
+            found = self._fs.cat_file(self._path(folder, file), start=begin, end=begin + len(buffer))
+        buffer[: len(found)] = found
+        return len(found)
+
+    def pieces(self, folder: str, file: str) -> Iterator[bytes]:
+        with _as_os_errors(self.location), self._fs.open(self._path(folder, file), "rb") as stream:
+            while piece := stream.read(_PIECE):
+                yield piece
+
+    def remove(self, name: str) -> None:
+        # Without its manifest it is no checkpoint any more.
+        with _as_os_errors(self.location), suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(name, MANIFEST))
+        self._remove_files(name)
+
+    def set_aside(self, name: str) -> str:
+        with _as_os_errors(self.location), suppress(FileNotFoundError):
+            aside = self._path(name, f"{_DAMAGED}{MANIFEST}")
+            self._fs.pipe_file(aside, self._fs.cat_file(self._path(name, MANIFEST)))
+            self._fs.rm_file(self._path(name, MANIFEST))
+        return f"{self.location}/{name}"
+
+    def clean(self) -> None:
+        for name in self._folders():
+            if self.size(name, MANIFEST) is None and self.size(name, f"{_DAMAGED}{MANIFEST}") is None:
+                self._remove_files(name)
+
+    def point(self, name: str, target: str) -> None:
+        """An object store has no links; the manifests say which checkpoint is the best."""
+
+    def _remove_files(self, name: str) -> None:
+        with _as_os_errors(self.location):
+            self._fs.invalidate_cache()
+            with suppress(FileNotFoundError):
+                self._fs.rm(self._path(name), recursive=True)
+
+
+def open_storage(location: str) -> Storage:
+    """Returns the storage behind a path or a URL.
+
+    Raises:
+        OSError: nothing here can open such a URL.
+    """
+    if "://" not in location:
+        return LocalStorage(Path(location).expanduser())
+    return ObjectStorage(location)
+
+
+def _write_whole(write: Callable[[memoryview], int | None], part: memoryview) -> None:
+    """Writes all of a buffer: one call may take less than it is given, and at most 2 GiB."""
+    part = part.cast("B")
+    while part:
+        piece = part[:_PIECE]
+        part = part[write(piece) or len(piece) :]
+
+
+@contextmanager
+def _as_os_errors(location: str) -> Iterator[None]:
+    """Turns what the packages behind fsspec raise into OSError: each of them has exceptions of its own."""
+    try:
+        yield
+    except OSError:
+        raise
+    except ImportError as error:
+        raise OSError(f"'{location}' needs another package: {error}") from error
+    except Exception as error:
+        raise OSError(f"'{location}': {_first_line(error)}") from error
+
+
+def _first_line(error: Any) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

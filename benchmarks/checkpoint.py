@@ -6,8 +6,8 @@ disk with ours and with DCP's writer, in the page cache with `save_state` and `t
 fsync.
 
 A step's forward and backward do not change what is saved, so ours copies while they run, and the optimizer's step waits
-for the copy. Hence two stalls of ours: `overlapped` with a step that computes for `--step-seconds`, and `bare`, where the
-optimizer's step comes at once.
+for the copy. Hence two stalls of ours: `overlapped` with a step that computes for `--step-seconds`, and `bare`, where
+the optimizer's step comes at once.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def kill(job: Job, whole: bool, choice: random.Random) -> str:
 
 
 class TrainServer:
-    """Runs `train.py` on one thread in processes that start in no time, and end as violently as they like.
+    """Runs `train.py`, a thread per rank, in processes that start in no time, and end as violently as they like.
 
     Args:
         folder: for what they say.
@@ -133,15 +133,19 @@ class TrainServer:
         self._process.kill()
         self._process.communicate()
 
-    def train(self, *arguments: str | Path) -> Outcome:
-        """Runs `train.py` with these arguments to its end; a negative code is the signal that it died of."""
+    def train(self, *arguments: str | Path, ranks: int = 1) -> Outcome:
+        """Runs `train.py` with these arguments to its end, on so many ranks and without a launcher.
+
+        Returns:
+            The code of the rank that ended worst (a negative one is the signal that it died of), and what all said.
+        """
         out, err = self._folder / "out", self._folder / "err"
         for file in (out, err):
             file.unlink(missing_ok=True)
-        request = {"arguments": [str(a) for a in arguments], "out": str(out), "err": str(err)}
+        request = {"arguments": [str(a) for a in arguments], "ranks": ranks, "out": str(out), "err": str(err)}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        code = int(self._process.stdout.readline())
-        return Outcome(code, out.read_text(), err.read_text())
+        codes = json.loads(self._process.stdout.readline())
+        return Outcome(min(codes) or max(codes), out.read_text(), err.read_text())

@@ -507,7 +507,8 @@ class Trainer:
             with self.clock.phase("checkpoint"):
                 self.saver.wait()
         if self.saver.saved_step is None or (must_be_there and self.saver.saved_step != self.progress.step):
-            raise SaveFailed(f"the last step, {self.progress.step}, could not be saved: {'; '.join(self.saver.failures[-1:])}")
+            why = "; ".join(self.saver.failures[-1:])
+            raise SaveFailed(f"the last step, {self.progress.step}, could not be saved: {why}")
 
     def abandon(self, error: BaseException) -> None:
         """Ends a run that failed: leaves a summary and no process behind. Talks to no other rank."""

@@ -138,7 +138,7 @@ def _write_safetensors(weights: CheckpointWeights, file: Path) -> None:
     with open(file, "wb") as stream:
         stream.write(safetensors_header(entries, metadata))
         for name, _, _ in entries:
-            stream.write(memoryview(weights.read(name).reshape(-1).view(torch.uint8).numpy()))
+            stream.write(weights.read(name).reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _write_state_dict(weights: CheckpointWeights, file: Path) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Train, WriteConfig, tiny_config
+from conftest import WriteConfig, tiny_config
 from launching import local, on_processes
 from run_results import losses, summary
+
+from trainer.cli import main
 
 ODD = {"name": "sharded_models:Odd"}
 ODD_NORMED = {"name": "sharded_models:Odd", "args": {"normed": True}}
@@ -80,8 +82,11 @@ MORE: dict[str, dict[str, Any]] = {
     "synced without": {"parallel": SYNCED},
     "another size": {"parallel": {"strategy": "hsdp", "shard_size": 3}},
 }
-ON_ONE = {"synced ddp": {**NORMED, "parallel": SYNCED}, "normed": {**NORMED, "parallel": FSDP}}
-ON_FOUR = {
+ON_ONE: dict[str, dict[str, Any]] = {
+    "synced ddp": {**NORMED, "parallel": SYNCED},
+    "normed": {**NORMED, "parallel": FSDP},
+}
+ON_FOUR: dict[str, dict[str, Any]] = {
     "hsdp": {"parallel": HSDP},
     "hsdp fp16": {"parallel": HSDP, "precision": "fp16"},
     "synced": {**NORMED, "parallel": {**HSDP, **SYNCED}},
@@ -119,7 +124,7 @@ class Results:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     results = Results(tmp_path_factory.mktemp("fsdp"))
-    cases = {
+    cases: dict[str, dict[str, Any]] = {
         f"{name} {strategy}": {**changes, "parallel": {"strategy": strategy}}
         for name, changes in SETTINGS.items()
         for strategy in ("ddp", "fsdp")
@@ -235,8 +240,8 @@ def test_pairs_share_a_copy(results: Results) -> None:
     results.assert_alike(results.of("synced ddp", world=1), results.of("synced", world=4))
 
 
-def test_through_the_launcher(write_config: WriteConfig, results: Results, train: Train) -> None:
-    """A whole run, saved and ended as any, that one process can go on with."""
+def test_through_the_launcher(write_config: WriteConfig, results: Results, capsys: pytest.CaptureFixture[str]) -> None:
+    """A whole run, saved and ended as any, that one process can evaluate."""
     file = write_config(**COMMON)
     done = local(file, 2, "parallel.strategy=fsdp", "train.epochs=1")
     assert done.returncode == 0, done.stderr
@@ -245,6 +250,7 @@ def test_through_the_launcher(write_config: WriteConfig, results: Results, train
     folder = file.parent / "run"
     assert summary(folder)["status"] == "finished"
     assert list(losses(folder).values()) == pytest.approx(results.of("plain ddp")["losses"], rel=1e-5)
-    assert summary(folder)["metrics"]["eval/loss"] == pytest.approx(
-        results.of("plain ddp")["metrics"]["loss"], rel=1e-5
-    )
+    expected = results.of("plain ddp")["metrics"]
+    assert summary(folder)["metrics"]["eval/loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert main(["evaluate", str(folder)]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(expected["loss"], rel=1e-5)

@@ -27,7 +27,7 @@ class Killing(Vectors):
         time: which time.
         folder: for the file `killed`.
         rank: who is struck.
-        everybody: whether all ranks and their launcher die with it.
+        everybody: whether all ranks die with it.
     """
 
     def __init__(self, length: int, phase: str, time: int, folder: str, rank: int = 0, everybody: bool = False) -> None:
@@ -42,15 +42,15 @@ class Killing(Vectors):
             left -= 1
             if left == 0:
                 mark.touch()
-                _kill_the_others() if everybody else None
+                if everybody:
+                    _kill_the_others()
                 os.kill(os.getpid(), signal.SIGKILL)
 
         PHASES[phase](strike)
 
 
 def _kill_the_others() -> None:
-    launcher = psutil.Process(os.getppid())
-    for process in [*launcher.children(), launcher]:
+    for process in psutil.Process(os.getppid()).children():
         if process.pid != os.getpid():
             process.kill()
 

@@ -20,4 +20,4 @@ def _write_here(storage: LocalStorage, folder: str, file: str, parts: Iterable[m
     _write(storage, folder, file, parts)
 
 
-LocalStorage.write = _write_here  # type: ignore[method-assign]
+LocalStorage.write = _write_here  # type: ignore[method-assign,assignment]

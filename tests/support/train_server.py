@@ -1,6 +1,6 @@
-"""Runs `train.py` again and again, each time in a process of its own that need not import torch first.
+"""Runs `train.py` again and again, each time in processes of its own that need not import torch first.
 
-For every line of JSON with `arguments`, `out` and `err` (files) there is a line with the exit code.
+For every line of JSON with `arguments`, `ranks`, `out` and `err` (files) there is a line with the ranks' exit codes.
 """
 
 from __future__ import annotations
@@ -8,19 +8,35 @@ from __future__ import annotations
 import gc
 import json
 import os
+import socket
 import sys
+from typing import Any
 
 import trainer.loop  # noqa: F401 (what takes seconds to import)
 from trainer.cli import leave, train
 
-gc.freeze()  # the children need not look at it, and would copy it
 
-for line in sys.stdin:
-    request = json.loads(line)
+def start(request: dict[str, Any], rank: int, port: int) -> int:
+    """Starts a rank and returns its process id."""
     child = os.fork()
     if child == 0:
+        if request["ranks"] > 1:  # as torchrun would set them
+            ranks, addresses = str(request["ranks"]), {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            os.environ.update({**addresses, **places, "ACCELERATE_USE_CPU": "true"})
         for number, name in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
-            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), number)
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
         leave(train(request["arguments"]))
-    sys.stdout.write(f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\n")
+    return child
+
+
+gc.freeze()  # the children need not look at it, and would copy it
+for line in sys.stdin:
+    task = json.loads(line)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        chosen = free.getsockname()[1]
+    children = [start(task, rank, chosen) for rank in range(task["ranks"])]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    sys.stdout.write(json.dumps(codes) + "\n")
     sys.stdout.flush()

@@ -119,7 +119,7 @@ def test_weights_changed_meanwhile_spoil_that_save_alone(tmp_path: Path) -> None
     job = Job(tmp_path)
     job.save()
     with torch.no_grad():
-        job.model[0].bias.add_(1)  # type: ignore[union-attr,operator]
+        job.model[0].bias.add_(1)  # type: ignore[operator]
     job.saver.before_update()
     job.saver.wait()
     assert len(job.saver.failures) == 1

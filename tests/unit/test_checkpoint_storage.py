@@ -104,6 +104,7 @@ def test_a_run_keeps_its_checkpoints_there(
     assert train("--config", write_config(train__epochs=2, **there)).code == 0
     folder = CheckpointFolder(open_storage(location), keep=2)
     best = folder.best()
+    assert best is not None
     assert folder.steps() == sorted({8, 10, best})
     assert train("--config", write_config(train__epochs=3, **there)).code == 0
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -125,7 +125,8 @@ def test_blocks_that_share_a_weight_are_gathered_with_the_rest() -> None:
     assert alone(Odd(tied=False)) == [0, 1, 2, 3]
     assert alone(Odd()) == [0, 1]
     within = Odd(tied=False)
-    within.blocks[0].shift_too = within.blocks[0].shift  # type: ignore[union-attr]
+    block = within.blocks[0]
+    block.shift_too = block.shift
     assert alone(within) == [0, 1, 2, 3]
     twice = Odd(tied=False)
     twice.again = twice.blocks[0]  # the same module, not another with the same weight
@@ -213,7 +214,13 @@ def test_tensors_are_sent_together(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.distributed, "broadcast", receive)
     images = torch.zeros(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
-    tensors = [torch.zeros(3), torch.zeros((), dtype=torch.int64), torch.zeros(0), images, torch.ones(1, dtype=torch.int64)]
+    tensors = [
+        torch.zeros(3),
+        torch.zeros((), dtype=torch.int64),
+        torch.zeros(0),
+        images,
+        torch.ones(1, dtype=torch.int64),
+    ]
     broadcast(tensors)
     assert [tensor.numel() for tensor in sent] == [3 + 96, 2]
     assert tensors[0].tolist() == [0, 1, 2]

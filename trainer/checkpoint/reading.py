@@ -117,7 +117,7 @@ class Checkpoint:
         row_bytes = math.prod(part.sizes[1:]) * dtype.itemsize
         data = torch.empty(math.prod(sizes) * dtype.itemsize, dtype=torch.uint8)
         try:
-            found = self.storage.read(self.name, part.file, part.begin + first * row_bytes, memoryview(data.numpy()))
+            found = self.storage.read(self.name, part.file, part.begin + first * row_bytes, data.numpy().data)
         except OSError as error:
             raise UserError(f"cannot read '{self.location}/{part.file}': {one_line_text(error)}") from error
         if found != len(data):

@@ -135,7 +135,7 @@ class Parts:
     # so far) they take a step to make some, and that step would count.
 
     def _optimizer_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names: dict[torch.Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         tensors: dict[str, torch.Tensor] = {}
         settings: dict[str, dict[str, Any]] = {}  # state of a parameter that is not a tensor
         kept: dict[str, list[str]] = {}
@@ -153,7 +153,7 @@ class Parts:
                     settings.setdefault(name, {})[key] = _as_json(value, path)
         groups = []
         for i, group in enumerate(self.optimizer.param_groups):
-            settings_of_group = {}
+            settings_of_group: dict[str, Any] = {}
             for key, value in group.items():
                 if key == "params":
                     settings_of_group[key] = [names[parameter] for parameter in value]

@@ -314,7 +314,7 @@ class Saver:
             return
         for item in save.layout.items:
             tensor = _local(save.state, item).cpu().contiguous()
-            yield memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            yield tensor.reshape(-1).view(torch.uint8).numpy().data
 
     def _gather(self, value: T) -> list[T]:
         if self._group is None:
@@ -388,4 +388,4 @@ class _HostMemory:
     def view(self) -> memoryview:
         """Returns all of it."""
         assert self._buffer is not None
-        return memoryview(self._buffer.numpy())
+        return self._buffer.numpy().data

@@ -237,7 +237,8 @@ def fake_mesh(num_ranks: int) -> Iterator[DeviceMesh]:
     group = dist.ProcessGroup(dist.HashStore(), 0, num_ranks)
     backend = dist.ProcessGroup.BackendType.CUSTOM
     group._set_default_backend(backend)
-    group._register_backend(torch.device("cpu"), backend, FakeProcessGroup._create_internal(0, num_ranks, None))
+    create: Any = FakeProcessGroup._create_internal  # whose signature depends on torch's version
+    group._register_backend(torch.device("cpu"), backend, create(0, num_ranks, None))
     name: Any = f"lockstep-fake-{next(_NUM_GROUPS)}"
     group._set_group_name(name)
     _register_process_group(name, group)

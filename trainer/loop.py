@@ -114,8 +114,7 @@ class Trainer:
         num_classes = runtime.agree(lambda: class_count(config, train_set))
         shrink = runtime.from_main(lambda: read_shrink(config.run_dir)) if config.memory.on_oom == "shrink" else None
         runtime.agree(lambda: self._build_order_and_task(train_set, num_classes, shrink))
-        settled = runtime.agree(lambda: settled_weights(config.model) if runtime.is_main else config.model)
-        settled = runtime.from_main(lambda: settled)
+        settled = runtime.from_main(lambda: settled_weights(config.model))
         runtime.agree(lambda: self._build_model(settled, num_classes))
         # What takes long comes last, when all else is known to be good.
         data = config.data

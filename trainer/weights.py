@@ -222,14 +222,13 @@ def _read(config: ModelConfig) -> Mapping[str, Any]:
 
 
 def settled_weights(config: ModelConfig) -> ModelConfig:
-    """Returns the section with a checkpoint in place of a run, which may be training: all ranks must read the same.
-
-    Raises:
-        UserError: the run has no good checkpoint.
-    """
+    """Returns the section with a checkpoint in place of a run, which may be training: all ranks must read the same."""
     if config.weights is None or "://" in config.weights or not Path(config.weights).expanduser().is_dir():
         return config
-    return config.model_copy(update={"weights": _open_checkpoint(config.weights).location})
+    try:
+        return config.model_copy(update={"weights": _open_checkpoint(config.weights).location})
+    except UserError:
+        return config  # whoever reads it says what is wrong, the same on all ranks
 
 
 def _open_checkpoint(location: str) -> Checkpoint:

@@ -330,10 +330,10 @@ def test_ended_in_the_middle_of_an_evaluation(
     assert code == 0
     assert "continuing from step 5" in out
     assert out.index("step 5/10  epoch 1.00  eval/loss") < out.index("step 6/10")
-    evaluations = [[r for r in records(tmp_path / name) if "eval/loss" in r] for name in ("run", "whole")]
-    assert [[(r["step"], r["eval/loss"]) for r in e] for e in evaluations][0] == [
-        (r["step"], r["eval/loss"]) for r in evaluations[1]
+    evaluations = [
+        [(r["step"], r["eval/loss"]) for r in records(tmp_path / name) if "eval/loss" in r] for name in ("run", "whole")
     ]
+    assert evaluations[0] == evaluations[1]
     assert identical(weights(tmp_path / "run", 10), weights(tmp_path / "whole", 10))
 
 
@@ -367,7 +367,7 @@ def test_all_types_and_shapes_come_back(tmp_path: Path) -> None:
 
 
 def test_types_that_the_format_lacks_are_refused() -> None:
-    with pytest.raises(ValueError, match="'z' has type torch.complex64, which a checkpoint cannot hold"):
+    with pytest.raises(ValueError, match=r"'z' has type torch\.complex64, which a checkpoint cannot hold"):
         make_layout({"z": torch.zeros(2, dtype=torch.complex64)}, Alone())
 
 

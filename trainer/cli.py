@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kinds = "averages (optim.ema) or the last weights (default: averages where there are any)"
         command.add_argument("--weights", choices=("ema", "raw"), help=kinds)
     formats = ("safetensors", "state_dict", "onnx", "torch_export")
-    export.add_argument("--format", choices=formats, default="safetensors")
+    what = "the weights, or (onnx, torch_export) the model, whose inputs are already cropped and normalised"
+    export.add_argument("--format", choices=formats, default="safetensors", help=f"{what} (default: safetensors)")
     export.add_argument("--output", required=True, metavar="FILE", help="file to write")
     pack = commands.add_parser("pack", help="pack an image folder into few large files, for data.cache")
     pack.add_argument("source", metavar="SRC", help="folder of class folders")

@@ -273,7 +273,11 @@ class OptimConfig(Component):
         description="How torch updates the parameters: one kernel for many (`fused`), one per operation for many "
         "(`foreach`), or one by one. `auto`: fused on GPUs where the optimizer has it, else torch's choice.",
     )
-    ema: EmaConfig | None = Field(None, description="Keep a moving average of the weights, and evaluate it.")
+    ema: EmaConfig | None = Field(
+        None,
+        description="Keep a moving average of the weights. Evaluations, under the same names, and so the best "
+        "checkpoint are then those of the average.",
+    )
 
 
 class ScheduleConfig(Component):

@@ -1,11 +1,12 @@
 """An exponential moving average of the weights (EMA), which is what is evaluated and exported.
 
-Owns `optim.ema`. Averages are sharded as the parameters are, and never leave their device.
+Owns `optim.ema`. Averages are sharded as the parameters are, never leave their device, and have the bits to move a
+little at a time: float32 where the parameters have fewer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -26,7 +27,9 @@ class Ema:
     def __init__(self, model: nn.Module, config: EmaConfig) -> None:
         self._config = config
         parameters = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-        self._average_of = {p: p.detach().clone() for p in parameters.values()}  # one of tied weights
+        self._average_of = {  # one of tied weights
+            p: p.detach().to(average_dtype(p), copy=True) for p in parameters.values()
+        }
         self.averages = {name: self._average_of[p] for name, p in parameters.items()}
         """By parameter name, tied ones under all of theirs; a checkpoint keeps them, and is loaded into them."""
 
@@ -47,9 +50,17 @@ class Ema:
         Args:
             step: optimizer steps taken so far, this one included.
         """
-        if step % self._config.every == 0:
-            averages, weights = self._locals()
-            torch._foreach_lerp_(averages, weights, 1 - self.decay(step))
+        if step % self._config.every != 0:
+            return
+        share = 1 - self.decay(step)
+        alike: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for average, weight in zip(*self._locals(), strict=True):
+            if average.dtype == weight.dtype:
+                alike.append((average, weight))
+            else:  # one by one: together they would take as much memory as the averages
+                average.lerp_(weight.to(average.dtype), share)
+        if alike:
+            torch._foreach_lerp_([a for a, _ in alike], [w for _, w in alike], share)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -57,22 +68,32 @@ class Ema:
 
         Buffers, such as BatchNorm's statistics, are the model's own throughout.
         """
-        self._swap()
+        averages, weights = self._locals()
+        # Tensors of one type change places, which takes no memory. An average with more bits stays where it is.
+        places = [a if a.dtype == w.dtype else torch.empty_like(w) for a, w in zip(averages, weights, strict=True)]
+        _put(averages, weights, places)
         try:
             yield
         finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for average, weight in zip(*self._locals(), strict=True):
-            kept = weight.clone()
-            weight.copy_(average)
-            average.copy_(kept)
+            _put(places, weights, places)
 
     def _locals(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Returns this rank's averages and weights; an average is elementwise, so shares need no exchange."""
         return [_local(a) for a in self._average_of.values()], [_local(p) for p in self._average_of]
+
+
+def average_dtype(parameter: torch.Tensor) -> torch.dtype:
+    """Returns the type of a parameter's average: small steps towards it would be lost in bfloat16."""
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+@torch.no_grad()
+def _put(values: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], places: Sequence[torch.Tensor]) -> None:
+    """Gives weights these values, and places what the weights were: one tensor at a time, as places may be values."""
+    for value, weight, place in zip(values, weights, places, strict=True):
+        before = weight.clone()
+        weight.copy_(value)
+        place.copy_(before)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -217,9 +217,7 @@ class Trainer:
         """Memory format, gradient checkpointing, compile: in this order, and all of it before DDP."""
         config = self.config
         if config.parallel.sync_batchnorm:
-            self.bare_model = synchronise_batchnorm(
-                self.bare_model, self.runtime.num_ranks, self.runtime.device.type
-            )
+            self.bare_model = synchronise_batchnorm(self.bare_model, self.runtime.num_ranks, self.runtime.device.type)
             self._check_even_batches()
         model = self.bare_model
         # FSDP shards rows of row-major weights; images arrive in channels_last all the same.

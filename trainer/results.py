@@ -35,6 +35,7 @@ _ENDINGS = {"safetensors": ".safetensors", "state_dict": ".pt", "onnx": ".onnx",
 # On one process without training, whatever the run trained on.
 _ALONE = (
     "model.weights=null",  # the checkpoint has them all
+    "optim.ema=null",  # averages too
     "train.micro_batch_size=null",
     "data.resident_placement=auto",
     "memory.blocks=[]",

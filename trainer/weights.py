@@ -29,6 +29,8 @@ Kind = Literal["raw", "ema"]
 
 _MOST_SHOWN = 10
 _PREFIXES = ("model.", "module.", "_orig_mod.")  # of what wrapped the model when it was saved
+_WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema")  # as timm and torchvision's reference save them
+_COUNTER = "n_averaged"  # beside the averages of torch.optim.swa_utils.AveragedModel
 _EXTRA_STATE = "_extra_state"  # what a module has besides tensors, under this name of torch's
 
 
@@ -134,6 +136,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Any], source: str, strict
     """
     everything = model.state_dict()
     own = _tensors(everything)
+    state = {name: value for name, value in state.items() if name != _COUNTER or name in own}
     state = _without_prefix(state, own, source)
     given = _tensors(state)
     reshaped = [k for k in own if k in given and given[k].shape != own[k].shape]
@@ -280,9 +283,13 @@ def read_state_dict(file: Path) -> Mapping[str, Any]:
         message = f"cannot read '{file}': {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         raise UserError(message, path="model.weights") from error
     if isinstance(state, Mapping):
-        for wrapper in ("state_dict", "model"):  # as timm and torchvision's reference save them
+        for wrapper in _WRAPPERS:
             if isinstance(state.get(wrapper), Mapping):
                 state = state[wrapper]
-        if state and all(isinstance(v, torch.Tensor) or str(k).endswith(_EXTRA_STATE) for k, v in state.items()):
+        if state and all(map(_is_entry, state.keys(), state.values())):
             return state
     raise UserError(f"'{file}' is not a state dict", path="model.weights")
+
+
+def _is_entry(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and (isinstance(value, torch.Tensor) or name.endswith(_EXTRA_STATE))

@@ -11,6 +11,7 @@ import yaml
 from conftest import Train, WriteConfig, forget_accelerate, tiny_config
 from resuming import interrupted
 from run_results import checkpoint, identical, losses, records, tensors, weights
+from safetensors.torch import load_file
 from torch import nn
 
 from trainer import results
@@ -72,6 +73,43 @@ def test_swapped_in_and_back_bit_for_bit() -> None:
     assert identical(dict(model.state_dict()), state)
     assert identical(ema.averages, averages)
     assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == objects
+
+
+def test_averages_of_bfloat16_weights_have_more_bits() -> None:
+    """In bfloat16 the average of a weight that moved from 1 to 2 would stay at 1 for good."""
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.bfloat16), nn.Linear(4, 4))
+    ema = Ema(model, EmaConfig(decay=0.9998, warmup=False))
+    assert {average.dtype for average in ema.averages.values()} == {torch.float32}
+    expected = {name: p.detach().double() for name, p in model.named_parameters()}
+    for step in range(1, 301):
+        if step == 1:
+            moved(model, step)
+        ema.update(step)
+        for name, parameter in model.named_parameters():
+            expected[name] += 0.0002 * (parameter.detach().double() - expected[name])
+    for name, average in ema.averages.items():
+        assert torch.allclose(average.double(), expected[name], rtol=1e-4, atol=1e-5), name
+
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    averages = {name: average.clone() for name, average in ema.averages.items()}
+    with ema.swapped_in():
+        inside = {name: value.clone() for name, value in model.state_dict().items()}
+    assert identical(inside, {name: average.to(state[name].dtype) for name, average in averages.items()})
+    assert identical(dict(model.state_dict()), state)
+    assert identical(ema.averages, averages)  # not what went through bfloat16
+
+
+def test_a_bfloat16_run_with_averages(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
+    interrupted(train, write_config, tmp_path, 61, optim=EMA, model__dtype="bfloat16", precision="bf16")
+    averages = tensors(tmp_path / "run", 10, "ema.")
+    assert {average.dtype for average in averages.values()} == {torch.float32}
+    assert identical(averages, tensors(tmp_path / "whole", 10, "ema."))
+    evaluated = [r["eval/loss"] for r in records(tmp_path / "run") if "eval/loss" in r]
+    forget_accelerate()
+    assert results.evaluate(tmp_path / "run", best=False)["loss"] == evaluated[-1]
+    forget_accelerate()
+    results.export(tmp_path / "run", "safetensors", tmp_path / "w.safetensors", best=False)
+    assert identical(load_file(tmp_path / "w.safetensors"), averages)
 
 
 def test_tied_and_frozen_weights() -> None:

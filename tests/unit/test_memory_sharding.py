@@ -41,6 +41,14 @@ def test_shares(device_type: str, dtype: torch.dtype | None, checkpointing: str)
     assert not dist.is_initialized()
 
 
+def test_averages_are_shared() -> None:
+    planner = planner_of(keeps_averages=True)
+    whole = planner.uniform(8, "none")
+    sharded = planner.sharded(whole)
+    assert sharded.parts["averages"] == pytest.approx(whole.parts["averages"] / 4, rel=0.01)
+    assert sharded.peak_bytes == sharded.memory.peak_bytes + sharded.parts["averages"]
+
+
 def test_gradients_are_whole_while_they_accumulate() -> None:
     planner = planner_of()
     last = planner.sharded(planner.uniform(8, "none"))

@@ -12,6 +12,7 @@ from conftest import Train, WriteConfig
 from run_results import identical, tensors
 from safetensors.torch import save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torchvision import models
 from torchvision.models.regnet import BlockParams
 
@@ -80,12 +81,28 @@ def test_weights_from_a_file(suffix: str, tmp_path: Path, caplog: pytest.LogCapt
     assert "head.bias is new, [4] instead of [10]" in caplog.text
 
 
-@pytest.mark.parametrize("wrapper", ["model", "state_dict"])
+@pytest.mark.parametrize("wrapper", ["model", "state_dict", "model_ema", "state_dict_ema"])
 def test_weights_inside_a_training_checkpoint(wrapper: str, tmp_path: Path) -> None:
     source = build("small_cnn", num_classes=10)
     torch.save({wrapper: source.state_dict(), "epoch": 3}, tmp_path / "w.pth")
     same = build("small_cnn", num_classes=10, weights=tmp_path / "w.pth")
     assert torch.equal(same.head.weight, source.head.weight)
+
+
+@pytest.mark.parametrize("wrapper", [None, "model_ema"])
+def test_averages_that_torch_made(wrapper: str | None, tmp_path: Path) -> None:
+    """AveragedModel counts beside the model, which torchvision's reference saves as it is."""
+    source = build("small_cnn", num_classes=10)
+    state = AveragedModel(source).state_dict()  # copies of the source's weights
+    torch.save({wrapper: state} if wrapper else state, tmp_path / "w.pth")
+    same = build("small_cnn", num_classes=10, weights=tmp_path / "w.pth")
+    assert torch.equal(same.head.weight, source.head.weight)
+
+
+def test_a_files_weights_go_before_its_averages(tmp_path: Path) -> None:
+    raw, averaged = build("small_cnn", num_classes=10), build("small_cnn", num_classes=10)
+    torch.save({"model_ema": averaged.state_dict(), "model": raw.state_dict()}, tmp_path / "w.pth")
+    assert torch.equal(build("small_cnn", num_classes=10, weights=tmp_path / "w.pth").head.weight, raw.head.weight)
 
 
 def test_torchvision_weights_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +128,7 @@ def test_torchvision_weights_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (lambda s: s.update({"extra": torch.zeros(1)}), "has unknown extra"),
         (lambda s: s.update({"features.0.0.weight": torch.zeros(1)}), "features.0.0.weight is \\[1\\], the model has"),
         (lambda s: s.clear(), "is not a state dict"),
+        (lambda s: s.update({0: torch.zeros(1)}), "is not a state dict"),
         (lambda s: [s.pop("head.bias"), s.update({"extra": torch.zeros(1)})], "lacks head.bias\n.*has unknown extra"),
     ],
 )

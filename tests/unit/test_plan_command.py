@@ -88,6 +88,14 @@ def test_the_digits_on_a_large_card(plan: Plan) -> None:
     assert rows(out)[0][:4] == ["none", "ddp", "96", "1x"]
 
 
+def test_averages_have_a_line(plan: Plan) -> None:
+    code, out, err = plan("--config", DIGITS, "--device", "24GiB", "optim.ema={decay: 0.99}")
+    assert code == 0, err
+    lines = [line.split() for line in out.splitlines()]
+    size = {line[0]: line[1:] for line in lines if line and line[0] in ("averages", "parameters")}
+    assert size["averages"] == size["parameters"]
+
+
 def test_two_processes_may_share_the_model(plan: Plan, vit: Path) -> None:
     code, out, err = plan("--config", vit, "--device", "h100-80g", "--processes", "2")
     assert code == 0, err

@@ -127,6 +127,22 @@ def test_what_ddp_exchanges_counts() -> None:
     assert "communication" not in alone.parts
 
 
+def test_averages_take_what_the_parameters_do() -> None:
+    plain, averaging = planner().uniform(2, "none"), other(keeps_averages=True).uniform(2, "none")
+    assert averaging.parts["averages"] == sum(4 * p.numel() for p in planner().job.model.parameters())
+    assert averaging.peak_bytes == plain.peak_bytes + averaging.parts["averages"]
+    assert "averages" not in plain.parts
+    assert "  averages" in parts_table(averaging)
+    # Of weights in fewer bits they are float32, and frozen weights have none.
+    model = vit().to(torch.bfloat16).requires_grad_(False)
+    model.heads.requires_grad_(True)
+    job = job_of(model, keeps_averages=True)
+    assert Planner(job, H100)._average_bytes() == 4 * (128 * 10 + 10)
+    # They are on the GPU when a planned step is tried, and nothing counts them on the host.
+    held = {kind: averaging.missing_bytes(replace(job, device_type=kind), 2) for kind in ("cuda", "cpu")}
+    assert held["cpu"] - held["cuda"] == averaging.parts["averages"]
+
+
 def test_a_share_of_the_model_per_process_takes_less() -> None:
     ddp = other(num_ranks=4).uniform(2, "none")
     fsdp = other(num_ranks=4).sharded(ddp)

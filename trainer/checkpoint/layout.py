@@ -142,9 +142,7 @@ def _entry_name(item: Item) -> str:
     return f"{item.index.fqn}[{','.join(map(str, offsets))}]" if any(offsets) else item.index.fqn
 
 
-def safetensors_header(
-    entries: Sequence[tuple[str, torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
-) -> bytes:
+def safetensors_header(entries: Sequence[tuple[str, torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
     """Returns the beginning of a safetensors file; the data follows in the order given, without gaps.
 
     Args:

@@ -69,6 +69,7 @@ def plan_job(
             else config.backends.matmul_precision != "highest"
         ),
         clips_gradients=config.optim.clip_norm is not None,
+        keeps_averages=config.optim.ema is not None,
         feed_bytes=waiting * feed_bytes,
         resident_bytes=feed.resident_bytes,
         bucket_bytes=int(config.parallel.bucket_mb * 2**20),

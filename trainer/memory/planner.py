@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from trainer.data.nested import map_tensors
+from trainer.ema import average_dtype
 from trainer.errors import UserError, one_line
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.budget import BlockCost, cheapest_policies, least_policies
@@ -57,6 +59,7 @@ class Job:
         autocast_dtype: what matrix products take, where it is not float32.
         allows_tf32: whether float32 products use TF32.
         clips_gradients: whether the norm of the gradients is clipped.
+        keeps_averages: whether there is a moving average of the parameters.
         feed_bytes: device memory per sample of a micro-batch that waiting batches take.
         resident_bytes: device memory of data that lives there.
         bucket_bytes: size of DDP's buckets.
@@ -77,6 +80,7 @@ class Job:
     autocast_dtype: torch.dtype | None = None
     allows_tf32: bool = False
     clips_gradients: bool = False
+    keeps_averages: bool = False
     feed_bytes: int = 0
     resident_bytes: int = 0
     bucket_bytes: int = 25 * 2**20
@@ -121,9 +125,9 @@ class Prediction:
     def missing_bytes(self, job: Job, micro_batch_size: int) -> int:
         """Returns what a step takes that a mere forward and backward, before the first step, does not."""
         missing = self.memory.persistent["optimizer"] + job.feed_bytes * micro_batch_size
-        if job.device_type == "cuda":  # resident data and DDP's buckets are on the GPU already, and counted there
+        if job.device_type == "cuda":  # the rest is on the GPU already, and counted there
             return missing
-        return missing + self.parts.get("communication", 0) + job.resident_bytes
+        return missing + self.parts.get("communication", 0) + self.parts.get("averages", 0) + job.resident_bytes
 
     def describe(self) -> str:
         """Returns the choice in one line."""
@@ -159,6 +163,8 @@ class Planner:
         job, step = self.job, self._step(micro_batch_size, policies)
         parts = {name: size for name, size in step.at_peak.items() if size}
         parts["feed"] = job.resident_bytes + job.feed_bytes * micro_batch_size
+        if job.keeps_averages:
+            parts["averages"] = self._average_bytes()
         if job.num_ranks > 1:
             parts["communication"] = self._communication_bytes(step.persistent["gradients"], micro_batch_size)
         seconds = self._step_seconds(micro_batch_size, step)
@@ -167,6 +173,10 @@ class Planner:
     def uniform(self, micro_batch_size: int, checkpointing: Any) -> Prediction:
         """Simulates a setting that treats all blocks alike: none, full, every_2 or selective."""
         return self.predict(micro_batch_size, checkpointing, uniform_policies(self.blocks, checkpointing))
+
+    def _average_bytes(self, num_shards: int = 1) -> int:
+        trained = [p for p in self.job.model.parameters() if p.requires_grad]
+        return sum(math.ceil(p.numel() / num_shards) * average_dtype(p).itemsize for p in trained)
 
     def _communication_bytes(self, gradient_bytes: int, micro_batch_size: int) -> int:
         # Gradients of earlier micro-batches are not in the buckets, which are there all the same; they get there one
@@ -234,6 +244,8 @@ class Planner:
         step = self._sharded_steps[key]
         parts = {name: num_bytes for name, num_bytes in step.at_peak.items() if num_bytes}
         parts["feed"] = job.resident_bytes + job.feed_bytes * size
+        if job.keeps_averages:
+            parts["averages"] = self._average_bytes(num_shards)
         return replace(prediction, parts=parts, memory=step)
 
     def _simulate_sharded(self, size: int, policies: Mapping[str, Policy], num_shards: int) -> StepMemory:

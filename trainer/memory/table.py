@@ -13,6 +13,7 @@ _ORDER = (
     "buffers",
     "gradients",
     "optimizer",
+    "averages",
     "activations",
     "inputs",
     "feed",

@@ -199,3 +199,18 @@ def test_refused_values(change: dict[str, Any], message: str, train: Train, writ
     code, _, err = train("--config", write_config(optim={"name": "sgd", "lr": 0.1, "ema": change}))
     assert code == 2
     assert message in err
+
+
+def test_begun_and_ended_in_a_run(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
+    """Once it is allowed: the averages start from the weights of then, and may be dropped again."""
+    run = tmp_path / "run"
+    kept = {"checkpoint": {"every": 1, "keep": 99, "allow_changes": ["optim.ema"]}}
+    assert train("--config", write_config(**kept)).code == 0
+    assert train("--config", write_config(train__epochs=3, optim__ema={"decay": 0.9}, **kept)).code == 0
+    expected = weights(run, 10)
+    for step in range(11, 16):
+        share = 1 - min(0.9, (1 + step) / (10 + step))
+        expected = {name: value.lerp(weights(run, step)[name], share) for name, value in expected.items()}
+    assert identical(tensors(run, 15, "ema."), expected)
+    assert train("--config", write_config(train__epochs=4, **kept)).code == 0
+    assert not tensors(run, 20, "ema.")

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from trainer.checkpoint.reading import Checkpoint
-from trainer.errors import Problem, UserError
+from trainer.errors import UserError
 
 _MOST_SHOWN = 10
 SUMMED = ("window.loss_sum", "window.num_samples")  # since the last report, of each rank's own samples
@@ -105,8 +105,11 @@ class Parts:
         """
         model = get_model_state_dict(self.model)
         targets = {f"model.{name}": value for name, value in model.items() if isinstance(value, torch.Tensor)}
-        targets |= {f"ema.{name}": average for name, average in (self.averages or {}).items()}
-        _check_same(targets, checkpoint, "run.dir")
+        # EMA that begins or ends here was allowed: the config was compared before.
+        has_averages = bool(checkpoint.names("ema."))
+        if has_averages:
+            targets |= {f"ema.{name}": average for name, average in (self.averages or {}).items()}
+        _check_same(targets, checkpoint, ("model.", "ema.") if has_averages and self.averages else ("model.",))
         optimizer_targets, optimizer_state = self._optimizer_targets(checkpoint, set_here)
         targets |= optimizer_targets
         manifest = checkpoint.manifest
@@ -116,6 +119,10 @@ class Parts:
             own = {name: torch.empty_like(value) for name, value in self.own.items() if name in saved}
             targets |= {f"ranks.{self.rank}.{name}": value for name, value in own.items()}
         checkpoint.load_into(targets, group)
+        if not has_averages:
+            weights = dict(self.model.named_parameters(remove_duplicate=False))
+            for name, average in (self.averages or {}).items():
+                average.copy_(weights[name].detach())
         if manifest.num_ranks != self.num_ranks:
             own = {name: self._sum_over_ranks(checkpoint, name) for name in SUMMED}
         extra = {name: manifest.values[f"model.{name}"] for name in model if f"model.{name}" in manifest.values}
@@ -196,9 +203,9 @@ class Parts:
         return targets, {"state": state, "param_groups": groups}
 
 
-def _check_same(targets: Mapping[str, torch.Tensor], checkpoint: Checkpoint, path: str) -> None:
+def _check_same(targets: Mapping[str, torch.Tensor], checkpoint: Checkpoint, prefixes: tuple[str, ...]) -> None:
     """Refuses a checkpoint whose model differs, naming what differs by kind."""
-    saved = {name for name in checkpoint.manifest.tensors if name.startswith(("model.", "ema."))}
+    saved = {name for name in checkpoint.manifest.tensors if name.startswith(prefixes)}
     reshaped = [
         f"{name} ({list(checkpoint.shape_and_dtype(name)[0])} there, {list(target.shape)} here)"
         for name, target in targets.items()
@@ -215,7 +222,7 @@ def _check_same(targets: Mapping[str, torch.Tensor], checkpoint: Checkpoint, pat
         if names
     ]
     if told:
-        raise UserError(Problem(f"'{checkpoint.location}' is of another model: {'; '.join(told)}", path))
+        raise UserError(f"'{checkpoint.location}' is of another model: {'; '.join(told)}", path="run.dir")
 
 
 def _is_scalar_or_like(value: torch.Tensor, parameter: torch.Tensor) -> bool:

@@ -3,34 +3,57 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from conftest import REPOSITORY, Train, WriteConfig
-from launching import environment
+from launching import run
 
-from benchmarks import soak
+from benchmarks import checkpoint, soak
+from benchmarks.feed import MOST_FOREIGN_CORES
 from trainer.checkpoint.storage import LocalStorage
 
 
 def test_the_benchmark_measures_every_method(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.checkpoint", "--model", "mobilenet_v3_small", "--rounds", "1"]
-    command += ["--step-seconds", "0.1", "--folder", str(tmp_path / "files"), "--json", str(tmp_path / "found.json")]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert set(found["seconds"]) == {
-        "lockstep, bare",
-        "lockstep, overlapped",
-        "torch.save",
-        "torch.save and fsync",
-        "accelerator.save_state",
-        "DCP async_save",
-    }
-    assert all(0 < cost["stall"] <= cost["total"] for cost in found["seconds"].values())
-    assert found["bytes"] > 20e6
-    assert not (tmp_path / "files").exists()
+    file = tmp_path / "results" / "checkpoint.json"
+    command = [sys.executable, "-m", "benchmarks.checkpoint", "--tiny", "--folder", str(tmp_path / "saves")]
+    ended = run([*command, "--json", str(file)], REPOSITORY)
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(file.read_text())
+    assert [entry["name"] for entry in result["entries"]] == list(checkpoint.NAMES)
+    for entry in result["entries"]:
+        assert 0 < entry["stall"]["median"] <= entry["total"]["median"]
+        assert (entry["warm_up"] is None) == entry["name"].startswith("lockstep")
+    assert result["reads_back"]
+    assert result["bytes"] > 10e6
+    assert all(bar["ratio"] > 0 for bar in result["bars"])
+    assert checkpoint.table(result) == ended.stdout
+    assert not (tmp_path / "saves").exists()
+
+
+def _entry(name: str, stall: float | None, total: float) -> dict[str, Any]:
+    spread = {"median": total, "min": total, "max": total}
+    return {"name": name, "stall": stall and {"median": stall}, "total": spread}
+
+
+def test_bars_are_ratios_of_medians() -> None:
+    entries = [_entry(checkpoint.BARE, 0.5, 12.0), _entry(checkpoint.OVERLAPPED, None, 12.0)]
+    entries += [_entry(checkpoint.TORCH_SAVE, 4.0, 4.0), _entry(checkpoint.DCP, 1.0, 10.0)]
+    bare, overlapped, total = checkpoint.compare(entries)
+    assert (bare["ratio"], bare["is_met"]) == (0.125, False)
+    assert (overlapped["ratio"], overlapped["is_met"]) == (None, False)
+    assert (total["ratio"], total["is_met"]) == (1.2, True)
+
+
+def test_loaded_saves_are_dropped() -> None:
+    rounds = checkpoint.Rounds.__new__(checkpoint.Rounds)
+    rounds.costs = {"ours": [checkpoint.Cost(1, 2, 0.0), checkpoint.Cost(9, 9, MOST_FOREIGN_CORES + 0.1)]}
+    rounds.warm_ups = {}
+    (entry,) = checkpoint.summarize(rounds, keep_loaded=False)
+    assert (entry["stall"]["median"], entry["dropped_rounds"]) == (1, 1)
+    (entry,) = checkpoint.summarize(rounds, keep_loaded=True)
+    assert (entry["stall"]["median"], entry["dropped_rounds"]) == (5, 0)
 
 
 def test_the_soak_finds_what_is_different(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:

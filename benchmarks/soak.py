@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -222,6 +222,24 @@ def soak(options: argparse.Namespace, report: Report) -> None:
         except UserError as error:
             report.differences = [str(error)]
     report.is_finished, report.is_same = True, not report.differences
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Returns the Markdown table of a result."""
+    lost = result["steps_lost"]
+    rows = [
+        ("", "soak"),
+        ("---", "---:"),
+        ("minutes", f"{result['minutes']:.1f}"),
+        ("steps", f"{result['steps']:,}"),
+        ("kills", result["num_kills"]),
+        ("steps lost per kill, mean and most", f"{sum(lost) / len(lost):.0f} and {max(lost)}"),
+        ("steps between checkpoints", result["checkpoint_every"]),
+        ("the same, bit for bit", "yes" if result["is_same"] else "no"),
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    note = f"{result['processes']} process; {result['hardware']}; {versions}; `{result['command']}`."
+    return "\n".join(f"| {name} | {value} |" for name, value in rows) + f"\n\n{note}\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

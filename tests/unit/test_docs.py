@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from benchmarks import feed, memory, switches
+from benchmarks import checkpoint, feed, memory, soak, switches
 
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
 TABLES = [
@@ -17,7 +17,13 @@ TABLES = [
     for page in DOCS
     for found in re.findall(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", page.read_text(), re.DOTALL)
 ]
-MAKERS = {"feed-cpu": feed.table, "memory-cpu": memory.table, "switches-cpu": switches.table}
+MAKERS = {
+    "checkpoint-cpu": checkpoint.table,
+    "feed-cpu": feed.table,
+    "memory-cpu": memory.table,
+    "soak-cpu": soak.table,
+    "switches-cpu": switches.table,
+}
 
 
 @pytest.mark.parametrize(("file", "text"), TABLES)

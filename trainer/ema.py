@@ -11,9 +11,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from trainer.config import EmaConfig
+from trainer.memory.sharding import local_part
 
 
 class Ema:
@@ -79,7 +79,7 @@ class Ema:
 
     def _locals(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Returns this rank's averages and weights; an average is elementwise, so shares need no exchange."""
-        return [_local(a) for a in self._average_of.values()], [_local(p) for p in self._average_of]
+        return [local_part(a) for a in self._average_of.values()], [local_part(p) for p in self._average_of]
 
 
 def average_dtype(parameter: torch.Tensor) -> torch.dtype:
@@ -94,7 +94,3 @@ def _put(values: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], places
         before = weight.clone()
         weight.copy_(value)
         place.copy_(before)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

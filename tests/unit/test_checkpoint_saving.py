@@ -248,6 +248,15 @@ def test_kept_for_good(train: Train, write_config: WriteConfig, tmp_path: Path) 
     assert CheckpointFolder(LocalStorage(tmp_path / "run" / "checkpoints"), keep=1).steps() == [4, 8, 10]
 
 
+def test_what_is_damaged_and_cannot_be_moved_pushes_no_good_one_out(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    job.folder.keep = 1
+    (tmp_path / "step-00000009").mkdir()
+    job.save()
+    job.saver.wait()
+    assert job.folder.newest().step == 1
+
+
 # ---- exactness ----------------------------------------------------------------------------------------------
 
 

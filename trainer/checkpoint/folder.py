@@ -172,7 +172,7 @@ class CheckpointFolder:
                 found = "is not there" if size is None else f"has {size} bytes instead of {record.size}"
                 raise OSError(f"{file} {found} as rank 0 sees it: checkpoints must be on storage that all ranks share")
         self.storage.publish(staged, name, manifest.to_bytes())
-        self._prune(manifest.progress.best_step)
+        self._prune(manifest.progress)
 
     def replace_progress(self, progress: Progress) -> None:
         """Writes new results into the checkpoint of the step they belong to.
@@ -185,7 +185,7 @@ class CheckpointFolder:
         except Damaged as error:
             raise OSError(str(error)) from error
         self.storage.replace_manifest(self.name(progress.step), manifest.to_bytes())
-        self._prune(progress.best_step)
+        self._prune(progress)
 
     def give_up(self, staged: str) -> None:
         """Removes what was staged and cannot be finished."""
@@ -196,10 +196,12 @@ class CheckpointFolder:
         except OSError as error:
             logger.warning("cannot remove '%s/%s': %s", self.location, staged, one_line_text(error))
 
-    def _prune(self, best_step: int | None) -> None:
+    def _prune(self, progress: Progress) -> None:
         """Deletes what need not be kept. What cannot be deleted is tried again after the next checkpoint."""
+        best_step = progress.best_step
         try:
-            steps = self.steps()
+            # A later one is damaged and could not be put aside: counted, it would push out a good one.
+            steps = [step for step in self.steps() if step <= progress.step]
             if best_step in steps:
                 assert best_step is not None
                 self.storage.point("best", self.name(best_step))

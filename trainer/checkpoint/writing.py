@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.layout import Item, Layout, Ranks, make_layout
 from trainer.checkpoint.manifest import FileRecord, Manifest, Progress, new_checksum
 from trainer.checkpoint.state import State
 from trainer.errors import UserError, one_line, one_line_text
+from trainer.memory.sharding import local_part
 from trainer.units import format_bytes
 
 logger = logging.getLogger("lockstep")
@@ -347,8 +347,7 @@ def _split(save: _Save) -> tuple[list[Item], list[Item]]:
 
 def _local(state: State, item: Item) -> torch.Tensor:
     """Returns this rank's part of a tensor."""
-    tensor = state.tensors[item.index.fqn]
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+    return local_part(state.tensors[item.index.fqn])
 
 
 class _HostMemory:

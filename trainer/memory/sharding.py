@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from trainer.errors import UserError
 from trainer.memory.fakes import fake_mesh
@@ -82,6 +83,11 @@ def _with_parameters_of_their_own(model: nn.Module, blocks: Iterable[nn.Module])
     in_model = owners(model)
     counted = ((block, owners(block)) for block in blocks)
     return [block for block, own in counted if own and all(in_model[p] == count for p, count in own.items())]
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns this process's part of a tensor, sharing its memory; all of one that is not sharded."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def simulate_sharded_step(

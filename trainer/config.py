@@ -36,9 +36,12 @@ from trainer.config_values import (
     MemoryAmount,
     MicroBatchSize,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Ratio,
+    Seconds,
+    TimeSpan,
     Workers,
 )
 from trainer.errors import Problem, UserError, nearest
@@ -492,6 +495,42 @@ class CheckpointConfig(Section):
     )
 
 
+class FaultsConfig(Section):
+    """What is done about whatever goes wrong in a long run. docs/reliability.md tells the story."""
+
+    non_finite: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="When a loss or a gradient is not finite, or a loss is a spike: `stop` ends the run before such "
+        "weights are saved; `skip` leaves that optimizer step out; `rollback` goes back to the last checkpoint and "
+        "leaves that batch out. With `stop` gradients are looked at only where `optim.clip_norm` is set.",
+    )
+    spike_factor: Annotated[float, Field(strict=True, gt=1, allow_inf_nan=False)] | None = Field(
+        None,
+        description="A step's loss is a spike where it is larger than this times the moving average of the losses "
+        "before it. Default: nothing is a spike.",
+    )
+    max_rollbacks: PositiveInt = Field(3, description="With `non_finite: rollback`: end the run when one more is due.")
+    hang_timeout: Seconds | None = Field(
+        TimeSpan(600.0),
+        description="End the job when a rank has not got on for so long, such as `10 minutes`, and name that rank. "
+        "The first step, which may compile, and restoring a checkpoint get five times as long; data sets and models "
+        "are built without a limit. null: wait for ever.",
+    )
+    grace: Seconds = Field(
+        TimeSpan(30.0),
+        description="Time between a request to stop and the end, such as the cluster gives. Where saves have taken "
+        "longer than what is left of it, no checkpoint is written, and the newest one stands.",
+    )
+
+
+class LaunchConfig(Section):
+    """How `python -m launch` starts and restarts a job."""
+
+    max_restarts: NonNegativeInt = Field(
+        0, description="Start a job that failed again so many times, from its last checkpoint, by itself."
+    )
+
+
 class WandbConfig(Section):
     """Weights & Biases, used when `tracking.trackers` names it."""
 
@@ -537,7 +576,11 @@ class Config(Section):
     eval: EvalConfig = Field(default_factory=EvalConfig, description="When to evaluate.")
     log: LogConfig = Field(default_factory=LogConfig, description="When to report.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="When to save and what to keep.")
+    faults: FaultsConfig = Field(
+        default_factory=FaultsConfig, description="What is done about whatever goes wrong in a long run."
+    )
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="Experiment trackers.")
+    launch: LaunchConfig = Field(default_factory=LaunchConfig, description="How a job is started and restarted.")
 
     _source: yaml_source.Source = PrivateAttr(default_factory=yaml_source.Source)
 

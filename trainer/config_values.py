@@ -105,6 +105,53 @@ EveryOrMinutes = Annotated[
 ]
 
 
+_SECONDS_OF = {"second": 1.0, "sec": 1.0, "s": 1.0, "minute": 60.0, "min": 60.0, "hour": 3600.0, "h": 3600.0}
+
+
+@dataclass(frozen=True)
+class TimeSpan:
+    """A time by the clock, in seconds."""
+
+    seconds: float
+
+    def __str__(self) -> str:
+        for size, unit in ((3600, "hour"), (60, "minute")):
+            if self.seconds >= size and self.seconds % size == 0:
+                count = int(self.seconds // size)
+                return f"{count} {unit}{'' if count == 1 else 's'}"
+        return f"{self.seconds:g} {'second' if self.seconds == 1 else 'seconds'}"
+
+    @classmethod
+    def parse(cls, value: object) -> TimeSpan:
+        """Reads `10 minutes`, `90 seconds`, `1 hour` or a number of seconds; raises ValueError on anything else."""
+        if isinstance(value, cls):
+            return value
+        seconds = 0.0
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            seconds = float(value)
+        elif isinstance(value, str):
+            match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(second|sec|s|minute|min|hour|h)s?\s*", value)
+            seconds = float(match[1]) * _SECONDS_OF[match[2]] if match else 0.0
+        if 0 < seconds < float("inf"):
+            return cls(seconds)
+        raise ValueError(f"write a time such as '10 minutes' or '90 seconds' (got {value!r})")
+
+
+Seconds = Annotated[
+    TimeSpan,
+    BeforeValidator(TimeSpan.parse),
+    PlainSerializer(str, return_type=str),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "exclusiveMinimum": 0},
+                {"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*(second|sec|s|minute|min|hour|h)s?\s*$"},
+            ]
+        }
+    ),
+]
+
+
 @dataclass(frozen=True)
 class Amount:
     """An amount of memory as it was written: a share of a whole such as `90%`, or bytes such as `20GiB`."""

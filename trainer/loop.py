@@ -33,7 +33,7 @@ from trainer.data.sampler import BatchPlan, EvalSampler, StepSampler
 from trainer.data.transforms import build_transforms
 from trainer.ema import Ema
 from trainer.errors import UserError, one_line
-from trainer.faults import StopRequests
+from trainer.faults.stopping import StopRequests
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.checkpointing import (
     check_compiled_buffers,

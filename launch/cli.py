@@ -24,13 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "target",
-        choices=["local", "plan"],
-        help="local: this machine, on all its GPUs or CPU processes; plan: start nothing, predict the memory it takes",
+        choices=["local", "plan", "chaos"],
+        help="local: this machine, on all its GPUs or CPU processes; plan: start nothing, predict the memory it takes; "
+        "chaos: break a copy of the job for some minutes, and see whether it comes out the same",
     )
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="--config FILE [section.key=value ...]")
     options = parser.parse_args(arguments)
-    target = {"local": _local, "plan": _plan}[options.target]
-    return run_command(lambda: target(options.rest), log_to_stderr=options.target == "plan")
+    target = {"local": _local, "plan": _plan, "chaos": _chaos}[options.target]
+    return run_command(lambda: target(options.rest), log_to_stderr=options.target != "local")
 
 
 def _plan(arguments: Sequence[str]) -> int:
@@ -75,9 +76,48 @@ def _local(arguments: Sequence[str]) -> int:
     config = load_config(options.config, options.overrides)
     from launch import local  # imports torch
 
-    plan = local.plan(options.processes, ["--config", options.config, *options.overrides], config.precision)
+    plan = local.plan(options.processes, ["--config", options.config, *options.overrides], config)
     if options.dry_run:
         variables = [f"{name}={value}" for name, value in plan.environment.items()]
         sys.stdout.write(shlex.join([*variables, *plan.command]) + "\n")
         return EXIT_FINISHED
     return local.run(plan, config)
+
+
+def _chaos(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch chaos",
+        description="Run a copy of a job on this machine while its processes are killed, stopped and held up and its "
+        "checkpoints are damaged; then run it in peace, and compare the two bit for bit. The run folder of the job "
+        "itself is not touched.",
+        epilog="exit codes: 0 both are the same, 1 they are not or the job gave up, 2 bad config or usage",
+    )
+    add_config_arguments(parser)
+    parser.add_argument("--processes", type=int, metavar="N", help="default: one per GPU, or one on the CPU")
+    parser.add_argument("--minutes", type=float, default=10.0, metavar="M", help="of faults (default: 10)")
+    parser.add_argument("--every", type=float, default=60.0, metavar="SECONDS", help="between faults (default: 60)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the faults (default: 0)")
+    parser.add_argument("--hang-timeout", type=float, default=20.0, metavar="SECONDS", help="default: 20")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="for both runs (default: runs/<run.name>-chaos)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there, too")
+    options = parser.parse_intermixed_args(arguments)
+    if options.processes is not None and options.processes < 1:
+        parser.error(f"--processes must be at least 1 (got {options.processes})")
+    for name, most in (("minutes", 1200), ("every", 72_000), ("hang_timeout", 72_000)):
+        value = getattr(options, name)
+        if not 0 < value <= most:
+            parser.error(f"--{name.replace('_', '-')} must be more than 0 and at most {most} (got {value:g})")
+    config = load_config(options.config, options.overrides)
+    from launch import chaos  # imports torch
+
+    settings = chaos.Settings(
+        file=options.config,
+        overrides=options.overrides,
+        processes=options.processes,
+        minutes=options.minutes,
+        every=options.every,
+        seed=options.seed,
+        folder=(options.folder or Path("runs", f"{config.run.name}-chaos")).resolve(),
+        hang_timeout=options.hang_timeout,
+    )
+    return chaos.run(settings, options.json)

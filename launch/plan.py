@@ -23,7 +23,7 @@ from trainer.data.resident import estimate_bytes
 from trainer.data.sampler import BatchPlan
 from trainer.data.transforms import build_transforms
 from trainer.errors import Problem, UserError
-from trainer.loop import class_count
+from trainer.assembly import class_count
 from trainer.memory.devices import Device, find_device, this_device
 from trainer.memory.fakes import fake_tensors
 from trainer.memory.fitting import choose

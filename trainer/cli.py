@@ -14,16 +14,22 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from trainer.config import CacheConfig, Config, load_config, read_section, schema_text
 from trainer.errors import UserError, one_line, one_line_text
+from trainer.faults.fault import is_lost_peer
 from trainer.memory.out_of_memory import handle_out_of_memory, is_out_of_memory
+
+if TYPE_CHECKING:
+    from trainer.loop import Trainer
 
 EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 75
+
+LAUNCHER_VARIABLE = "LOCKSTEP_LAUNCHER"  # set by our launcher, which tells exit codes apart: its process id
 
 _EXIT_CODES = "exit codes: 0 finished, 2 bad config or usage, 75 stopped early on request (start me again), 1 else"
 
@@ -119,23 +125,15 @@ def leave(code: int) -> NoReturn:
     """Ends the program. A failed rank of several goes at once: tidy shutdown can wait for peers or abort."""
     if code == EXIT_STOPPED:
         # A launcher that sees the first rank go ends the others; they are on their way.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and LAUNCHER_VARIABLE not in os.environ:
+            code = EXIT_FINISHED  # torchrun by itself starts a job again after any other code
     if code in (EXIT_FAILED, EXIT_USAGE) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
-
-
-def _is_lost_peer(error: BaseException) -> bool:
-    """Tells whether a collective failed because another rank is gone, which is never the reason itself."""
-    from torch import distributed as dist
-
-    text = str(error)
-    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Read error", "Write error")
-    is_collective = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and is_collective and any(part in text for part in lost)
 
 
 def _rank() -> int:
@@ -159,30 +157,40 @@ def _train(options: argparse.Namespace) -> int:
         trainer = Trainer(config)
         status = trainer.fit()
     except UserError as error:
+        if trainer is not None:
+            trainer.tell(error)
         if _rank() == 0 or not error.agreed:
             show_problems(error, config)
         if trainer is not None:
             trainer.abandon(error)
         return EXIT_USAGE
     except BaseException as error:
-        if is_out_of_memory(error):
-            handle_out_of_memory(error, config, _rank(), trainer.situation if trainer is not None else None)
-        elif _is_lost_peer(error):
-            sys.stderr.write(f"rank {_rank()}: another rank has ended, and said why: {one_line(error)[:160]}\n")
-        elif type(error).__name__ == "WorkerDied":  # it says all; importing it here would import torch
-            sys.stderr.write(f"error: rank {_rank()}: {one_line(error)}\n")
-        elif type(error).__name__ == "SaveFailed":  # the same on every rank
-            if _rank() == 0:
-                sys.stderr.write(f"error: {one_line_text(error)}\n")
-        elif not isinstance(error, KeyboardInterrupt):
-            traceback.print_exc()
         if trainer is not None:
-            lost = RuntimeError("another rank has ended, and said why")
-            trainer.abandon(lost if not is_out_of_memory(error) and _is_lost_peer(error) else error)
-        elif isinstance(error, KeyboardInterrupt):
-            sys.stderr.write("interrupted before training began\n")
+            trainer.tell(error)  # before all that takes time
+        _show_error(error, config, trainer)
+        if trainer is not None:
+            trainer.abandon(error)
         return EXIT_FAILED
     return EXIT_FINISHED if status == "finished" else EXIT_STOPPED
+
+
+def _show_error(error: BaseException, config: Config, trainer: Trainer | None) -> None:
+    """Writes to stderr what ended the training, as short as the reader's next step allows."""
+    if is_out_of_memory(error):
+        handle_out_of_memory(error, config, _rank(), trainer.situation if trainer is not None else None)
+    elif is_lost_peer(error):
+        if trainer is None or not trainer.knows_reason():
+            sys.stderr.write(f"rank {_rank()}: another rank has ended, and said why: {one_line(error)[:160]}\n")
+    elif type(error).__name__ == "WorkerDied":  # it says all; importing it here would import torch
+        sys.stderr.write(f"error: rank {_rank()}: {one_line(error)}\n")
+    elif type(error).__name__ in ("SaveFailed", "BadNumbers"):  # the same on every rank
+        if _rank() == 0:
+            sys.stderr.write(f"error: {one_line_text(error)}\n")
+    elif isinstance(error, KeyboardInterrupt):
+        if trainer is None:
+            sys.stderr.write("interrupted before training began\n")
+    else:
+        traceback.print_exc()
 
 
 def _pack(options: argparse.Namespace) -> int:

@@ -5,61 +5,61 @@ Reads as nouns and verbs; how each is done is in the module named after it.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Iterator
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Literal
+import os
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from typing import Literal
 
 import torch
-from torch import nn
 
 from trainer.agreement import StepVotes
+from trainer.assembly import Assembly
+from trainer.buffers import BufferCopy
 from trainer.checkpoint.compatibility import check_resumable
 from trainer.checkpoint.folder import open_folder
 from trainer.checkpoint.manifest import Manifest, Progress
 from trainer.checkpoint.reading import Checkpoint
 from trainer.checkpoint.state import Parts, State
 from trainer.checkpoint.writing import SaveFailed, Saver
-from trainer.config import Config, DataConfig, ModelConfig
+from trainer.config import Config
 from trainer.config_values import Interval, Minutes
-from trainer.data.build import build_data, packed
-from trainer.data.datasets import SizedDataset, class_names
-from trainer.data.feed import DeviceFeed, MicroBatch
-from trainer.data.loader import preserved_generators
-from trainer.data.modes import device_memory
-from trainer.data.resident import Share
-from trainer.data.sampler import BatchPlan, EvalSampler, StepSampler
-from trainer.data.transforms import build_transforms
+from trainer.data.feed import MicroBatch
+from trainer.data.sampler import EvalSampler
 from trainer.ema import Ema
-from trainer.errors import UserError, one_line
+from trainer.errors import UserError, one_line, one_line_text
+from trainer.faults.fault import Fault, fault_folder, is_lost_peer
+from trainer.faults.injection import Injector
+from trainer.faults.numbers import BadNumbers, NumberGuard, bad_step_report
+from trainer.faults.pace import Pace, Straggler, find_straggler, waited_share
 from trainer.faults.stopping import StopRequests
-from trainer.memory.blocks import repeated_blocks
-from trainer.memory.checkpointing import (
-    check_compiled_buffers,
-)
+from trainer.faults.watch import Watch
+from trainer.goodput import Ledger
+from trainer.memory.checkpointing import check_compiled_buffers
 from trainer.memory.out_of_memory import Situation
-from trainer.memory.shrink import Shrink, read_shrink
-from trainer.model import build_model, compile_model, recompute_blocks, uses_channels_last
-from trainer.optim import build_learning_rate, build_optimizer
 from trainer.parallel import in_lockstep
 from trainer.random_state import generator_states, restore_generators
 from trainer.reporting import Reporter
 from trainer.run_folder import RunFolder
-from trainer.runtime import Runtime, explained_model_errors, seed_everything
-from trainer.sync_batchnorm import synchronise_batchnorm
-from trainer.tasks import build_task
+from trainer.runtime import Runtime, explained_model_errors
 from trainer.telemetry import Clock, Timer
-from trainer.tracking import check_trackers
-from trainer.weights import settled_weights
-
-if TYPE_CHECKING:
-    from trainer.memory.planner import Planner, Prediction
+from trainer.window import Window
 
 logger = logging.getLogger("lockstep")
 
 
-class Trainer:
+_WITHIN_A_STEP = ("loading a batch", "forward", "backward", "optimizer")
+_IN_STEP = 8  # most exchanges of decisions within a step, between groups of micro-batches
+_FIRST_STEP = 5.0  # times `faults.hang_timeout` for a first step, which may compile
+_LEAVE_SECONDS = 2.0  # that a main thread gets to begin to leave by itself when the job ends; then twice as long
+
+
+class Trainer(Assembly):
     """One run, from a config to a trained model.
 
     Args:
@@ -71,206 +71,68 @@ class Trainer:
     """
 
     def __init__(self, config: Config, to_train: bool = True) -> None:
-        self.config = config
-        self.to_train = to_train
         self.clock = Clock()
         with self.clock.phase("startup"):
-            self.runtime = Runtime(config)
-            self.folder = RunFolder(config)
-            self.checkpoints = self.runtime.agree(lambda: open_folder(config, self._is_kept_for_good))
+            super().__init__(config, Runtime(config), RunFolder(config), to_train)
+            runtime = self.runtime
+            self.progress = Progress()
+            self.stopping = ""  # what asked for the end, once all ranks know of it
             self.stop_requests = StopRequests()
-            self.votes = StepVotes(self.runtime.host_group, num_questions=3)
-            self._build()
-            self.model, self.optimizer = self.runtime.prepare(
-                self.bare_model, self.bare_optimizer, self._shared_blocks.values()
-            )
-            self.ema = Ema(self.bare_model, config.optim.ema) if config.optim.ema is not None else None
-            self.model.train()
-            # Not where a forward is a collective: a rank that runs out of memory in it would leave the others waiting.
-            if self.planned is not None and not self.runtime.in_lockstep:
-                self._split_batch(self.plan.num_samples, self._confirmed_micro_batch())
-            self.saver = Saver(
-                self.checkpoints,
-                self.runtime,
-                self.runtime.new_host_group(),
-                config.checkpoint.async_save,
-                self.runtime.device,
-            )
-        self.progress = Progress()
-        self._first_step = 0  # of this attempt
-        every = config.checkpoint.every
-        self.save_timer = Timer(60 * every.count) if isinstance(every, Minutes) and self.runtime.is_main else None
-        self._window = _Window(self.runtime, self.clock, self.feed)
-        self._skipped_samples = 0  # that could not be read, on all ranks, at the last report
-        self._micro_batch = 0  # of the present step
-        self.reporter: Reporter | None = None  # on rank 0, once the run has started
+            self.votes = StepVotes(runtime.host_group, num_questions=4)
+            self.reporter: Reporter | None = None  # on rank 0, once the run has started
+            self._first_step = 0  # of this attempt
+            self._micro_batch = 0  # of the present step
+            self._heard = [False] * 4  # answers to the questions that ranks put to each other
+            self._is_leaving, self._has_left = threading.Event(), threading.Event()
+            self.injector = runtime.agree(lambda: Injector.from_environment(config.run_dir, runtime.rank))
+            self.ledger = Ledger(self.folder) if to_train and runtime.is_main else None
+            self.watch = self._watch() if to_train else None
+            with self.last_words():
+                self._prepare()
 
-    def _build(self) -> None:
-        """Builds every component. A problem on any rank is raised on all; nothing is wrapped yet."""
+    def _prepare(self) -> None:
+        """Builds and wraps everything."""
         config, runtime = self.config, self.runtime
-        runtime.agree(self._check_surroundings)
-        train_set, eval_set = build_data(config.data, runtime)
-        runtime.agree(self._check_transforms)
-        num_classes = runtime.agree(lambda: class_count(config, train_set))
-        shrink = runtime.from_main(lambda: read_shrink(config.run_dir)) if config.memory.on_oom == "shrink" else None
-        runtime.agree(lambda: self._build_order_and_task(train_set, num_classes, shrink))
-        settled = runtime.from_main(lambda: settled_weights(config.model))
-        runtime.agree(lambda: self._build_model(settled, num_classes))
-        # What takes long comes last, when all else is known to be good.
-        data = config.data
-        if self.to_train:
-            train_set = packed(train_set, data, runtime)
-        else:
-            data = data.model_copy(update={"feed": "host"})  # which moves nothing
-        memory = min(runtime.gather(device_memory(runtime.device)))
-        self.feed = runtime.agree(lambda: self._feed(train_set, data, "train", memory))
-        self.eval_feed: DeviceFeed | None = None
-        if eval_set is not None:
-            eval_set = packed(eval_set, config.data, runtime)
-            left = min(runtime.gather(memory - self.feed.resident_bytes))
-            self.eval_feed = runtime.agree(lambda: self._feed(eval_set, config.data, "eval", left))
-        self.planned: Prediction | None = None
-        if self.to_train and config.leaves_memory_open:
-            from trainer.memory.fitting import Fitting  # takes a while to import, and most runs plan nothing
-
-            self.fitting = Fitting(config, runtime, self._planner)
-            self.planned = self.fitting.choose(self.plan.micro_batch_size)
-            self._split_batch(self.plan.num_samples, self.planned.micro_batch_size)
-        runtime.agree(self._shape_model)
-
-    def _check_surroundings(self) -> None:
-        check_trackers(self.config)
-        self.folder.create()
-
-    def _build_order_and_task(
-        self, train_set: SizedDataset, num_classes: int | None, shrink: Shrink | None = None
-    ) -> None:
-        config = self.config
-        train = config.train
-        micro_batch_size = None if train.micro_batch_size == "auto" else train.micro_batch_size
-        self._split_batch(len(train_set), micro_batch_size)
-        if shrink is not None:
-            limit = shrink.limit(
-                train.micro_batch_size, train.batch_size // self.runtime.num_ranks, self.plan.group_size
-            )
-            if limit is not None:
-                message = "train.micro_batch_size: %d instead of %d, which ran out of memory at step %d"
-                logger.info(message, limit, shrink.was, shrink.step)
-                self._split_batch(len(train_set), limit)
-        self.total_steps = train.steps or (train.epochs or 0) * self.plan.steps_per_epoch
-        self.learning_rate = build_learning_rate(
-            config.optim, config.schedule, self.total_steps, self.plan.steps_per_epoch
+        self._at("building")
+        self.checkpoints = runtime.agree(lambda: open_folder(config, self._is_kept_for_good))
+        self.build()
+        self.model, self.optimizer = runtime.prepare(self.bare_model, self.bare_optimizer, self.shared_blocks.values())
+        self.ema = Ema(self.bare_model, config.optim.ema) if config.optim.ema is not None else None
+        self.model.train()
+        # Not where a forward is a collective: a rank that runs out of memory in it would leave the others waiting.
+        if self.planned is not None and not runtime.in_lockstep:
+            self.split_batch(self.plan.num_samples, self.confirmed_micro_batch())
+        self.saver = Saver(
+            self.checkpoints,
+            runtime,
+            runtime.new_host_group(),
+            config.checkpoint.async_save,
+            runtime.device,
+            self._beat,
         )
-        self.task = build_task(config.task, num_classes)
-        self.task.to(self.runtime.device)
-        self.best_metric, best_mode = self.task.best_metric, self.task.best_mode
-        if config.checkpoint.best is not None:
-            self.best_metric, best_mode = config.checkpoint.best.metric, config.checkpoint.best.mode
-        self.best_mode = best_mode
-        self.best_of = f"{best_mode} {self.best_metric}"
-
-    def _split_batch(self, num_samples: int, micro_batch_size: int | None) -> None:
-        """Splits the global batch over ranks and micro-batches, and with it the order of samples."""
-        config = self.config
-        self.plan = BatchPlan.split(
-            num_samples,
-            config.train.batch_size,
-            micro_batch_size,
-            self.runtime.num_ranks,
-            config.data.drop_last,
-            group_size=2 if config.data.augment.mixes else 1,
-            in_lockstep=self.runtime.in_lockstep,
+        every = config.checkpoint.every
+        self.save_timer = Timer(60 * every.count) if isinstance(every, Minutes) and runtime.is_main else None
+        self.numbers = NumberGuard(
+            config.faults,
+            runtime.num_ranks,
+            runtime.exact(torch.zeros((), device=runtime.device)),
+            is_scaled=runtime.scaler is not None,
         )
-        self.sampler = StepSampler(self.plan, self.runtime.rank, config.run.seed)
-        if config.parallel.static_graph and self.plan.num_micro_batches > 1:
-            message = "DDP with a static graph cannot accumulate gradients over micro-batches"
-            raise UserError(message, path="parallel.static_graph")
-
-    def _build_model(self, model: ModelConfig, num_classes: int | None) -> None:
-        config = self.config
-        self._num_classes = num_classes
-        seed_everything(config.run.seed)  # the same initial weights on every rank
-        with self.runtime.main_first() if model.weights else nullcontext():  # weights may be downloaded
-            self.bare_model = build_model(model, num_classes)
-        self.bare_optimizer = build_optimizer(config.optim, self.bare_model, self.runtime.device.type)
-        seed_everything(config.run.seed + 1 + self.runtime.rank)  # dropout differs per rank
-
-    def _planner(self) -> Planner:
-        """Returns the planner of this run's step on this device."""
-        from trainer.memory.devices import this_device
-        from trainer.memory.jobs import plan_job
-        from trainer.memory.planner import Planner
-
-        device = self.runtime.device
-        model = self._model_without_memory() if self.runtime.in_lockstep else self.bare_model
-        job = plan_job(self.config, model, self.task, self.feed, self.plan, device.type, self.runtime.shard_size)
-        return Planner(job, this_device(device))
-
-    def _model_without_memory(self) -> nn.Module:
-        """Returns the model as built: of one that is sharded, or has a BatchNorm of all ranks, no plan can be made."""
-        from trainer.memory.fakes import fake_tensors
-
-        with preserved_generators(), fake_tensors():
-            return build_model(self.config.model.model_copy(update={"weights": None}), self._num_classes)
-
-    def _shape_model(self) -> None:
-        """Memory format, gradient checkpointing, compile: in this order, and all of it before DDP."""
-        config = self.config
-        if config.parallel.sync_batchnorm:
-            self.bare_model = synchronise_batchnorm(self.bare_model, self.runtime.num_ranks, self.runtime.device.type)
-            self._check_even_batches()
-        model = self.bare_model
-        # FSDP shards rows of row-major weights; images arrive in channels_last all the same.
-        if uses_channels_last(config.model, model) and not self.runtime.is_sharded:
-            model.to(memory_format=torch.channels_last)
-        self._compiled_blocks: dict[str, nn.Module] = {}
-        self._shared_blocks = repeated_blocks(model, config.memory.blocks) if self.runtime.is_sharded else {}
-        if not self.to_train:  # one evaluation is not worth compiling for, and has no backward
-            return
-        blocks = recompute_blocks(config, model, self.planned.policies if self.planned is not None else {})
-        compile_model(config.model, model, blocks)
-        self._compiled_blocks = blocks if config.model.compile != "none" else {}
-
-    def _check_even_batches(self) -> None:
-        """Refuses stand-ins, which keep a rank in step, where they would count in BatchNorm's statistics."""
-        last = self.plan.steps_per_epoch - 1
-        if self.runtime.in_lockstep and self.total_steps > last and self.plan.needs_stand_ins(last):
-            message = (
-                f"the last batch of an epoch has {self.plan.step_samples(last)} samples, which are not as many "
-                f"micro-batches on each of {self.runtime.num_ranks} processes, as sync_batchnorm needs: leave it out"
-            )
-            raise UserError(message, path="data.drop_last")
-
-    def _confirmed_micro_batch(self) -> int:
-        from trainer.memory.jobs import summed_loss
-
-        assert self.planned is not None
-        return self.fitting.confirm(self.bare_model, summed_loss(self.task), self.planned)
-
-    def _check_transforms(self) -> None:
-        for split in ("train", "eval"):
-            build_transforms(getattr(self.config.data.transforms, split), f"data.transforms.{split}")
-
-    def _feed(
-        self, dataset: SizedDataset, data: DataConfig, split: Literal["train", "eval"], memory: int
-    ) -> DeviceFeed:
-        return DeviceFeed(
-            dataset,
-            data,
-            split,
-            self.runtime.device,
-            self.config.run.seed,
-            self.task,
-            self.runtime.step_dtype,
-            max_workers=max(self.runtime.num_cores - 1, 1),  # a core for the step
-            ranks=Share(self.runtime.rank, self.runtime.num_ranks),
-            memory=memory,
-        )
+        self.buffers = BufferCopy(list(self.bare_model.buffers()))
+        self.pace = Pace(runtime.device)
+        self.straggler: Straggler | None = None  # at the last report
+        self._window = Window(runtime, self.clock, self.feed)
+        self._skipped_samples = 0  # that could not be read, on all ranks, at the last report
 
     # ---- the run ------------------------------------------------------------------------------------------
 
     def fit(self) -> str:
-        """Trains to the end, or until asked to stop. Returns the status: `finished` or `stopped`."""
+        """Trains to the end, or until asked to stop. Returns the status: `finished` or `stopped`.
+
+        Raises:
+            BadNumbers: a loss or a gradient is not finite, and the run is not to go on.
+            SaveFailed: a checkpoint that must be there could not be written.
+        """
         self.restore()
         if self.complete():
             logger.info("already finished: %d steps in %s", self.progress.step, self.folder.path)
@@ -278,51 +140,124 @@ class Trainer:
             return "finished"
         self.start()
         if self.evaluation_due():  # ended after a step, before it was evaluated
-            self.evaluate_and_keep_best()
-            self.save()
-        stop = False
-        while self.progress.step < self.total_steps and not stop:
-            self.train_step()
-            stop, by_clock = self.agree()
-            if self.due(self.config.log.every):
-                self.report()
-            # Before the evaluation, which may take long; what it finds is added to the checkpoint.
-            saved = stop or by_clock or self.save_due()
-            if saved:
-                self.save()
-            if not stop and self.evaluation_due() and (self.evaluate_and_keep_best() or saved):
-                self.save()
+            self.evaluate_and_save(is_saved=True)
+        while self.progress.step < self.total_steps and not self.stopping:
+            if self.train_step():
+                self.after_step()
         return self.finish()
 
-    def train_step(self) -> None:
-        """One optimizer step over the global batch, however it is split over ranks and micro-batches."""
+    def train_step(self) -> bool:
+        """One optimizer step over the global batch, however it is split over ranks and micro-batches.
+
+        Returns:
+            Whether it was made; a request to stop that comes in the middle of it undoes what it has done so far.
+        """
         step = self.progress.step
+        if step in self.progress.avoided_steps:
+            return self._leave_out()
         learning_rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        self.pace.begin_step()
+        if self.numbers.policy == "skip":
+            self.buffers.keep()
+        undo = self._undo() if self._asks_within(step) else None
         self.runtime.begin_step(self.model)
         # DDP and FSDP average gradients over ranks; this makes the average the mean over the global batch.
         scale = self.runtime.num_ranks / self.plan.step_samples(step)
-        for i, batch in enumerate(self.feed.step_batches(step)):
+        loss_sum, num_samples = self._zero_loss(), 0
+        for i, batch in enumerate(self._batches(step)):
             self._micro_batch = i
             with self.runtime.accumulate(self.model, batch.is_last):
-                loss_sum = self.loss_sum(batch)
+                loss = self.loss_sum(batch)
+                if self.injector is not None:
+                    loss = self.injector.loss(loss, step + 1)
+                if batch.is_last and not self.runtime.in_lockstep:
+                    self.pace.meet()
+                self._at("backward", batch)
                 with explained_model_errors():  # blocks may run again in backward
-                    self.runtime.backward(loss_sum * scale)
-            self._window.add(loss_sum, batch.num_samples)
-        if self.config.optim.clip_norm is not None:
-            self._window.grad_norm = self.runtime.clip_gradients(self.optimizer, self.config.optim.clip_norm)
+                    self.runtime.backward(loss * scale)
+            loss_sum += loss.detach()
+            num_samples += batch.num_samples
+            if undo is not None and self._stops_within(i):
+                undo()
+                return False
+        is_left_out = self.judge(step, loss_sum, num_samples)
+        self._window.add(loss_sum, num_samples, is_left_out)
+        self._at("optimizer")
         if self.saver.holds_state:  # the last save may still be copying what the next line changes
             with self.clock.phase("checkpoint"):
                 self.saver.before_update()
-        self.progress.skipped_steps += self.runtime.step(self.optimizer)
+        self.progress.skipped_steps += self.runtime.step(self.optimizer, unless=is_left_out)
         self.optimizer.zero_grad()
         self.progress.step += 1
         if self.ema is not None:
             self.ema.update(self.progress.step)
         if step == self._first_step:  # now the optimizer has the state that there is to save
             self.saver.prepare(self._state())
-        check_compiled_buffers(self._compiled_blocks)  # looks after the first step only
+        check_compiled_buffers(self.compiled_blocks)  # looks after the first step only
+        return True
+
+    def _batches(self, step: int) -> Iterator[MicroBatch]:
+        """Yields the micro-batches of a step, and says where this rank is."""
+        batches = self.feed.step_batches(step)
+        for i in itertools.count():
+            self._at("loading a batch")
+            batch = next(batches, None)
+            if batch is None:
+                return
+            if i == 0 and self.runtime.in_lockstep:
+                self.pace.meet()
+            self._at("forward", batch)
+            if self.injector is not None:
+                batch = replace(batch, data=self.injector.spoil(batch.data, step + 1))
+            yield batch
+
+    def judge(self, step: int, loss_sum: torch.Tensor, num_samples: int) -> torch.Tensor | None:
+        """Looks at the numbers of a step and clips its gradients. Returns what says whether it is left out, if any."""
+        numbers, runtime, max_norm = self.numbers, self.runtime, self.config.optim.clip_norm
+        num_all = self.plan.step_samples(step)
+        is_left_out = None
+        if runtime.scaler is not None:  # which skips the step itself, where it then finds that the gradients overflow
+            is_left_out = numbers.judge(step, loss_sum, num_samples, num_all, None)
+            if is_left_out is not None:
+                runtime.overflow(self.optimizer, is_left_out)
+        if max_norm is not None or numbers.wants_gradient_norm:
+            self._window.grad_norm = norm = runtime.gradient_norm(self.optimizer)
+            if max_norm is not None:
+                runtime.clip_gradients(self.optimizer, max_norm, norm)
+        if runtime.scaler is None:
+            is_left_out = numbers.judge(step, loss_sum, num_samples, num_all, self._window.grad_norm)
+        if is_left_out is not None:  # the forward has changed BatchNorm's statistics
+            self.buffers.put_back(is_left_out)
+        return is_left_out
+
+    def _zero_loss(self) -> torch.Tensor:
+        return self.runtime.exact(torch.zeros((), device=self.runtime.device))
+
+    def _leave_out(self) -> bool:
+        """Lets the batch of this step pass by, and changes nothing but the position."""
+        for _ in self._batches(self.progress.step):
+            continue
+        self.progress.step += 1
+        return True
+
+    def after_step(self) -> None:
+        """What is due between two steps."""
+        save_by_clock, is_alarmed = self.agree()
+        save_due, evaluation_due = save_by_clock or self.save_due(), self.evaluation_due()
+        # What is wrong is known late; before anything is kept it has to be known.
+        if is_alarmed or ((save_due or evaluation_due) and self._any_alarm()):
+            self.recover()
+            return
+        if self.due(self.config.log.every):
+            self.report()
+        if self.stopping:
+            return
+        if save_due:  # before the evaluation, which may take long; what it finds is added to the checkpoint
+            self.save()
+        if evaluation_due:
+            self.evaluate_and_save(is_saved=save_due)
 
     def loss_sum(self, batch: MicroBatch) -> torch.Tensor:
         """Returns the summed loss of a micro-batch; a stand-in keeps this rank in step without weight."""
@@ -332,8 +267,12 @@ class Trainer:
         return loss_sum if batch.num_samples else loss_sum * 0.0
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Evaluates every sample of the evaluation set once and returns the task's metrics, on every rank."""
+    def evaluate(self) -> dict[str, float] | None:
+        """Evaluates every sample of the evaluation set once.
+
+        Returns:
+            The task's metrics, on every rank; None where a request to stop came in the middle.
+        """
         assert self.eval_feed is not None
         # Not the wrapped model: its forward exchanges buffers, and ranks may have uneven batch counts. Each rank's
         # BatchNorm statistics are its own until the next training step, so all evaluate with rank 0's, as saved.
@@ -343,29 +282,170 @@ class Trainer:
         model.eval()
         batch_size = self.config.eval.batch_size or self.plan.micro_batch_size
         totals: dict[str, torch.Tensor] = {}
-        for batch in self._eval_batches(batch_size):
-            outputs = self.task.forward(model, batch.data)
-            if not batch.num_samples:
-                continue
-            for name, value in self.task.eval_sums(outputs, batch.data).items():
-                totals[name] = totals.get(name, 0) + self.runtime.exact(value)  # on its device: nobody waits
-        for module, mode in modes.items():  # a part that the user keeps in eval mode stays in it
-            module.training = mode
-        self.runtime.end_evaluation(model)
+        # Ranks may have uneven counts of batches, but ask as often as the one with the most.
+        most = EvalSampler.most_batches(len(self.eval_feed.dataset), batch_size, self.runtime.num_ranks)
+        batches = self._eval_batches(batch_size, most)
+        try:
+            for _ in range(most):
+                self._at("evaluation")
+                batch = next(batches, None)
+                if batch is not None and (batch.num_samples or self.runtime.is_sharded):
+                    outputs = self.task.forward(model, batch.data)
+                if batch is not None and batch.num_samples:
+                    for name, value in self.task.eval_sums(outputs, batch.data).items():
+                        totals[name] = totals.get(name, 0) + self.runtime.exact(value)  # on its device: nobody waits
+                if self._stops_here():
+                    return None
+        finally:
+            batches.close()
+            for module, mode in modes.items():  # a part that the user keeps in eval mode stays in it
+                module.training = mode
+            self.runtime.end_evaluation(model)
         # A rank without a sample (a tiny evaluation set) has no totals of its own, and adds zeros.
         names: list[str] = next(filter(None, self.runtime.gather(list(totals))), [])
         zero = torch.zeros(())
         return self.task.metrics(self.runtime.sum({name: totals.get(name, zero) for name in names}))
 
-    def _eval_batches(self, batch_size: int) -> Iterator[MicroBatch]:
+    def _eval_batches(self, batch_size: int, most: int) -> Generator[MicroBatch, None, None]:
         """Returns this rank's evaluation batches; with a sharded model also stand-ins, which must not count."""
         assert self.eval_feed is not None
         runtime = self.runtime
         batches = self.eval_feed.eval_batches(batch_size, runtime.rank, runtime.num_ranks)
         if not runtime.is_sharded:
             return batches
-        most = EvalSampler.most_batches(len(self.eval_feed.dataset), batch_size, runtime.num_ranks)
         return in_lockstep(batches, most, runtime.rank, runtime.device, runtime.gather)
+
+    # ---- decisions of all ranks ---------------------------------------------------------------------------
+
+    def agree(self) -> tuple[bool, bool]:
+        """Tells whether a checkpoint is due by the clock, and whether any rank saw bad numbers: the same on every rank.
+
+        Notes a request to stop.
+
+        Raises:
+            SaveFailed: a checkpoint could not be written, and `checkpoint.on_error` is `raise`; on every rank.
+        """
+        self._at("exchange of decisions")
+        by_clock = self.save_timer is not None and self.save_timer.rings()
+        has_failed = self.config.checkpoint.on_error == "raise" and bool(self.saver.failures)
+        self._exchange(by_clock, has_failed, self.numbers.is_alarmed)
+        _, by_clock, has_failed, is_alarmed = self._heard
+        self._heard = [False] * 4
+        if has_failed:
+            self.saver.wait()
+            raise SaveFailed(f"checkpoint.on_error is raise, and a checkpoint failed: {'; '.join(self.saver.failures)}")
+        return by_clock, is_alarmed
+
+    def _exchange(self, by_clock: bool = False, has_failed: bool = False, is_alarmed: bool = False) -> None:
+        """Asks and hears; what is heard within a step or an evaluation is kept for the next `agree`."""
+        answers = self.votes.exchange([self.stop_requests.requested, by_clock, has_failed, is_alarmed])
+        self._heard = [old or new for old, new in zip(self._heard, answers, strict=True)]
+        if answers[0] and not self.stopping:
+            reasons = enumerate(self.runtime.gather(self.stop_requests.reason))
+            self.stopping = " and ".join(f"{reason} on rank {rank}" for rank, reason in reasons if reason)
+            logger.info("stopping   because of %s", self.stopping)
+
+    def _asks_within(self, step: int) -> bool:
+        """Tells whether ranks exchange decisions within a step.
+
+        Not where some have fewer micro-batches than others: these wait in the exchange of gradients meanwhile.
+        """
+        return self.plan.num_micro_batches > 1 and self.plan.step_samples(step) == self.plan.batch_size
+
+    def _stops_within(self, micro_batch: int) -> bool:
+        """Tells whether to stop after a micro-batch that is not the last one of its step."""
+        num_done, num_all = micro_batch + 1, self.plan.num_micro_batches
+        return num_done < num_all and num_done % math.ceil(num_all / _IN_STEP) == 0 and self._stops_here()
+
+    def _stops_here(self) -> bool:
+        if self.stopping:  # already before this evaluation began
+            return True
+        self._exchange()
+        return bool(self.stopping)
+
+    def _undo(self) -> Callable[[], None]:
+        """Returns what makes it as if this step had never begun."""
+        self.buffers.keep()
+        generators = generator_states(self.runtime.device)
+
+        def undo() -> None:
+            self.optimizer.zero_grad()
+            self.buffers.put_back()
+            restore_generators(generators, self.runtime.device)
+
+        return undo
+
+    # ---- numbers that go wrong ----------------------------------------------------------------------------
+
+    def _any_alarm(self) -> bool:
+        """Waits until the last step is judged, and tells whether any rank must not go on with it."""
+        if self.numbers.policy == "skip":
+            return False
+        self.numbers.settle()
+        return any(self.runtime.gather(self.numbers.is_alarmed))
+
+    def recover(self) -> None:
+        """Does what `faults.non_finite` says about bad numbers, on all ranks together.
+
+        Raises:
+            BadNumbers: the run is not to go on.
+        """
+        self.votes.drain()  # a rank that saw them later said so in the last exchange
+        self.numbers.settle()
+        self._heard = [False] * 4
+        faults = self.config.faults
+        bad = self._note_bad_steps()[0]
+        message = bad.message
+        if faults.non_finite == "rollback":
+            if self.progress.num_rollbacks < faults.max_rollbacks:
+                self.roll_back(bad)
+                return
+            message += f"; faults.max_rollbacks ({faults.max_rollbacks}) are used up"
+        elif not self.numbers.wants_gradient_norm and self.config.optim.clip_norm is None:
+            message += ", or of the step before: gradients were not looked at"
+        self.saver.wait()
+        stands = self.saver.saved_step
+        stands_text = f"the checkpoint of step {stands} stands" if stands is not None else "there is no checkpoint yet"
+        raise BadNumbers(replace(bad, message=f"{message}; {stands_text}"))
+
+    def _note_bad_steps(self) -> list[Fault]:
+        """Writes down which steps are known to be bad, and with which samples; returns them, oldest first."""
+        mine = [(bad, self.sampler.share(bad.step)[1]) for bad in self.numbers.found]
+        by_rank = self.runtime.gather(mine)
+        self.numbers.found.clear()
+        faults = []
+        for step in sorted({bad.step for seen in by_rank for bad, _ in seen}):
+            seen_by = [next((found for found in seen if found[0].step == step), None) for seen in by_rank]
+            fault, record = bad_step_report(seen_by)
+            faults.append(fault)
+            if self.reporter is not None:
+                self.reporter.bad_step(fault, record)
+        return faults
+
+    def roll_back(self, bad: Fault) -> None:
+        """Goes back to the last checkpoint, and leaves the batch of a step out from then on."""
+        assert bad.step is not None
+        reached, before = self.progress.step, self.progress
+        with self.clock.phase("checkpoint"):
+            self.saver.wait()
+            checkpoint = self.checkpoints.choose(self.runtime)
+            if checkpoint is None:
+                raise BadNumbers(replace(bad, message=f"{bad.message}; there is no checkpoint to go back to"))
+            self.load(checkpoint)
+            self.saver.saved_step = checkpoint.step
+            progress = self.progress
+            progress.num_rollbacks = before.num_rollbacks + 1
+            progress.avoided_steps = sorted({*before.avoided_steps, bad.step - 1})
+            progress.wandb_id = before.wandb_id
+            self.save()  # of the same step, so that only the progress is new: the next attempt avoids it, too
+            self.numbers.forget()
+            self.feed.start(self.sampler, progress.step, self.total_steps)
+            if self.reporter is not None:
+                self.folder.cut_metrics(progress.step, progress.evaluated_step)
+        if self.ledger is not None:
+            self.ledger.rolled_back(reached, progress.step, *self._times())
+        self._window.restart(self.clock, self.feed)
+        logger.warning("going back to step %d, and leaving out the batch of step %d", progress.step, bad.step)
 
     # ---- around the steps ---------------------------------------------------------------------------------
 
@@ -383,20 +463,6 @@ class Trainer:
         every = self.config.checkpoint.keep_every
         return every is not None and step % every.steps(self.plan.steps_per_epoch) == 0
 
-    def agree(self) -> tuple[bool, bool]:
-        """Tells whether to stop now, and whether a checkpoint is due by the clock: the same on every rank.
-
-        Raises:
-            SaveFailed: a checkpoint could not be written, and `checkpoint.on_error` is `raise`; on every rank.
-        """
-        by_clock = self.save_timer is not None and self.save_timer.rings()
-        has_failed = self.config.checkpoint.on_error == "raise" and bool(self.saver.failures)
-        stop, by_clock, has_failed = self.votes.exchange([self.stop_requests.requested, by_clock, has_failed])
-        if has_failed:
-            self.saver.wait()
-            raise SaveFailed(f"checkpoint.on_error is raise, and a checkpoint failed: {'; '.join(self.saver.failures)}")
-        return stop, by_clock
-
     def complete(self) -> bool:
         """Tells whether nothing is left to do."""
         return self.progress.step >= self.total_steps and not self.evaluation_due()
@@ -408,8 +474,12 @@ class Trainer:
             return False
         return self.due(self.config.eval.every)
 
-    def evaluate_and_keep_best(self) -> bool:
-        """Evaluates, reports, and tells whether this is the best evaluation so far."""
+    def evaluate_and_save(self, is_saved: bool) -> None:
+        """Evaluates, and saves where this is the best evaluation so far, or adds it to the checkpoint of this step.
+
+        Args:
+            is_saved: there is a checkpoint of this step.
+        """
         with self.clock.phase("checkpoint"):
             self.saver.before_update()
         with self.clock.phase("evaluation"):
@@ -417,10 +487,18 @@ class Trainer:
             with self.ema.swapped_in() if self.ema is not None else nullcontext():
                 metrics = self.evaluate()
             restore_generators(generators, self.runtime.device)  # so that evaluating changes nothing that follows
+        if metrics is None:
+            return
         progress = self.progress
         progress.evaluated_step, progress.eval_metrics = progress.step, metrics
         if self.reporter is not None:
             self.reporter.publish(progress.step, {f"eval/{k}": v for k, v in metrics.items()})
+        if self._is_best(metrics) or is_saved:
+            self.save()
+
+    def _is_best(self, metrics: Mapping[str, float]) -> bool:
+        """Tells whether this is the best evaluation so far, and remembers it."""
+        progress = self.progress
         if self.best_metric is None:
             return False
         if self.best_metric not in metrics:
@@ -430,38 +508,68 @@ class Trainer:
             raise UserError(message, path=path, agreed=True)
         value, best = metrics[self.best_metric], progress.best_value
         better = best is None or (value > best if self.best_mode == "max" else value < best)
-        if better and not math.isnan(value):
-            progress.best_step, progress.best_value = progress.step, value
-            progress.best_of = self.best_of
-            return True
-        return False
+        if not better or math.isnan(value):
+            return False
+        progress.best_step, progress.best_value = progress.step, value
+        progress.best_of = self.best_of
+        return True
 
     def report(self) -> None:
         """Reports the steps since the last report. The only place where training waits for the device."""
+        self._at("report")
         window, step = self._window, self.progress.step
         totals = self.runtime.sum(
             {
                 "loss": window.loss_sum,
-                "count": torch.tensor(window.num_samples),
+                "count": window.num_counted,
                 "timed": torch.tensor(window.num_timed_samples),
                 "skipped": torch.tensor(self._num_skipped()),
             }
         )
         self._skipped_samples = int(totals["skipped"])
+        if self.numbers.policy == "skip":
+            self._count_bad_steps()
         seconds = window.seconds(self.clock, self.feed)
         record = {
-            "train/loss": totals["loss"] / totals["count"],
+            "train/loss": totals["loss"] / totals["count"] if totals["count"] else math.nan,
             "train/lr": self.learning_rate(step - 1),
             "train/samples_per_second": totals["timed"] / seconds["train"],
             "train/data_wait": seconds["data_wait"] / seconds["train"],
         }
         if window.grad_norm is not None:
             record["train/grad_norm"] = float(window.grad_norm)
+        if self.runtime.num_ranks > 1:
+            record["train/straggler_wait"] = self._look_for_straggler(seconds["train"] / max(window.num_timed_steps, 1))
+        if self.ledger is not None:
+            self.ledger.saved(self.saver.saved_step)
+            self.ledger.update(step, *self._times())
+            record["goodput"] = self.ledger.summary().goodput
         if self.reporter is not None:
             self.reporter.publish(step, record)
-        self._window = _Window(self.runtime, self.clock, self.feed)
-        if self.reporter is not None and not math.isfinite(record["train/loss"]):
-            logger.warning("step %d: the loss is %s", step, record["train/loss"])
+        self._window = Window(self.runtime, self.clock, self.feed)
+
+    def _count_bad_steps(self) -> None:
+        """Counts the steps that were left out. All ranks know the same ones once the device has done its work."""
+        self.numbers.settle()
+        if self.numbers.found:
+            self.progress.bad_steps += len(self._note_bad_steps())
+
+    def _look_for_straggler(self, step_seconds: float) -> float:
+        """Names a rank that the others wait for, when it is another than before. Returns the share of a step lost."""
+        by_rank = self.runtime.gather(self.pace.mean_seconds())
+        found = find_straggler(by_rank, step_seconds)
+        before = self.straggler.rank if self.straggler is not None else None
+        if found is not None and found.rank != before and self.runtime.is_main:
+            logger.warning("step %d: %s", self.progress.step, found)
+        self.straggler = found
+        return waited_share(by_rank, step_seconds)
+
+    def _times(self) -> tuple[dict[str, float], float, int]:
+        """Returns what the ledger wants to know of this attempt."""
+        left_out = self.progress.skipped_steps + self.progress.bad_steps
+        return self.clock.split(), self.feed.data_wait_seconds, left_out
+
+    # ---- begin and end ------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Writes what this run is, starts its trackers and its feed, and takes over the stop signals."""
@@ -477,10 +585,15 @@ class Trainer:
                     self.bare_model,
                 )
                 self.checkpoints.clean()
+                self.stop_requests.watch_file(self.folder.path)
             self.feed.start(self.sampler, self.progress.step, self.total_steps)
             self.stop_requests.install()
+        if self.ledger is not None:
+            self.ledger.begin(self.progress.step, self.runtime.num_ranks, self._times()[2])
         self._first_step = self.progress.step
         self._window.restart(self.clock, self.feed)
+        if self.config.faults.non_finite == "rollback" and self.saver.saved_step is None:
+            self.save()  # there must be something to go back to
 
     def finish(self) -> str:
         """Waits for the last checkpoint, writes the summary and closes everything. Returns the status.
@@ -488,13 +601,37 @@ class Trainer:
         Raises:
             SaveFailed: the end of the run is not saved, or there is no checkpoint at all to go on from.
         """
-        status = "finished" if self.complete() else "stopped"
-        self._wait_for_the_last_save(must_be_there=status == "finished")
+        self._at("ending")
+        if self._any_alarm():
+            self.recover()
+        status: Literal["finished", "stopped"] = "finished" if self.complete() else "stopped"
+        if status == "finished" or self._has_time_to_save():
+            self._wait_for_the_last_save(must_be_there=status == "finished")
+        if self.numbers.policy == "skip":
+            self._count_bad_steps()
         self._skipped_samples = int(self.runtime.sum({"skipped": torch.tensor(self._num_skipped())})["skipped"])
         self._summarise(status)
+        if self.runtime.is_main:
+            self.stop_requests.fulfilled()
         self.close()
         logger.info("%s at step %d of %d: %s", status, self.progress.step, self.total_steps, self.folder.path)
         return status
+
+    def _has_time_to_save(self) -> bool:
+        """Tells whether a save fits into what is left of `faults.grace`, on the rank that has the least left."""
+        if self.saver.saved_step in (None, self.progress.step):
+            return True
+        left = self.config.faults.grace.seconds - self.stop_requests.seconds_ago()
+        if all(self.runtime.gather(self.saver.statistics.longest_seconds <= left)):
+            return True
+        logger.warning(
+            "no checkpoint of step %d, that of step %d stands: saves take up to %.1f s, and faults.grace leaves %.1f s",
+            self.progress.step,
+            self.saver.saved_step,
+            self.saver.statistics.longest_seconds,
+            max(left, 0.0),
+        )
+        return False
 
     def _wait_for_the_last_save(self, must_be_there: bool) -> None:
         with self.clock.phase("checkpoint"):
@@ -508,13 +645,16 @@ class Trainer:
             raise SaveFailed(f"the last step, {self.progress.step}, could not be saved: {why}")
 
     def abandon(self, error: BaseException) -> None:
-        """Ends a run that failed: leaves a summary and no process behind. Talks to no other rank."""
-        self._summarise("failed", one_line(error))
+        """Ends a run that failed: leaves a summary and no process behind. Waits for no other rank."""
+        self._is_leaving.set()
+        ended_by = self.watch.first_fault(seconds=1.0) if self.watch is not None else None
+        self._summarise("failed", str(ended_by) if ended_by is not None else one_line(error))
         self._close_feeds()
-        self.saver.give_up(seconds=5)
+        self.saver.give_up(seconds=3)
         self.stop_requests.release_signals()
         if self.reporter is not None:
             self.reporter.close(failed=True)
+        self._has_left.set()
 
     def close(self) -> None:
         """Ends workers and trackers, and leaves the process group."""
@@ -524,6 +664,8 @@ class Trainer:
         self.votes.drain()
         self.saver.wait()
         del self.model, self.optimizer, self.bare_model, self.bare_optimizer
+        if self.watch is not None:
+            self.watch.close()
         self.runtime.close()
         self.stop_requests.release_signals()
 
@@ -532,13 +674,30 @@ class Trainer:
         if self.eval_feed is not None:
             self.eval_feed.close()
 
-    def _summarise(self, status: str, error: str | None = None) -> None:
-        if self.reporter is not None:
+    def _summarise(self, status: Literal["finished", "stopped", "failed"], error: str | None = None) -> None:
+        if self.ledger is not None:
+            self.ledger.saved(self.saver.saved_step)
+            self.ledger.end(status, self.progress.step, *self._times())
+        if self.reporter is not None and self.ledger is not None:
             wait = self.feed.data_wait_seconds
             # Other ranks' skips are those of their last report: a failed run must not wait for them.
             skipped = max(self._skipped_samples, self._num_skipped())
-            saves = self.saver.statistics
-            self.reporter.summarise(status, self.progress, self.best_metric, self.clock, wait, skipped, saves, error)
+            self.reporter.summarise(
+                status,
+                self.progress,
+                self.best_metric,
+                self.clock,
+                wait,
+                skipped,
+                self.saver.statistics,
+                self.ledger.summary(),
+                {
+                    "stopped_by": self.stopping or None,
+                    "straggler": asdict(self.straggler) if self.straggler is not None else None,
+                    "injected_faults": self.injector.done() if self.injector is not None else [],
+                },
+                error,
+            )
 
     def _num_skipped(self) -> int:
         """Returns how often this rank could not read a sample."""
@@ -553,30 +712,96 @@ class Trainer:
             micro_batch=self._micro_batch,
             model=self.bare_model,
             optimizer=self.bare_optimizer,
-            memory_plan=self._memory_table,
+            memory_plan=self.memory_table,
         )
 
-    def _memory_table(self) -> str:
-        """Returns what the planner says of the present setting."""
-        from trainer.memory.table import parts_table
+    # ---- where this rank is, and what ends the job ------------------------------------------------------------
 
-        if self.planned is not None:
-            planned = self.planned
-            size = self.plan.micro_batch_size
-            return parts_table(self.fitting.planner.predict(size, planned.checkpointing, planned.policies))
-        return parts_table(self._planner().uniform(self.plan.micro_batch_size, self.config.memory.checkpointing))
+    def _at(self, place: str, batch: MicroBatch | None = None) -> None:
+        """Says where this rank is; the place where faults are injected, too."""
+        step = self.progress.step + (place in _WITHIN_A_STEP)
+        if self.watch is not None:
+            is_first = self.progress.step == self._first_step
+            allowance = 0.0 if place == "building" else _FIRST_STEP if is_first else 1.0
+            self.watch.at(place, step, batch.sample_ids.numpy() if batch is not None else (), allowance)
+        if self.injector is not None:
+            self.injector.at(place, step)
+
+    def _watch(self) -> Watch:
+        runtime, hang_timeout = self.runtime, self.config.faults.hang_timeout
+        attempt = runtime.from_main(lambda: self.ledger.number if self.ledger is not None else 0)
+        return Watch(
+            runtime.rank,
+            runtime.num_ranks,
+            runtime.gather,
+            hang_timeout.seconds if hang_timeout is not None else None,
+            fault_folder(self.folder.path, attempt),
+            describe_feed=self._describe_feeds,
+            on_end=self._end_with,
+            sequence_numbers=runtime.num_collectives,
+        )
+
+    def _describe_feeds(self) -> list[str]:
+        """Returns what is being read at this moment; called on the watch's thread."""
+        feeds = [getattr(self, "feed", None), getattr(self, "eval_feed", None)]
+        return [line for feed in feeds if feed is not None for line in feed.readings()]
+
+    def _beat(self) -> None:
+        if self.watch is not None:
+            self.watch.beat()
+
+    @contextmanager
+    def last_words(self) -> Iterator[None]:
+        """Tells the other ranks of an error in the body that they do not have."""
+        try:
+            yield
+        except BaseException as error:
+            self.tell(error)
+            raise
+
+    def tell(self, error: BaseException) -> None:
+        """Tells the other ranks that this one fails, unless they fail alike, or one of them is the reason."""
+        if self.watch is None or isinstance(error, KeyboardInterrupt | SaveFailed) or is_lost_peer(error):
+            return
+        if isinstance(error, BadNumbers):
+            self.watch.failed(error.fault)
+        elif not (isinstance(error, UserError) and error.agreed):
+            place, step, samples = self.watch.place()
+            can_restart = not isinstance(error, UserError)
+            message = one_line(error) if can_restart else one_line_text(error)
+            self.watch.failed(Fault(self.runtime.rank, "error", message, step, place, samples, restart=can_restart))
+
+    def knows_reason(self) -> bool:
+        """Tells whether it is known which rank ended the job; waits a moment for the news."""
+        return self.watch is not None and self.watch.first_fault(seconds=1.0) is not None
+
+    def _end_with(self, fault: Fault) -> None:
+        """Ends this process because of another rank; called on the watch's thread."""
+        survivors = [rank for rank in range(self.runtime.num_ranks) if rank != fault.rank]
+        if self.runtime.rank == min(survivors, default=0):
+            sys.stderr.write(f"the job ends because of {fault}\n")
+            sys.stderr.flush()
+        # A main thread that waits for the lost rank mostly fails by itself, and leaves in order.
+        if self._is_leaving.wait(_LEAVE_SECONDS) and self._has_left.wait(2 * _LEAVE_SECONDS):
+            return
+        last_rites = threading.Thread(target=self._summarise, args=["failed", str(fault)], daemon=True)
+        last_rites.start()  # in a thread: a file system that hangs must not keep the process
+        last_rites.join(_LEAVE_SECONDS)
+        os._exit(1)
 
     # ---- state --------------------------------------------------------------------------------------------
 
     def _parts(self) -> Parts:
+        generators = generator_states(self.runtime.device)
         return Parts(
             model=self.bare_model,
             optimizer=self.bare_optimizer,
             averages=self.ema.averages if self.ema is not None else None,
             scaler=self.runtime.scaler,
             own={
-                **{f"generator.{name}": state for name, state in generator_states(self.runtime.device).items()},
+                **{f"generator.{name}": state for name, state in generators.items()},
                 **{f"window.{name}": value for name, value in self._window.totals().items()},
+                **{f"guard.{name}": value for name, value in self.numbers.state().items()},
             },
             rank=self.runtime.rank,
             num_ranks=self.runtime.num_ranks,
@@ -589,6 +814,12 @@ class Trainer:
 
     def save(self) -> None:
         """Saves the current step behind the training; every rank calls it."""
+        self._at("saving a checkpoint")
+        if self.numbers.policy == "skip":
+            self._count_bad_steps()
+        if self.ledger is not None:
+            self.ledger.saved(self.saver.saved_step)
+            self.ledger.update(self.progress.step, *self._times(), saves=True)
         with self.clock.phase("checkpoint"):
             state = self._state()
             manifest = Manifest(
@@ -608,6 +839,7 @@ class Trainer:
         Raises:
             UserError: no checkpoint is good, it is of another run or model, or may not be resumed.
         """
+        self._at("restoring a checkpoint")
         with self.clock.phase("startup"):
             if self.config.checkpoint.resume == "never" and self.runtime.from_main(self.checkpoints.steps):
                 message = f"'{self.checkpoints.location}' already holds a run; choose another run.dir"
@@ -642,63 +874,9 @@ class Trainer:
         else:
             logger.info("written by %d processes, read by %d", num_ranks, self.runtime.num_ranks)
         self._window.load(own["window.loss_sum"], own["window.num_samples"])
+        prefix = "guard."
+        self.numbers.load({k.removeprefix(prefix): v for k, v in own.items() if k.startswith(prefix)})
         progress = checkpoint.manifest.progress
         if progress.best_of != self.best_of:  # values of another metric do not compare
             progress.best_step = progress.best_value = None
         self.progress = progress
-
-
-class _Window:
-    """What happened since the last report; sums stay on the device until then."""
-
-    def __init__(self, runtime: Runtime, clock: Clock, feed: DeviceFeed) -> None:
-        self.loss_sum = runtime.exact(torch.zeros((), device=runtime.device))
-        self.num_samples = 0
-        self.grad_norm: torch.Tensor | None = None
-        self.restart(clock, feed)
-
-    def restart(self, clock: Clock, feed: DeviceFeed) -> None:
-        """Measures time from now on."""
-        self._num_samples_before = self.num_samples  # of an earlier attempt, whose time is not ours
-        self._train_seconds = clock.split()["train"]
-        self._data_wait = feed.data_wait_seconds
-
-    def add(self, loss_sum: torch.Tensor, num_samples: int) -> None:
-        self.loss_sum += loss_sum.detach()
-        self.num_samples += num_samples
-
-    @property
-    def num_timed_samples(self) -> int:
-        """Samples since `restart`."""
-        return self.num_samples - self._num_samples_before
-
-    def totals(self) -> dict[str, torch.Tensor]:
-        """Returns what a checkpoint keeps, so that a report tells the same wherever the run was interrupted."""
-        return {"loss_sum": self.loss_sum, "num_samples": torch.tensor(self.num_samples)}
-
-    def load(self, loss_sum: torch.Tensor, num_samples: torch.Tensor) -> None:
-        self.loss_sum.copy_(loss_sum)
-        self.num_samples = int(num_samples)
-
-    def seconds(self, clock: Clock, feed: DeviceFeed) -> dict[str, float]:
-        return {
-            "train": clock.split()["train"] - self._train_seconds,
-            "data_wait": feed.data_wait_seconds - self._data_wait,
-        }
-
-
-def class_count(config: Config, train_set: SizedDataset) -> int | None:
-    """Returns how many classes there are: what the model is told, else what the data set knows.
-
-    Raises:
-        UserError: the data set has more classes than the model.
-    """
-    names = class_names(train_set)
-    in_data = len(names) if names is not None else None
-    in_model = config.model.args.get("num_classes")
-    if not isinstance(in_model, int):
-        return in_data
-    if in_data is not None and in_data > in_model:
-        message = f"the model has {in_model} classes, data.train has {in_data}"
-        raise UserError(message, path="model.args.num_classes")
-    return in_model

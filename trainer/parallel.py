@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -212,13 +212,10 @@ def _chunks(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         yield chunk
 
 
-def clip_gradients(parameters: Sequence[torch.Tensor], max_norm: float) -> torch.Tensor:
-    """Clips the norm of all gradients together, whole or in shares, and returns what it was. Nobody waits for it."""
+def gradient_norm(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Returns the norm of all gradients together, whole or in shares. Nobody waits for it."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()  # of all shares; a collective
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # of all shares; a collective
 
 
 # ---- around a forward ------------------------------------------------------------------------------------------
@@ -226,7 +223,7 @@ def clip_gradients(parameters: Sequence[torch.Tensor], max_norm: float) -> torch
 
 def in_lockstep(
     batches: Iterator[MicroBatch], num_batches: int, rank: int, device: torch.device, gather: Callable[[Any], list[Any]]
-) -> Iterator[MicroBatch]:
+) -> Generator[MicroBatch, None, None]:
     """Yields equally many evaluation batches on every rank: its own, then stand-ins, which hold 0 samples.
 
     A sharded forward is a collective, but ranks may have fewer batches than others, and lose some whose samples cannot

@@ -18,6 +18,8 @@ from trainer.checkpoint.manifest import Progress
 from trainer.checkpoint.writing import SaveStatistics
 from trainer.config import Config
 from trainer.data.sampler import BatchPlan
+from trainer.faults.fault import Fault
+from trainer.goodput import Goodput
 from trainer.run_folder import RunFolder
 from trainer.runtime import Runtime
 from trainer.telemetry import Clock, peak_memory_bytes
@@ -100,9 +102,15 @@ class Reporter:
         data_wait_seconds: float,
         skipped_samples: int,
         saves: SaveStatistics,
+        goodput: Goodput,
+        events: Mapping[str, Any],
         error: str | None = None,
     ) -> None:
-        """Writes summary.json: the run so far, and the time and throughput of this attempt."""
+        """Writes summary.json: the run so far with its goodput, and the time and throughput of this attempt.
+
+        Args:
+            events: what else happened, by the keys that it gets there.
+        """
         split = clock.split()
         samples = self.plan.samples_before(progress.step)
         trained = samples - self.plan.samples_before(self.first_step)
@@ -120,14 +128,27 @@ class Reporter:
                 "skipped_steps": progress.skipped_steps,
                 "skipped_samples": skipped_samples,
                 "samples_per_second": trained / split["train"],
-                "goodput": split["train"] / split["total"],
+                "bad_steps": progress.bad_steps,
+                "num_rollbacks": progress.num_rollbacks,
+                "avoided_steps": [step + 1 for step in progress.avoided_steps],
+                "goodput": goodput.goodput,
+                "goodput_seconds": goodput.seconds,
+                "num_attempts": goodput.num_attempts,
                 "peak_memory_bytes": peak_memory_bytes(self.runtime.device),
                 "seconds": {**split, "data_wait": data_wait_seconds},
                 "checkpoints": asdict(saves),
                 "num_processes": self.runtime.num_ranks,
                 "micro_batch_size": self.plan.micro_batch_size,
+                **events,
             }
         )
+        self.trackers.summarise({"goodput": goodput.goodput}, progress.step)
+        logger.info("%s", goodput.line())
+
+    def bad_step(self, fault: Fault, record: Mapping[str, Any]) -> None:
+        """Tells of a step whose numbers are wrong, and keeps which samples it had in `faults/bad-steps.jsonl`."""
+        logger.warning("step %s: %s", fault.step, fault.message)
+        self.folder.append("faults/bad-steps.jsonl", record)
 
     def close(self, failed: bool = False) -> None:
         """Closes the progress bar and the trackers."""

@@ -86,6 +86,7 @@ def evaluate(run_dir: Path, *, best: bool, kind: Kind | None = None) -> dict[str
     trainer = Trainer(_read_config(run_dir, *_ALONE, f"eval.batch_size={eval_batch}"), to_train=False)
     weights.load_into(trainer.bare_model)
     metrics = trainer.evaluate()
+    assert metrics is not None, "nobody could ask it to stop"
     trainer.close()
     logger.info("evaluated  the %s", weights)
     return {"step": weights.checkpoint.step, **metrics}

@@ -57,8 +57,8 @@ class RunFolder:
 
     def describe(self, num_ranks: int, device: torch.device) -> None:
         """Writes the resolved config and the environment of this attempt."""
-        self._write("config.yaml", self.config.to_yaml())
-        self._write("environment.json", json.dumps(_environment(num_ranks, device), indent=2))
+        self.write("config.yaml", self.config.to_yaml())
+        self.write("environment.json", json.dumps(_environment(num_ranks, device), indent=2))
 
     def cut_metrics(self, step: int, evaluated_step: int) -> None:
         """Drops what a run that goes on from `step` writes again: later records, and evaluations new to it."""
@@ -75,18 +75,29 @@ class RunFolder:
             except (ValueError, KeyError, TypeError, AttributeError):  # a line that a killed run left half written
                 continue
         if "".join(kept) != before:
-            self._write("metrics.jsonl", "".join(kept))
+            self.write("metrics.jsonl", "".join(kept))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Appends a record to `metrics.jsonl` and flushes it."""
         self._lines.append(json.dumps(_finite({**record, "time": round(time.time(), 3)})) + "\n")
         self._write_what_waits()
 
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Appends a record to another file, which matters less: it is lost where there is no room."""
+        file = self.path / name
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(file, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(_finite(record)) + "\n")
+        except OSError as error:
+            logger.warning("cannot write to '%s': %s", file, one_line_text(error))
+
     def summarise(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json`."""
-        self._write("summary.json", json.dumps(_finite(summary), indent=2))
+        self.write("summary.json", json.dumps(_finite(summary), indent=2))
 
-    def _write(self, name: str, text: str) -> None:
+    def write(self, name: str, text: str) -> None:
+        """Replaces a file of this name, all at once."""
         self._files[name] = text
         self._write_what_waits()
 

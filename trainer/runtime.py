@@ -32,9 +32,11 @@ from trainer.data.modes import device_memory
 from trainer.data.tuning import cores_of_a_rank
 from trainer.errors import Problem, UserError, one_line
 from trainer.memory.checkpointing import explain_checkpointing_error
-from trainer.parallel import broadcast, choose_shard_size, clip_gradients, prepare_sharded, reshard, use_fsdp
+from trainer.memory.sharding import local_part
+from trainer.parallel import broadcast, choose_shard_size, gradient_norm, prepare_sharded, reshard, use_fsdp
 from trainer.placement import place_this_process
 from trainer.precision import STEP_DTYPES, autocast_on_cpu, check_precision, set_backends
+from trainer.rendezvous import init_method
 
 logger = logging.getLogger("lockstep")
 
@@ -50,8 +52,12 @@ class Runtime:
         check_precision(config.precision)
         set_backends(config.backends)
         has_accelerator = torch.accelerator.is_available()
-        # Without the variable accelerate starts no process group on the CPU, and every rank trains alone.
-        with patch_environment(ACCELERATE_USE_CPU=str(not has_accelerator).lower()):
+        # Without the first variable accelerate starts no process group on the CPU, and every rank trains alone. With a
+        # local rank it starts one, and DDP, for a single process too, which torchrun may run for its restarts.
+        variables = {"ACCELERATE_USE_CPU": str(not has_accelerator).lower()}
+        if promised == 1:
+            variables["LOCAL_RANK"] = "-1"
+        with patch_environment(**variables):
             self.accelerator = Accelerator(
                 mixed_precision=config.precision,
                 cpu=not has_accelerator,
@@ -144,20 +150,42 @@ class Runtime:
         if self.scaler is not None:
             self.accelerator.unscale_gradients(optimizer)
 
-    def clip_gradients(self, optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
-        """Clips the norm of all gradients together and returns what it was, without the loss scale."""
+    def gradient_norm(self, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+        """Returns the norm of all gradients together, without the loss scale."""
         self.unscale_gradients(optimizer)
-        return clip_gradients([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+        return gradient_norm(_parameters(optimizer))
 
-    def step(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Takes an optimizer step, and tells whether the loss scaler skipped it because of an overflow."""
-        if self.scaler is None:
+    def clip_gradients(self, optimizer: torch.optim.Optimizer, max_norm: float, norm: torch.Tensor) -> None:
+        """Clips the norm of all gradients together, which is `norm`."""
+        torch.nn.utils.clip_grads_with_norm_(_parameters(optimizer), max_norm, norm)
+
+    def overflow(self, optimizer: torch.optim.Optimizer, where: torch.Tensor) -> None:
+        """Has the loss scaler skip this step where a boolean scalar is true: it then finds an infinite gradient."""
+        gradients = (local_part(p.grad) for p in _parameters(optimizer) if p.grad is not None)
+        first = next((gradient for gradient in gradients if gradient.numel()), None)
+        if first is not None:
+            first.view(-1)[:1].masked_fill_(where, torch.inf)
+
+    def step(self, optimizer: torch.optim.Optimizer, unless: torch.Tensor | None = None) -> bool:
+        """Takes an optimizer step, and tells whether the loss scaler skipped it because of an overflow.
+
+        Args:
+            optimizer: the prepared one.
+            unless: a boolean scalar on the device, the same on all ranks: no step is taken where it is true. The host
+                waits for it only where the optimizer cannot leave a step out on the device, as fused ones can.
+        """
+        if self.scaler is not None:
+            # accelerate looks whether `step` was called, which a fused optimizer's always is: it skips on the device.
+            scale = self.scaler.get_scale()
             optimizer.step()
-            return False
-        # accelerate looks whether `step` was called, which a fused optimizer's always is: it skips on the device.
-        scale = self.scaler.get_scale()
-        optimizer.step()
-        return self.scaler.get_scale() < scale
+            return self.scaler.get_scale() < scale
+        if unless is None:
+            optimizer.step()
+        elif self.device.type == "cuda" and not self.is_sharded and _leaves_out_on_device(optimizer):
+            step_unless(optimizer, unless)
+        elif not unless.item():
+            optimizer.step()
+        return False
 
     def new_host_group(self) -> dist.ProcessGroup | None:
         """Returns another gloo group of all ranks, for a thread of its own; None for a single process."""
@@ -198,6 +226,11 @@ class Runtime:
         if self.num_ranks > 1:
             dist.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]  # type: ignore[return-value]
+
+    def num_collectives(self) -> int:
+        """Returns how many collectives of the step this process has begun; ranks that have met have begun as many."""
+        group: Any = dist.group.WORLD
+        return int(group._get_sequence_number_for_group()) if self.num_ranks > 1 and group is not None else 0
 
     def barrier(self) -> None:
         """Waits until every rank is here."""
@@ -252,11 +285,31 @@ class Runtime:
             dist.destroy_process_group()
 
 
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _leaves_out_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    inner = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's
+    # At the first step SGD takes memory for its momentum that it then does not fill.
+    return bool(getattr(inner, "_step_supports_amp_scaling", False)) and bool(inner.state)
+
+
+def step_unless(optimizer: torch.optim.Optimizer, unless: torch.Tensor) -> None:
+    """Takes a fused optimizer's step where a boolean scalar is false, by the way in which GradScaler skips steps."""
+    inner: Any = getattr(optimizer, "optimizer", optimizer)
+    inner.grad_scale, inner.found_inf = None, unless.to(torch.float32)
+    try:
+        optimizer.step()
+    finally:
+        del inner.grad_scale, inner.found_inf
+
+
 def _process_group_settings(config: ParallelConfig) -> InitProcessGroupKwargs:
     settings: dict[str, Any] = {}
     if config.cpu_offload and torch.cuda.is_available():
         settings["backend"] = "cuda:nccl,cpu:gloo"  # norms and overflows of gradients in host memory are agreed there
-    return InitProcessGroupKwargs(timeout=timedelta(minutes=30), **settings)
+    return InitProcessGroupKwargs(init_method=init_method(), timeout=timedelta(minutes=30), **settings)
 
 
 def _describe_sharding(config: ParallelConfig, num_ranks: int, shard_size: int) -> str:

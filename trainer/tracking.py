@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -92,12 +92,30 @@ class Trackers:
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
         """Sends one record to every tracker."""
+
+        def send(tracker: GeneralTracker) -> None:
+            if tracker.name == "wandb":
+                tracker.log({**record, "step": step})
+            else:
+                tracker.log(dict(record), step=step)
+
+        self._with_each(send)
+
+    def summarise(self, values: Mapping[str, float], step: int) -> None:
+        """Sends values of the whole run, at its end: to W&B's summary, and to the others as values of the last step."""
+
+        def send(tracker: GeneralTracker) -> None:
+            if tracker.name == "wandb":
+                tracker.tracker.summary.update(dict(values))
+            else:
+                tracker.log(dict(values), step=step)
+
+        self._with_each(send)
+
+    def _with_each(self, send: Callable[[GeneralTracker], None]) -> None:
         for tracker in list(self.trackers):
             try:
-                if tracker.name == "wandb":
-                    tracker.log({**record, "step": step})
-                else:
-                    tracker.log(dict(record), step=step)
+                send(tracker)
             except Exception as error:  # a tracker that fails must not end the training
                 logger.warning("%s fails and is left out from here on: %s", tracker.name, one_line(error))
                 self.trackers.remove(tracker)

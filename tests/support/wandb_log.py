@@ -63,3 +63,12 @@ def config(file: Path) -> dict[str, Any]:
         if r.WhichOneof("record_type") == "config":
             found.update({i.key: json.loads(i.value_json) for i in r.config.update})
     return found
+
+
+def summary(file: Path) -> dict[str, Any]:
+    """Returns the run's summary as it was set, top level by key."""
+    found: dict[str, Any] = {}
+    for r in records(file):
+        if r.WhichOneof("record_type") == "summary":
+            found.update({i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in r.summary.update})
+    return found

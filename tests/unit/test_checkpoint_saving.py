@@ -330,7 +330,7 @@ def test_ended_in_the_middle_of_an_evaluation(
 
     evaluate, count = Trainer.evaluate, 0
 
-    def ends(trainer: Trainer) -> dict[str, float]:
+    def ends(trainer: Trainer) -> dict[str, float] | None:
         nonlocal count
         count += 1
         if count == 1:

@@ -135,7 +135,7 @@ def test_two_hundred_early_exits(open_feed: OpenFeed) -> None:
         batches = failing.eval_batches(4, 0, 1)
         assert next(batches).sample_ids.tolist() == [0, 1, 2, 3]
         if exit_number % 3 == 0:
-            batches.close()  # type: ignore[attr-defined]  # a generator
+            batches.close()
         elif exit_number % 3 == 1:
             del batches
         else:

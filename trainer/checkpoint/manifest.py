@@ -31,6 +31,9 @@ class Progress:
     skipped_steps: int = 0  # steps that the fp16 loss scaler skipped
     best_of: str | None = None  # what `best_value` is a value of, such as `max accuracy`
     wandb_id: str | None = None
+    bad_steps: int = 0  # steps that were left out because of their numbers (`faults.non_finite: skip`)
+    num_rollbacks: int = 0
+    avoided_steps: list[int] = field(default_factory=list)  # steps whose batch a rollback leaves out, counted from 0
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from trainer.errors import UserError
 
 _MOST_SHOWN = 10
 SUMMED = ("window.loss_sum", "window.num_samples")  # since the last report, of each rank's own samples
+SAME = ("guard.mean_loss", "guard.num_losses")  # on all ranks
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Parts:
         optimizer: over the model's parameters.
         averages: EMA of parameters, by name; None without.
         scaler: fp16's; None in other precisions.
-        own: what this rank has to itself, such as its generators. On another number of ranks `SUMMED` go to rank 0.
+        own: what this rank has to itself, such as its generators. On another number of ranks `SUMMED` go to rank 0
+            and `SAME` to all.
         rank: this process.
         num_ranks: of all processes.
     """
@@ -125,6 +127,8 @@ class Parts:
                 average.copy_(weights[name].detach())
         if manifest.num_ranks != self.num_ranks:
             own = {name: self._sum_over_ranks(checkpoint, name) for name in SUMMED}
+            saved = set(checkpoint.names("ranks.0."))
+            own |= {name: checkpoint.read(f"ranks.0.{name}") for name in SAME if name in saved}
         extra = {name: manifest.values[f"model.{name}"] for name in model if f"model.{name}" in manifest.values}
         if extra:
             self.model.load_state_dict(extra, strict=False)

@@ -44,6 +44,7 @@ class SaveStatistics:
     num_failed: int = 0
     write_seconds: float = 0.0  # that the thread was at work behind the training
     num_bytes: int = 0  # of the last checkpoint, of all ranks
+    longest_seconds: float = 0.0  # from the call of `save` to a checkpoint that is there
 
 
 @dataclass
@@ -75,6 +76,7 @@ class Saver:
         group: a gloo group of its own, for the thread behind the training; None for a single process.
         behind: write behind the training (`checkpoint.async_save`); else `save` returns when all is written.
         device: where the state is.
+        beat: called whenever a piece is written, on the thread: the save gets on.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Saver:
         group: dist.ProcessGroup | None,
         behind: bool,
         device: torch.device,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = folder
         self.ranks = ranks
@@ -93,6 +96,7 @@ class Saver:
         self.failures: list[str] = []  # what went wrong with each save that failed
         self._group = group
         self._device = device
+        self._beat = beat
         self._layout: Layout | None = None
         self._form: object = None
         self._memory: _HostMemory | None = None
@@ -241,6 +245,8 @@ class Saver:
         if save.error is None:
             self.saved_step = save.step
             self.statistics.num_saved += 1
+            seconds = time.perf_counter() - save.started
+            self.statistics.longest_seconds = max(self.statistics.longest_seconds, seconds)
         else:
             self._note_failure(save.error)
         if self.ranks.rank == 0:
@@ -303,6 +309,7 @@ class Saver:
                     found.update(piece)
                     size += len(piece)
                     yield piece
+                    self._beat()
 
         self.folder.storage.write(staged, save.layout.file, parts())
         return FileRecord(size, found.hexdigest())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -102,6 +102,7 @@ class DeviceFeed:
         self.seed = seed
         self.task = task
         self.data_wait_seconds = 0.0
+        self._reading: tuple[int, float] | None = None  # which sample this process reads, and since when
         self.num_skipped = 0  # reads of samples that could not be read
         self._num_read = 0
         self._unreadable: set[int] = set()
@@ -192,7 +193,7 @@ class DeviceFeed:
             yield MicroBatch(self._augmented(item), num_samples, item.batch.sample_ids, is_last=i == len(sizes) - 1)
         self._settle_workers()
 
-    def eval_batches(self, batch_size: int, rank: int, num_ranks: int) -> Iterator[MicroBatch]:
+    def eval_batches(self, batch_size: int, rank: int, num_ranks: int) -> Generator[MicroBatch, None, None]:
         """Yields this rank's share of the data set, each sample once over all ranks."""
         sampler = EvalSampler(len(self.dataset), batch_size, rank, num_ranks)
         self._stop()
@@ -217,6 +218,18 @@ class DeviceFeed:
         made = self._made_on_device([keys]) if makes_batches else self._loaded_here(self._reader, [keys])
         item = next(made)
         return self._augmented(item), 0 if makes_batches else num_bytes(item.batch.data) // num_samples
+
+    def readings(self) -> list[str]:
+        """Returns what is being read at this moment, a line per reader; for other threads."""
+        if self._pool is not None:
+            return [
+                f"{self.name}: worker {worker} has been reading {self._reader.describe(sample)} for {seconds:.1f} s"
+                for worker, sample, seconds in self._pool.readings()
+            ]
+        if self._reading is None:
+            return []
+        sample, since = self._reading
+        return [f"{self.name}: has been reading {self._reader.describe(sample)} for {time.monotonic() - since:.1f} s"]
 
     def close(self) -> None:
         """Ends the thread and the workers, and gives shared memory back."""
@@ -276,7 +289,8 @@ class DeviceFeed:
         for keys in requests:
             with preserved_generators():
                 load = loader.load if self._decoder is None else loader.load_encoded
-                batch = load(keys, _in_own_memory, _tell_nobody)
+                batch = load(keys, _in_own_memory, self._begin_reading)
+            self._reading = None
             if isinstance(batch, LoadFailure):
                 raise UserError(*batch.problems)
             if len(batch.keys):
@@ -286,6 +300,9 @@ class DeviceFeed:
             else:
                 batch = batch._replace(data=map_tensors(self._moved, batch.data))
             yield self._drawn(batch)
+
+    def _begin_reading(self, sample: int) -> None:
+        self._reading = sample, time.monotonic()
 
     def _started_pool(self, loader: SampleLoader) -> WorkerPool:
         if self._pool is None:
@@ -398,7 +415,3 @@ def _load_into_slot(load: Callable[..., Any], keys: Any, slot: Slot, reading: Ca
 
 def _in_own_memory(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype)
-
-
-def _tell_nobody(sample: int) -> None:
-    """Nobody watches what this process reads."""

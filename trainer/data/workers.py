@@ -42,7 +42,7 @@ logger = logging.getLogger("lockstep")
 
 _IDLE = -1
 _END_SECONDS = 5.0  # what a process may take to end after SIGKILL; in a read of a dead file system it never does
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _CAUSES = {
     signal.SIGKILL: "most likely the system was out of memory: fewer data.workers or data.prefetch_factor",
     signal.SIGBUS: "most likely a file that it had mapped shrank, or memory could not be had",
@@ -415,7 +415,7 @@ def _work(load: Load, slots: list[Slot], board: Slot, number: int, tasks: Connec
 
 @contextmanager
 def _stop_signals_held_back() -> Iterator[None]:
-    """Starts processes with SIGINT and SIGTERM blocked: they may come before `_settle_in` has run."""
+    """Starts processes with the stop signals blocked: they may come before `_settle_in` has run."""
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
         yield

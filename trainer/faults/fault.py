@@ -103,3 +103,13 @@ def read_first(run_dir: Path, since: float = 0.0) -> Fault | None:
             continue
         return fault if fault.time >= since else None
     return None
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Tells whether a collective failed because another rank is gone, which is never the reason itself."""
+    from torch import distributed as dist  # late: errors of a config are shown without torch
+
+    text = str(error)
+    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Read error", "Write error")
+    is_collective = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and is_collective and any(part in text for part in lost)

@@ -50,7 +50,7 @@ _DEVICE_TEXTS = (
 )
 # Functions of this package that tell what was being done; the innermost one counts.
 _PHASES = {
-    "_build": "startup",
+    "build": "startup",
     "prepare": "startup",
     "restore": "restoring a checkpoint",
     "step_batches": "loading a batch",

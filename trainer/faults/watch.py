@@ -1,0 +1,493 @@
+"""Every rank's watch: who is alive, who gets on, and whose fault it was when the job ends.
+
+The watch is a thread that talks to rank 0's watch over TCP (`trainer.faults.wire`), beside torch.distributed, so that
+it works while main threads hang in collectives. A connection that ends without goodbye is a death. Once per second
+every rank reports where it is, and rank 0 judges (`trainer.faults.judging`); where rank 0 itself is silent, the others
+do. Whatever ends the job is the same `Fault` on all ranks: each writes down what it was doing, ends those on its
+machine that cannot end themselves, and leaves the rest to `on_end`. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.faults.fault import Fault
+from trainer.faults.judging import EVALUATION, LOADING, Hang, Report, Standing, find_hang
+from trainer.faults.neighbours import Neighbours, introduce
+from trainer.faults.stacks import (
+    OWN_THREADS,
+    FaultFiles,
+    SignalledStacks,
+    aside,
+    capture_stacks,
+    format_stacks,
+    within,
+)
+from trainer.faults.wire import Listener, Peer, connect, line
+
+logger = logging.getLogger("lockstep")
+
+Samples = Sequence[int] | NDArray[np.int64]
+
+_At = tuple[str, int | None, Samples, float, float]  # place, step, samples, allowance, since when
+
+TICK = 1.0  # seconds between reports
+_GRACE = 0.3  # seconds in which a rank's last words still come before another's death that they explain
+_JUMP = 5.0  # ticks: a watch that was away for so long knows nothing about the others
+_WRITE_SECONDS = 3.0
+_ANSWER_SECONDS = 0.4  # for rank 0 to say whose fault was the first
+_MOST_SAMPLES = 1024  # that a report carries
+_MOST_STRANGERS = 64  # connections that have not shown the token
+_STRANGER_SECONDS = 10.0
+
+
+class Watch:
+    """This rank's watch. Threads other than its own may call its methods.
+
+    Args:
+        rank: of this process.
+        num_ranks: of the job.
+        share: a collective that returns every rank's object on every rank; called once.
+        hang_seconds: what a rank may take without getting on; None: no hang is looked for.
+        folder: where files about a fault go, or what returns it then.
+        describe_feed: says in lines what the feed is reading; called in the watch's threads.
+        on_end: called in the watch's thread, once, when a fault has ended the job, except on a rank that `failed`.
+        sequence_numbers: returns how many collectives this rank has begun.
+        tick: seconds between reports.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        num_ranks: int,
+        share: Callable[[Any], list[Any]],
+        hang_seconds: float | None,
+        folder: Callable[[], Path] | Path,
+        describe_feed: Callable[[], list[str]] = list,
+        on_end: Callable[[Fault], None] | None = None,
+        sequence_numbers: Callable[[], int] | None = None,
+        tick: float = TICK,
+    ) -> None:
+        self._rank, self._num_ranks = rank, num_ranks
+        self._hang_seconds, self._tick = hang_seconds, tick
+        self._describe_feed, self._on_end, self._sequence_numbers = describe_feed, on_end, sequence_numbers
+        self._files = FaultFiles(rank, folder)
+        # Where the main thread is. One tuple, so that the watch never sees half of a change.
+        self._at: _At = ("building", None, (), 0.0, monotonic())
+        self._beaten = 0.0
+        self._resumed = 0.0  # when the watch itself came back after having been away
+        self._feed_call: threading.Thread | None = None
+        self._feed_lines: list[str] = []
+
+        self._fault: Fault | None = None
+        self._lock = threading.Lock()
+        self._decided, self._written = threading.Event(), threading.Event()
+        self._words: deque[Fault] = deque()
+        self._has_failed = self._closing = False
+
+        self._peers: dict[int, Peer] = {}  # rank 0: everybody; the others: rank 0
+        self._strangers: dict[Peer, float] = {}  # connections without a token yet, and since when
+        self._standings: dict[int, Standing] = {}
+        self._deaths: dict[int, tuple[float, Fault]] = {}  # and until when last words come before them
+        self._turned = self._next_tick = monotonic()
+
+        self._stacks = SignalledStacks()
+        self._listener = self._listen() if rank == 0 and num_ranks > 1 else None
+        introduction = introduce(self._stacks.descriptor)
+        introduction["server"] = self._listener.address() if self._listener is not None else None
+        introductions = share(introduction) if num_ranks > 1 else [introduction]
+        self._server: dict[str, Any] | None = introductions[0]["server"]
+        self._neighbours = Neighbours(rank, introductions)
+        # Not epoll, whose registrations are shared with forked workers. A pair of sockets wakes the thread up.
+        self._selector = selectors.PollSelector() if hasattr(selectors, "PollSelector") else selectors.SelectSelector()
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._wake_reader.setblocking(False)
+        self._wake_writer.setblocking(False)
+        self._selector.register(self._wake_reader, selectors.EVENT_READ, self._woken)
+        if self._listener is not None:
+            self._selector.register(self._listener.socket, selectors.EVENT_READ, self._accept)
+        self._thread = threading.Thread(target=self._run, name=OWN_THREADS, daemon=True)
+        self._thread.start()
+
+    # ---- what the trainer calls ---------------------------------------------------------------------------
+
+    def at(self, place: str, step: int | None = None, samples: Samples = (), allowance: float = 1.0) -> None:
+        """Notes where the main thread is from now on, which is progress.
+
+        Args:
+            place: one of `judging.PLACES`, for its order.
+            step: the optimizer step that is being made; None before training.
+            samples: ids of the micro-batch; not to be changed afterwards.
+            allowance: how many times `hang_seconds` it may stay there; 0: without a limit.
+        """
+        self._at = (place, step, samples, allowance, monotonic())
+
+    def place(self) -> tuple[str, int | None, tuple[int, ...]]:
+        """Returns where the main thread is: place, step and sample ids."""
+        return _position(self._at)
+
+    def beat(self) -> None:
+        """Notes progress without a change of place."""
+        self._beaten = monotonic()
+
+    def failed(self, fault: Fault) -> None:
+        """Tells all ranks what this one dies of, and writes it down. Takes less than a second, whatever hangs.
+
+        The rank then ends by itself: its `on_end` is not called.
+        """
+        stacks = capture_stacks()
+        error = sys.exception()
+        if fault.place is None:
+            place, step, samples = self.place()
+            fault = replace(fault, place=place, step=step, samples=samples)
+        self._has_failed = True
+        if self._thread.is_alive():
+            self._words.append(fault)
+            self._wake()
+            self._decided.wait(_ANSWER_SECONDS)
+        with self._lock:
+            first = self._fault = self._fault or fault
+        self._decided.set()
+
+        def write() -> None:
+            try:
+                cause = "".join(traceback.format_exception(error)) if error is not None else ""
+                self._files.write_first(first)
+                self._files.append(self._describe_end(first, self._report(), []) + cause + "\n" + format_stacks(stacks))
+            finally:
+                self._written.set()
+
+        within(_ANSWER_SECONDS, write, None)
+
+    def first_fault(self, seconds: float) -> Fault | None:
+        """Returns what ended the job first, as far as is known; waits for news for so many seconds at most."""
+        self._decided.wait(seconds)
+        return self._fault
+
+    def close(self) -> None:
+        """Says goodbye: from here on this process may end without being missed."""
+        if self._fault is not None:
+            self._written.wait(_WRITE_SECONDS)  # what is being written would end with the process
+        self._closing = True
+        self._wake()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(1.0)
+        self._stacks.close()
+
+    # ---- the thread ---------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            if self._rank > 0 and self._server is not None and not self._connect(self._addresses_of_main()):
+                logger.warning(
+                    "rank %d cannot reach rank 0 at any of its addresses (a firewall?): whether it dies or hangs is "
+                    "not watched",
+                    self._rank,
+                )
+            while not self._closing:
+                self._turn()
+            self._leave()
+        except Exception as error:  # a healthy job goes on without it
+            message = "the watch of rank %d has ended, and the run goes on without it: %s: %s"
+            logger.warning(message, self._rank, type(error).__name__, error)
+            with suppress(Exception):  # and without closing anything, which would look like a death
+                for peer in self._peers.values():
+                    peer.send({"bye": True})
+
+    def _turn(self) -> None:
+        now = monotonic()
+        if now - self._turned > _JUMP * self._tick:
+            self._restart_clocks(now)
+        self._turned = now
+        if now >= self._next_tick:
+            self._next_tick = now + self._tick
+            self._report_and_judge(now)
+        deadline = min([self._next_tick, *(until for until, _ in self._deaths.values())])
+        for key, _ in self._selector.select(max(0.0, deadline - monotonic())):
+            key.data()
+        while self._words and self._fault is None:
+            self._say(self._words.popleft())
+        for until, fault in sorted(self._deaths.values(), key=lambda death: death[0])[:1]:  # the first one counts
+            if monotonic() >= until:
+                self._decide(fault)
+
+    def _restart_clocks(self, now: float) -> None:
+        """Forgets how long all have been silent: this process, or the whole machine, was stopped or busy itself."""
+        self._resumed = now
+        self._standings = {rank: Standing(s.report, now) for rank, s in self._standings.items()}
+
+    def _report_and_judge(self, now: float) -> None:
+        written = self._stacks.new()
+        if written:
+            aside(lambda: logger.info("stacks, asked for by SIGUSR2, are in '%s'", self._files.append(written)))
+        for peer, since in list(self._strangers.items()):
+            if now - since > _STRANGER_SECONDS:
+                self._dismiss(peer)
+        if self._fault is not None:
+            return
+        report = self._report()
+        if self._peers:
+            message = line({"report": report.to_message()})
+            for peer in self._peers.values():
+                peer.send(message)
+        if self._hang_seconds is None or (self._rank > 0 and not self._peers):
+            return
+        standings = {**self._standings, self._rank: Standing(report, now)}
+        hang = find_hang(standings, now, self._hang_seconds, self._tick)
+        if hang is not None and (self._rank == 0 or hang.silent):  # all else is for rank 0 to judge
+            self._decide(self._fault_of_hang(hang, standings), hang.silent)
+
+    def _report(self) -> Report:
+        *_, allowance, since = at = self._at
+        place, step, samples = _position(at)
+        idle = monotonic() - max(since, self._beaten, self._resumed)
+        return Report(
+            place,
+            step,
+            samples,
+            round(idle, 3),
+            allowance,
+            self._sequence_number(),
+            tuple(self._feed()) if place in (LOADING, EVALUATION) and idle > self._tick else (),
+        )
+
+    def _sequence_number(self) -> int | None:
+        with suppress(Exception):  # of a process group that is being taken down
+            return self._sequence_numbers() if self._sequence_numbers is not None else None
+        return None
+
+    def _feed(self) -> list[str]:
+        """Returns what the feed says of itself; what it said before, if it has not answered yet."""
+        if self._feed_call is None or not self._feed_call.is_alive():
+
+            def ask() -> None:
+                try:
+                    self._feed_lines = [str(text) for text in self._describe_feed()]
+                except Exception as error:
+                    self._feed_lines = [f"the feed cannot say what it does: {type(error).__name__}: {error}"]
+
+            self._feed_call = threading.Thread(target=ask, name=f"{OWN_THREADS}-feed", daemon=True)
+            self._feed_call.start()
+            self._feed_call.join(0.2)
+        return self._feed_lines
+
+    # ---- connections --------------------------------------------------------------------------------------
+
+    def _listen(self) -> Listener | None:
+        try:
+            return Listener(self._num_ranks)
+        except OSError as error:
+            logger.warning("rank 0 cannot open a port, so deaths and hangs of ranks are not watched: %s", error)
+            return None
+
+    def _addresses_of_main(self) -> list[str]:
+        """Returns where rank 0's watch may be found, the likeliest first."""
+        assert self._server is not None
+        local = ["127.0.0.1"] if self._neighbours.is_here(0) else []
+        return [*local, os.environ.get("MASTER_ADDR", ""), *self._server["addresses"]]
+
+    def _connect(self, addresses: Sequence[str]) -> bool:
+        """Connects to rank 0's watch; returns whether that worked."""
+        assert self._server is not None
+        # No report in the greeting: the first report after it tells rank 0 that the connection has come about.
+        made = connect(addresses, self._server, {"rank": self._rank})
+        if made is None:
+            return False
+        peer, answer = made
+        self._peers[0] = peer
+        self._selector.register(peer.socket, selectors.EVENT_READ, lambda: self._hear(0, peer))
+        self._take(0, answer)
+        return True
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        peer = self._listener.accept()
+        if peer is None:
+            return
+        if len(self._strangers) >= max(_MOST_STRANGERS, self._num_ranks):
+            peer.close()
+            return
+        self._strangers[peer] = monotonic()
+        self._selector.register(peer.socket, selectors.EVENT_READ, lambda: self._greet(peer))
+
+    def _greet(self, peer: Peer) -> None:
+        """Makes a stranger who knows the token a peer, and dismisses any other."""
+        assert self._listener is not None
+        messages = peer.receive()
+        if not messages and peer.ended is None:
+            return
+        rank = self._listener.rank_of(messages[0]) if messages else None
+        if rank is None:
+            self._dismiss(peer)
+            return
+        del self._strangers[peer]
+        self._selector.unregister(peer.socket)
+        if rank in self._peers:  # it lost its connection, and comes again
+            self._part(rank)
+        self._deaths.pop(rank, None)
+        self._peers[rank] = peer
+        self._selector.register(peer.socket, selectors.EVENT_READ, lambda: self._hear(rank, peer))
+        greeting: dict[str, Any] = {"answer": self._listener.answer, "report": self._report().to_message()}
+        if self._fault is not None:
+            greeting["verdict"] = self._fault.to_json()
+        peer.send(greeting)
+        for message in messages:
+            self._take(rank, message)
+        if peer.ended is not None:
+            self._hear(rank, peer)
+
+    def _dismiss(self, peer: Peer) -> None:
+        del self._strangers[peer]
+        self._selector.unregister(peer.socket)
+        peer.close()
+
+    def _hear(self, rank: int, peer: Peer) -> None:
+        messages = peer.receive()
+        for message in messages:
+            self._take(rank, message)
+        if peer.ended is None or self._peers.get(rank) is not peer:
+            return
+        self._part(rank)
+        if self._fault is not None:
+            return
+        if rank == 0 and self._connect([peer.address]):  # it was the network
+            return
+        standing = self._standings.pop(rank, None)
+        if standing is None:
+            return
+        if peer.ended == "closed":
+            age = monotonic() - standing.heard
+            text = f"the process ended without a word, {age:.1f} s after its last report"
+            self._deaths[rank] = monotonic() + _GRACE, self._fault_of(rank, "lost", text, standing.report)
+        else:
+            logger.warning("the connection of rank %d to rank 0's watch broke: it is not watched any more", rank)
+
+    def _take(self, rank: int, message: Mapping[str, Any]) -> None:
+        """Takes a message of rank `rank`."""
+        if "report" in message:
+            with suppress(KeyError, TypeError):
+                self._standings[rank] = Standing(Report.from_message(message["report"]), monotonic())
+        if "bye" in message:
+            self._standings.pop(rank, None)
+            if rank in self._peers:
+                self._part(rank)
+        if "fault" in message:
+            self._decide(Fault.from_json(message["fault"]))
+        if "verdict" in message:
+            self._decide(Fault.from_json(message["verdict"]), message.get("silent", ()))
+
+    def _part(self, rank: int) -> None:
+        peer = self._peers.pop(rank)
+        self._selector.unregister(peer.socket)
+        peer.close()
+
+    def _woken(self) -> None:
+        with suppress(BlockingIOError):
+            self._wake_reader.recv(1 << 12)
+
+    def _wake(self) -> None:
+        with suppress(OSError):
+            self._wake_writer.send(b"\0")
+
+    def _leave(self) -> None:
+        for peer in self._peers.values():
+            peer.send({"bye": True})
+        deadline = monotonic() + 0.5
+        while not all(peer.flush() for peer in self._peers.values()) and monotonic() < deadline:
+            time.sleep(0.01)
+        for peer in [*self._peers.values(), *self._strangers]:
+            peer.close()
+        if self._listener is not None:
+            self._listener.close()
+        self._selector.close()
+        self._wake_reader.close()
+        self._wake_writer.close()
+
+    # ---- the end of the job -------------------------------------------------------------------------------
+
+    def _fault_of_hang(self, hang: Hang, standings: Mapping[int, Standing]) -> Fault:
+        message: str = hang.message
+        if hang.silent:
+            state = self._neighbours.state(hang.rank) if self._neighbours.is_here(hang.rank) else ""
+            unknown = "its process is stopped, native code holds Python's lock, or its machine or network is down"
+            message += f": {state or unknown}"
+        unknown_ranks = sorted(set(range(self._num_ranks)).difference(standings)) if self._rank == 0 else []
+        if unknown_ranks:
+            message += f"; nothing is known of ranks {', '.join(map(str, unknown_ranks))}"
+        return self._fault_of(hang.rank, "hang", message, standings[hang.rank].report)
+
+    def _fault_of(self, rank: int, kind: str, message: str, report: Report) -> Fault:
+        host, pid = self._neighbours.host(rank), self._neighbours.pid(rank)
+        return Fault(rank, kind, message, report.step, report.place, report.samples, host, pid)
+
+    def _say(self, fault: Fault) -> None:
+        """Brings this rank's last words to rank 0, whose verdict counts; without it they are the verdict."""
+        if self._rank > 0 and self._peers:
+            self._peers[0].send({"fault": fault.to_json()})
+        else:
+            self._decide(fault)
+
+    def _decide(self, fault: Fault, silent: Sequence[int] = ()) -> None:
+        """Makes `fault` what ended the job, unless something else has; rank 0 tells everybody."""
+        with self._lock:
+            if self._fault is not None:
+                return
+            self._fault = fault
+        self._deaths.clear()
+        if self._rank == 0:
+            for peer in self._peers.values():
+                peer.send({"verdict": fault.to_json(), "silent": list(silent)})
+        self._decided.set()
+        if self._has_failed:
+            return
+        self._write_and_end(fault, {*silent})
+
+    def _write_and_end(self, fault: Fault, silent: set[int]) -> None:
+        stacks, feed, report = capture_stacks(), self._feed(), self._report()
+        unable = silent | {fault.rank}
+        neighbours = self._neighbours
+        found = {rank: neighbours.end(rank, unable) for rank in sorted(silent) if neighbours.is_here(rank)}
+
+        def write() -> None:
+            try:
+                if neighbours.speaks(apart_from=unable):
+                    self._files.write_first(fault)
+                for rank, text in found.items():
+                    if text:
+                        self._files.append(text, about=rank)
+                self._files.append(self._describe_end(fault, report, feed) + "\n" + format_stacks(stacks))
+                self._files.write_flight_recording()
+            finally:
+                self._written.set()
+
+        within(_WRITE_SECONDS, write, None)
+        if self._on_end is not None:
+            self._on_end(fault)
+
+    def _describe_end(self, fault: Fault, report: Report, feed: Sequence[str]) -> str:
+        place = f"it is in '{report.place}' for {report.idle:.1f} s"
+        place += f", step {report.step}" if report.step is not None else ""
+        place += f", samples {', '.join(map(str, report.samples))}" if report.samples else ""
+        return f"the job ends: {fault}\n{place}\n" + "".join(f"feed: {text}\n" for text in feed)
+
+
+def _position(at: _At) -> tuple[str, int | None, tuple[int, ...]]:
+    place, step, samples, _, _ = at
+    return place, step, tuple(int(sample) for sample in samples[:_MOST_SAMPLES])

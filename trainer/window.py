@@ -1,0 +1,76 @@
+"""What happened since the last report; sums stay on the device until then."""
+
+from __future__ import annotations
+
+import torch
+
+from trainer.data.feed import DeviceFeed
+from trainer.runtime import Runtime
+from trainer.telemetry import Clock
+
+
+class Window:
+    """The steps since the last report.
+
+    Args:
+        runtime: for the device, and a type that is wide enough to add up.
+        clock: of this attempt.
+        feed: of the training data.
+    """
+
+    def __init__(self, runtime: Runtime, clock: Clock, feed: DeviceFeed) -> None:
+        self.loss_sum = runtime.exact(torch.zeros((), device=runtime.device))
+        self.num_samples = 0
+        self.grad_norm: torch.Tensor | None = None
+        self._num_left_out = torch.zeros((), dtype=torch.int64, device=runtime.device)
+        self.restart(clock, feed)
+
+    def restart(self, clock: Clock, feed: DeviceFeed) -> None:
+        """Measures time from now on."""
+        self.num_timed_steps = 0
+        self._num_samples_before = self.num_samples  # of an earlier attempt, whose time is not ours
+        self._train_seconds = clock.split()["train"]
+        self._data_wait = feed.data_wait_seconds
+
+    def add(self, loss_sum: torch.Tensor, num_samples: int, is_left_out: torch.Tensor | None) -> None:
+        """Adds a step of this rank.
+
+        Args:
+            loss_sum: of its samples.
+            num_samples: how many.
+            is_left_out: a boolean scalar on the device: the step does not count. None where all do.
+        """
+        self.num_samples += num_samples
+        self.num_timed_steps += 1
+        if is_left_out is None:
+            self.loss_sum += loss_sum
+        else:
+            self.loss_sum += loss_sum.masked_fill(is_left_out, 0.0)
+            self._num_left_out += num_samples * is_left_out
+
+    @property
+    def num_timed_samples(self) -> int:
+        """Samples since `restart`."""
+        return self.num_samples - self._num_samples_before
+
+    @property
+    def num_counted(self) -> torch.Tensor:
+        """Samples in the sum of losses, on the device."""
+        return self.num_samples - self._num_left_out
+
+    def totals(self) -> dict[str, torch.Tensor]:
+        """Returns what a checkpoint keeps, so that a report tells the same wherever the run was interrupted."""
+        return {"loss_sum": self.loss_sum, "num_samples": self.num_counted}
+
+    def load(self, loss_sum: torch.Tensor, num_samples: torch.Tensor) -> None:
+        """Takes over what `totals` returned."""
+        self.loss_sum.copy_(loss_sum)
+        self.num_samples = int(num_samples)
+        self._num_left_out.zero_()
+
+    def seconds(self, clock: Clock, feed: DeviceFeed) -> dict[str, float]:
+        """Returns the time since `restart` that was spent in steps, and in these waiting for data."""
+        return {
+            "train": clock.split()["train"] - self._train_seconds,
+            "data_wait": feed.data_wait_seconds - self._data_wait,
+        }

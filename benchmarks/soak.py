@@ -28,6 +28,7 @@ import yaml
 
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.storage import LocalStorage
+from trainer.comparing import checkpoint_differences, logged_differences
 from trainer.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -136,28 +137,9 @@ def last_step(run_dir: Path) -> int:
 
 def differences(run: Path, quiet: Path) -> list[str]:
     """Returns what is not the same at the end of two runs, bit for bit."""
-    found, told = [], []
-    for folder in (run, quiet):
-        checkpoint = CheckpointFolder(LocalStorage(folder / "checkpoints"), keep=2).newest()
-        losses: dict[int, float] = {}
-        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            if "train/loss" in record:
-                if record["step"] in losses:
-                    told.append(f"{folder.name}: step {record['step']} is logged twice")
-                losses[record["step"]] = record["train/loss"]
-        found.append((checkpoint, losses))
-    (ours, our_losses), (theirs, their_losses) = found
-    if ours.step != theirs.step:
-        return [*told, f"step {ours.step} instead of {theirs.step}"]
-    if our_losses.keys() != their_losses.keys():
-        told.append(f"{len(our_losses)} losses are logged instead of {len(their_losses)}")
-    told += [f"loss of step {s}" for s, loss in their_losses.items() if our_losses.get(s) != loss][:10]
-    if ours.manifest.values != theirs.manifest.values:
-        told.append("plain values of the state")
-    if ours.names("") != theirs.names(""):
-        return [*told, "names of tensors"]
-    return told + [name for name in theirs.names("") if not torch.equal(ours.read(name), theirs.read(name))]
+    folders = [CheckpointFolder(LocalStorage(folder / "checkpoints"), keep=2) for folder in (run, quiet)]
+    told = logged_differences(run / "metrics.jsonl", quiet / "metrics.jsonl")
+    return told + checkpoint_differences(*(folder.newest() for folder in folders))
 
 
 def calibrate(folder: Path, processes: int, checkpoint_every: int) -> float:

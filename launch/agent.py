@@ -6,23 +6,23 @@ config, a stop on request and a fault that another start cannot mend end the job
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch.distributed.launcher.api as launcher
 import torch.distributed.run as torchrun
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from trainer.cli import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USAGE, LAUNCHER_VARIABLE
@@ -30,7 +30,8 @@ from trainer.faults.fault import Fault, read_first
 
 logger = logging.getLogger("lockstep")
 
-_SURVIVOR_SECONDS = 10  # which the ranks that are left get to write down what they were doing, after one has failed
+_SURVIVOR_SECONDS = 10  # which the ranks that are left get to end by themselves when one has failed
+_STOPPING_SECONDS = 30  # the same when one has stopped on request: they are on their way
 _KILLED = "most likely the system was out of memory, or somebody killed it"
 
 
@@ -49,13 +50,13 @@ class Outcome:
     error: str | None = None
 
 
-def run_agent(command: Sequence[str], run_dir: Path, is_over: Callable[[], bool]) -> Outcome:
+def run_agent(command: Sequence[str], run_dir: Path, is_over: Callable[[], object]) -> Outcome:
     """Runs `torchrun ...` or `accelerate launch ...` in this process, until its job has ended for good.
 
     Args:
         command: the launcher's command line.
         run_dir: of the run, where ranks write down their faults.
-        is_over: called after a failure; True ends the job, whatever restarts are left.
+        is_over: called after a failure; what is true ends the job, whatever restarts are left.
     """
     # The agent's reports of failed workers repeat what the workers said. Each of its loggers has a level.
     for name in list(logging.root.manager.loggerDict):
@@ -68,9 +69,11 @@ def run_agent(command: Sequence[str], run_dir: Path, is_over: Callable[[], bool]
             _launch(command)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        return Outcome(_exit_code(codes.values()), error=job.explain(codes))
-    except (SignalException, KeyboardInterrupt):
-        return Outcome(_code_of_summary(run_dir, job.launched), told_to_stop=True)
+        return Outcome(_exit_code(codes), error=job.explain(codes))
+    except SignalException as request:
+        return Outcome(_exit_code_of_stopped(job.codes, request.sigval), told_to_stop=True)
+    except KeyboardInterrupt:  # before there was a rank
+        return Outcome(EXIT_FAILED, told_to_stop=True)
     finally:
         end_descendants()
     return Outcome(EXIT_FINISHED)
@@ -96,61 +99,61 @@ def explain_signal(who: str, number: int) -> str:
 class _Job:
     """What the agent is told of a job, and what it finds out."""
 
-    def __init__(self, run_dir: Path, is_over: Callable[[], bool]) -> None:
+    def __init__(self, run_dir: Path, is_over: Callable[[], object]) -> None:
         self.is_over = is_over
-        self.launched = self.started = time.time()  # the job, and its ranks of now
-        self.failed_first: Collection[int] = ()  # ranks that had ended before the agent ended the others
+        self.started = time.time()  # the ranks of now
+        # Exit codes by rank; a negative one is the signal that it died of.
+        self.first: dict[int, int] = {}  # of the ranks that had failed before the agent ended the others
+        self.codes: dict[int, int] = {}  # of all, once the agent has ended them
         self._run_dir = run_dir
 
     def is_final(self, codes: Mapping[int, int]) -> bool:
-        """Tells whether starting again is no use, or not wanted."""
-        if _exit_code(codes.values()) != EXIT_FAILED:
+        """Tells whether starting again is no use, or not wanted, after ranks have failed with these codes."""
+        if _exit_code(codes) != EXIT_FAILED:
             return True
         fault = self._fault()
-        return (fault is not None and not fault.restart) or self.is_over()
+        return (fault is not None and not fault.restart) or bool(self.is_over())
 
     def explain(self, codes: Mapping[int, int]) -> str | None:
-        """Returns the first rank's real error in one line; None after a stop or a bad config, which are explained.
-
-        Args:
-            codes: exit codes by rank, of those that failed; a negative one is the signal that it died of.
-        """
-        if _exit_code(codes.values()) != EXIT_FAILED:
+        """Returns the first rank's real error in one line; None after a stop or a bad config, which are explained."""
+        if _exit_code(codes) != EXIT_FAILED:
             return None
         fault = self._fault()
         if fault is not None and fault.kind != "lost":
             return str(fault)
         # A rank that dies of a signal leaves no word, and its peers fail as they lose it: it is the reason.
-        first = {rank: code for rank, code in codes.items() if rank in self.failed_first} or codes
-        for rank, code in sorted(first.items(), key=lambda item: (item[1] >= 0, item[1] == -signal.SIGTERM, item[0])):
-            if code < 0:
-                return explain_signal(f"rank {rank}", -code)
-            return str(fault) if fault is not None else f"rank {rank} failed, and said why"
-        return None if fault is None else str(fault)
+        first = self.first or codes
+        rank = min(first, key=lambda rank: (first[rank] >= 0, first[rank] == -signal.SIGTERM, rank))
+        if first[rank] < 0:
+            return explain_signal(f"rank {rank}", -first[rank])
+        return str(fault) if fault is not None else f"rank {rank} failed, and said why"
 
     def _fault(self) -> Fault | None:
         return read_first(self._run_dir, since=self.started)
 
 
 class _Agent(LocalElasticAgent):
-    """Ends a job that it is no use to start again, says so before it starts one again, and waits for nobody long."""
+    """Ends a job that it is no use to start again, says so before it starts one again, and waits for nobody long.
+
+    torch's documentation names the methods that are overridden here as those by which an agent is adapted.
+    """
 
     def __init__(self, job: _Job, **options: Any) -> None:
         super().__init__(**options)
         self._job = job
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        self._job.started = time.time()
-        self._job.failed_first = ()
+        self._job.started, self._job.first, self._job.codes = time.time(), {}, {}
         return super()._start_workers(worker_group)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         assert self._pcontext is not None
-        failed = {rank for rank, pid in self._pcontext.pids().items() if _has_failed(pid)}
-        if failed:
-            self._job.failed_first = {worker_group.workers[rank].global_rank for rank in failed}
-            # torch's own ending of the other ranks, which follows, gives those that do not react 30 seconds.
-            self._shutdown(timeout=_SURVIVOR_SECONDS)
+        ended = {worker_group.workers[i].global_rank: _code_of(pid) for i, pid in self._pcontext.pids().items()}
+        first = {rank: code for rank, code in ended.items() if code}
+        if first:
+            self._job.first = first
+            # torch ends the other ranks in the same way, but gives 30 seconds to those that do not react.
+            self._shutdown(timeout=_STOPPING_SECONDS if EXIT_STOPPED in first.values() else _SURVIVOR_SECONDS)
         result = super()._monitor_workers(worker_group)
         if result.state == WorkerState.FAILED:
             codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
@@ -162,20 +165,23 @@ class _Agent(LocalElasticAgent):
                 logger.info("restarting (%d of %d): %s", number, worker_group.spec.max_restarts, error)
         return result
 
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        super()._shutdown(death_sig, timeout)
+        if self._pcontext is not None:
+            handlers = cast(SubprocessContext, self._pcontext).subprocess_handlers
+            codes = {i: handler.proc.returncode for i, handler in handlers.items()}
+            self._job.codes = {i: code for i, code in codes.items() if code is not None}
+
 
 @contextmanager
 def _our_agent(job: _Job) -> Iterator[None]:
     """Has torchrun and accelerate make our agent: they offer no other way to choose one."""
     theirs = launcher.LocalElasticAgent
-
-    def make(**options: Any) -> _Agent:
-        return _Agent(job, **options)
-
-    setattr(launcher, "LocalElasticAgent", make)  # noqa: B010
+    launcher.LocalElasticAgent = partial(_Agent, job)  # type: ignore[misc, assignment]
     try:
         yield
     finally:
-        setattr(launcher, "LocalElasticAgent", theirs)  # noqa: B010
+        launcher.LocalElasticAgent = theirs  # type: ignore[misc]
 
 
 def _launch(command: Sequence[str]) -> None:
@@ -187,30 +193,29 @@ def _launch(command: Sequence[str]) -> None:
         launch_command(launch_command_parser().parse_args(command[2:]))
 
 
-def _has_failed(pid: int) -> bool:
-    """Tells whether a child has ended in failure, and leaves it to be waited for."""
+def _code_of(pid: int) -> int | None:
+    """Returns the exit code of a child that has ended, and leaves it to be waited for."""
     try:
         ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:  # waited for already
-        return False
-    return ended is not None and ended.si_status != 0
+        return None
+    if ended is None:
+        return None
+    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
 
-def _exit_code(codes: Collection[int]) -> int:
-    """Returns one exit code for all ranks: ranks that lost a failing peer end in 1, whatever it had."""
-    if EXIT_USAGE in codes:
+def _exit_code(codes: Mapping[int, int]) -> int:
+    """Returns one exit code for all ranks: those that lost a failing peer end in 1, whatever it had."""
+    found = set(codes.values())
+    if EXIT_USAGE in found:
         return EXIT_USAGE
     # The agent ends with SIGTERM what is left when the first rank has gone.
-    return EXIT_STOPPED if EXIT_STOPPED in codes and {*codes} <= {EXIT_STOPPED, -signal.SIGTERM} else EXIT_FAILED
+    return EXIT_STOPPED if EXIT_STOPPED in found and found <= {EXIT_STOPPED, -signal.SIGTERM} else EXIT_FAILED
 
 
-def _code_of_summary(run_dir: Path, started: float) -> int:
-    """Returns the exit code of a job that was told to stop: its agent no longer knows its workers' codes."""
-    summary = run_dir / "summary.json"
-    try:
-        if summary.stat().st_mtime < started:
-            return EXIT_FAILED
-        status = json.loads(summary.read_text(encoding="utf-8"))["status"]
-    except (OSError, ValueError, KeyError):
-        return EXIT_FAILED
-    return {"stopped": EXIT_STOPPED, "finished": EXIT_FINISHED}.get(status, EXIT_FAILED)
+def _exit_code_of_stopped(codes: Mapping[int, int], request: signal.Signals) -> int:
+    """Returns one exit code for all ranks of a job that got a signal, which ends those that have not begun to train."""
+    found = set(codes.values())
+    if found == {EXIT_FINISHED}:
+        return EXIT_FINISHED
+    return EXIT_STOPPED if found and found <= {EXIT_STOPPED, -request} else _exit_code(codes)

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -222,16 +223,18 @@ def _suffer(settings: Settings, config: Config, report: Report) -> None:
     if code is None:
         logger.info("asking the job to stop")
         code = job.stop(config.faults.grace.seconds + settings.hang_timeout + _STOP_SECONDS)
-    elif code == EXIT_USAGE and not follower.num_starts:
+    elif code == EXIT_USAGE and not report.faults:
         raise UserError(*job.problems())
     elif code not in (EXIT_FINISHED, EXIT_STOPPED):
         raise _Failed(f"the job under faults gave up with exit code {code}: {job.last_words()}")
+    told = _told(settings.run_dir(CHAOS), began) if code in (EXIT_FINISHED, EXIT_STOPPED) else {}
     if code != EXIT_FINISHED:
         # A request to stop that comes while it starts just ends it. From whatever checkpoint there is, it goes on.
         step = _newest_step(settings.run_dir(CHAOS)) + _LAST_STEPS
         logger.info("starting it for the last time, up to step %d", step)
         follower.look(_run_up_to(step, settings, config, CHAOS))
-    report.runs[CHAOS] = _told(settings.run_dir(CHAOS), began)
+    at_the_end = _told(settings.run_dir(CHAOS), began)
+    report.runs[CHAOS] = {**at_the_end, **told, "step": at_the_end["step"]}  # goodput without the last start
 
 
 def _compare(settings: Settings, config: Config, report: Report) -> None:
@@ -308,7 +311,7 @@ class _Job:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # a Ctrl-C is for us, who end it
-                preexec_fn=die_with_parent if sys.platform == "linux" else None,
+                preexec_fn=partial(die_with_parent, signal.SIGTERM) if sys.platform == "linux" else None,
             )
 
     def code(self) -> int | None:
@@ -361,16 +364,17 @@ class _Follower:
 
     def look(self, last: Path | None = None) -> None:
         """Takes in what is new. `last` is the plan of the attempt after the last fault."""
-        notes = read_notes(done_file(self._plan))
-        for note in notes[len(self._faults) :]:
-            fault = Suffered(*(note[key] for key in ("action", "rank", "step", "place", "time")))
-            self._faults.append(fault)
-            logger.info("%5.1f min: %s", self.seconds() / 60, fault)
         starts = read_notes(starts_file(self._plan))
         starts += read_notes(starts_file(last)) if last is not None else []
-        for start in starts[self.num_starts :]:
-            self._start(start["step"], start["time"])
-            self.num_starts += 1
+        notes = read_notes(done_file(self._plan))
+        for note in sorted([*starts[self.num_starts :], *notes[len(self._faults) :]], key=lambda note: note["time"]):
+            if "action" not in note:
+                self.num_starts += 1
+                self._start(note["step"], note["time"])
+                continue
+            fault = Suffered(*(note[key] for key in ("action", "rank", "step", "place", "time")))
+            self._faults.append(fault)
+            self._tell(fault.time, str(fault))
 
     def _start(self, step: int, now: float) -> None:
         if self._began is None:
@@ -381,7 +385,10 @@ class _Follower:
             if fault.needs_start and fault.back_after is None and fault.time < now:
                 fault.back_after = round(now - fault.time, 3)
                 fault.steps_again = max(fault.steps_made() - (step - 1), 0)
-        logger.info("%5.1f min: training goes on with step %d", self.seconds() / 60, step)
+        self._tell(now, f"training goes on with step {step}")
+
+    def _tell(self, now: float, what: str) -> None:
+        logger.info("%6.1f s: %s", now - (self._began or now), what)
 
     def seconds(self) -> float:
         """Returns the seconds since the first step began; 0 before."""

@@ -7,11 +7,16 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from trainer.faults.plan import ACTIONS
-
 CHAOS, QUIET = "chaos", "quiet"  # the two runs, and their folders
 AFTER_STEP = "exchange of decisions"  # where the step that is named has been made
 _SHOWN = 10  # differences
+_SAID = {
+    "kill": "is killed",
+    "kill-all": "is killed, and all others with it",
+    "stop": "is stopped by SIGSTOP",
+    "delay": "is held up",
+    "corrupt-checkpoint": "damages the newest checkpoint and is killed",
+}
 
 
 @dataclass
@@ -19,7 +24,7 @@ class Suffered:
     """A fault that happened, and what it cost.
 
     Args:
-        action: a key of `trainer.faults.plan.ACTIONS`.
+        action: of `trainer.faults.plan`.
         rank: whose.
         step: that was being made.
         place: what it was doing.
@@ -46,7 +51,7 @@ class Suffered:
         return self.step - (self.place != AFTER_STEP)
 
     def __str__(self) -> str:
-        return f"rank {self.rank}, step {self.step} ({self.place}): {ACTIONS[self.action]}"
+        return f"rank {self.rank} {_SAID[self.action]}, step {self.step} ({self.place})"
 
 
 @dataclass

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -96,7 +97,7 @@ def run(plan: LaunchPlan, config: Config) -> int:
         if is_alone:
             outcome = _run_child(plan.command)
         else:
-            outcome = run_agent(plan.command, config.run_dir, is_over=lambda: _shrunk(config, before) is not None)  # noqa: B023
+            outcome = run_agent(plan.command, config.run_dir, is_over=partial(_shrunk, config, before))
         record = _shrunk(config, before)
         if outcome.code != EXIT_FAILED or outcome.told_to_stop or record is None:
             break

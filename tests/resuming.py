@@ -18,7 +18,7 @@ from conftest import SUPPORT, Outcome, Train, WriteConfig
 from launching import Job, alive, environment
 from run_results import checkpoint, records, summary, tensors
 
-_MEASURED = {"time", "train/samples_per_second", "train/data_wait"}  # by a clock
+_MEASURED = {"time", "train/samples_per_second", "train/data_wait", "train/straggler_wait", "goodput"}  # by a clock
 _OF_THE_ATTEMPT = {"wandb_id"}
 
 

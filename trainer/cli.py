@@ -29,7 +29,7 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 75
 
-LAUNCHER_VARIABLE = "LOCKSTEP_LAUNCHER"  # set by our launcher, which tells exit codes apart: its process id
+LAUNCHER_VARIABLE = "LOCKSTEP_LAUNCHER"  # id of our launcher's process, which tells the exit codes of its ranks apart
 
 _EXIT_CODES = "exit codes: 0 finished, 2 bad config or usage, 75 stopped early on request (start me again), 1 else"
 
@@ -127,7 +127,8 @@ def leave(code: int) -> NoReturn:
         # A launcher that sees the first rank go ends the others; they are on their way.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
-        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and LAUNCHER_VARIABLE not in os.environ:
+        is_ours = os.environ.get(LAUNCHER_VARIABLE) == str(os.getppid())
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and not is_ours:
             code = EXIT_FINISHED  # torchrun by itself starts a job again after any other code
     if code in (EXIT_FAILED, EXIT_USAGE) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()

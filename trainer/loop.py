@@ -425,7 +425,7 @@ class Trainer(Assembly):
     def roll_back(self, bad: Fault) -> None:
         """Goes back to the last checkpoint, and leaves the batch of a step out from then on."""
         assert bad.step is not None
-        reached, before = self.progress.step, self.progress
+        before = self.progress
         with self.clock.phase("checkpoint"):
             self.saver.wait()
             checkpoint = self.checkpoints.choose(self.runtime)
@@ -437,13 +437,13 @@ class Trainer(Assembly):
             progress.num_rollbacks = before.num_rollbacks + 1
             progress.avoided_steps = sorted({*before.avoided_steps, bad.step - 1})
             progress.wandb_id = before.wandb_id
-            self.save()  # of the same step, so that only the progress is new: the next attempt avoids it, too
             self.numbers.forget()
             self.feed.start(self.sampler, progress.step, self.total_steps)
             if self.reporter is not None:
                 self.folder.cut_metrics(progress.step, progress.evaluated_step)
         if self.ledger is not None:
-            self.ledger.rolled_back(reached, progress.step, *self._times())
+            self.ledger.rolled_back(before.step, progress.step, *self._times())
+        self.save()  # of the same step, so that only the progress is new: the next attempt avoids that batch, too
         self._window.restart(self.clock, self.feed)
         logger.warning("going back to step %d, and leaving out the batch of step %d", progress.step, bad.step)
 
@@ -647,10 +647,10 @@ class Trainer(Assembly):
     def abandon(self, error: BaseException) -> None:
         """Ends a run that failed: leaves a summary and no process behind. Waits for no other rank."""
         self._is_leaving.set()
+        self.saver.give_up(seconds=3)
         ended_by = self.watch.first_fault(seconds=1.0) if self.watch is not None else None
         self._summarise("failed", str(ended_by) if ended_by is not None else one_line(error))
         self._close_feeds()
-        self.saver.give_up(seconds=3)
         self.stop_requests.release_signals()
         if self.reporter is not None:
             self.reporter.close(failed=True)
@@ -675,7 +675,7 @@ class Trainer(Assembly):
             self.eval_feed.close()
 
     def _summarise(self, status: Literal["finished", "stopped", "failed"], error: str | None = None) -> None:
-        if self.ledger is not None:
+        if self.ledger is not None and self.ledger.has_begun:
             self.ledger.saved(self.saver.saved_step)
             self.ledger.end(status, self.progress.step, *self._times())
         if self.reporter is not None and self.ledger is not None:

@@ -21,6 +21,11 @@ _SCHEME = "lockstep"
 _POLL_SECONDS = 0.01
 
 
+def is_elastic() -> bool:
+    """Tells whether torch's elastic agent, which torchrun and `accelerate launch` run, is this process's parent."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def init_method() -> str:
     """Returns the `init_method` of the process group: torch's own unless the store outlives the ranks."""
     return f"{_SCHEME}://" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "env://"

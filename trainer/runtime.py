@@ -36,7 +36,8 @@ from trainer.memory.sharding import local_part
 from trainer.parallel import broadcast, choose_shard_size, gradient_norm, prepare_sharded, reshard, use_fsdp
 from trainer.placement import place_this_process
 from trainer.precision import STEP_DTYPES, autocast_on_cpu, check_precision, set_backends
-from trainer.rendezvous import init_method
+from trainer.rendezvous import init_method, is_elastic
+from trainer.system import die_with_parent
 
 logger = logging.getLogger("lockstep")
 
@@ -47,6 +48,8 @@ class Runtime:
     """This process among its peers."""
 
     def __init__(self, config: Config) -> None:
+        if is_elastic() and sys.platform == "linux":
+            die_with_parent()  # a killed agent ends nobody, and the next start would find this one in the run folder
         promised = promised_processes()
         _refuse_foreign_settings(config.precision)
         check_precision(config.precision)

@@ -20,7 +20,7 @@ from run_results import summary
 TRAIN = str(REPOSITORY / "train.py")
 TORCHRUN = str(Path(sys.executable).parent / "torchrun")
 KILLED = "was ended by SIGKILL; most likely the system was out of memory, or somebody killed it"
-STEPS = 400
+STEPS = 200
 
 
 def restarting(write_config: WriteConfig, restarts: int, **changes: Any) -> Path:
@@ -64,7 +64,7 @@ def assert_went_on(job: Job, run: Path, times: int = 1) -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_rank_starts_the_job_again(processes: int, write_config: WriteConfig, tmp_path: Path) -> None:
     job = launch(restarting(write_config, 1), processes)
-    job.wait_for(lambda output: reached(50) in output)
+    job.wait_for(lambda output: reached(20) in output)
     family, killed = job.family(), time.monotonic()
     rank(job, processes - 1).kill()
     job.wait_for(lambda output: "restarting" in output)
@@ -78,10 +78,10 @@ def test_a_killed_rank_starts_the_job_again(processes: int, write_config: WriteC
 
 def test_killed_more_often_than_it_may_start_again(write_config: WriteConfig, tmp_path: Path) -> None:
     job = launch(restarting(write_config, 1), 2)
-    job.wait_for(lambda output: reached(50) in output)
+    job.wait_for(lambda output: reached(20) in output)
     rank(job, 0).kill()
     job.wait_for(lambda output: "continuing from step" in output)
-    job.wait_for(lambda output: reached(100) in output)
+    job.wait_for(lambda output: reached(60) in output)
     family = job.family()
     rank(job, 1).kill()
     assert job.end() == 1
@@ -95,7 +95,7 @@ def test_killed_more_often_than_it_may_start_again(write_config: WriteConfig, tm
 )
 def test_a_stop_is_no_failure(number: signal.Signals, to: str, write_config: WriteConfig, tmp_path: Path) -> None:
     job = launch(restarting(write_config, 2, data__workers=1), 2)
-    job.wait_for(lambda output: reached(50) in output)
+    job.wait_for(lambda output: reached(20) in output)
     family = job.family()
     if to == "launcher":
         job.signal(number)
@@ -113,16 +113,15 @@ def test_a_stop_is_no_failure(number: signal.Signals, to: str, write_config: Wri
 def test_a_single_process_is_sent_on_every_signal(write_config: WriteConfig, tmp_path: Path) -> None:
     """Also where the launcher runs it without torch's agent."""
     job = launch(restarting(write_config, 0, memory__on_oom="shrink"), 1)
-    job.wait_for(lambda output: reached(50) in output)
+    job.wait_for(lambda output: reached(20) in output)
     job.signal(signal.SIGUSR1)
     assert job.end() == 75, job.output()
     assert summary(tmp_path / "run")["status"] == "stopped"
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_bad_input_is_not_tried_again(processes: int, write_config: WriteConfig) -> None:
+def test_bad_input_is_not_tried_again(write_config: WriteConfig) -> None:
     config = restarting(write_config, 2, data__train={"name": "vectors:MissingFile", "args": {"length": 60}})
-    done = local(config, processes)
+    done = local(config, 2)
     assert done.returncode == 2, done.stderr
     assert "restarting" not in done.stdout
     (problem,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
@@ -133,14 +132,13 @@ def test_torchrun_by_hand(write_config: WriteConfig, tmp_path: Path) -> None:
     """Its store outlives the ranks, and it starts again whatever does not end with 0, a stop included."""
     command = [TORCHRUN, "--max-restarts", "3", "--nproc-per-node", "2", TRAIN, "--config"]
     job = Job([*command, str(restarting(write_config, 0))], tmp_path, ACCELERATE_USE_CPU="true")
-    for number, step in ((1, 50), (0, 100)):
-        job.wait_for(lambda output, step=step: reached(step) in output)  # type: ignore[misc]
-        rank(job, number).kill()
-        job.wait_for(lambda output, number=number: output.count("continuing from step") == 2 - number)  # type: ignore[misc]
-    job.wait_for(lambda output: reached(200) in output)
+    job.wait_for(lambda output: reached(20) in output)
+    rank(job, 1).kill()
+    job.wait_for(lambda output: "continuing from step" in output)
+    job.wait_for(lambda output: reached(60) in output)
     rank(job, 1).send_signal(signal.SIGTERM)
     assert job.end() == 0, job.output()
-    assert job.output().count("continuing from step") == 2
+    assert job.output().count("continuing from step") == 1
     assert summary(tmp_path / "run")["status"] == "stopped"
 
 
@@ -157,10 +155,11 @@ def test_a_lost_host_leaves_the_others_training(write_config: WriteConfig, tmp_p
     first = Job(command, tmp_path, **variables)
     time.sleep(1)  # so that the first host is the one with the store
     second = Job(command, tmp_path, **variables)
-    first.wait_for(lambda output: reached(50) in output)
+    first.wait_for(lambda output: reached(20) in output)
     lost = [psutil.Process(second.process.pid), *second.family()]
     for process in lost:
         process.kill()
+    second.end()
     assert alive(lost) == []
     assert first.end() == 0, first.output()
     assert_went_on(first, tmp_path / "run")

@@ -1,5 +1,7 @@
 """A model for tests, named by import path."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -54,3 +56,32 @@ class Normed(nn.Module):
 
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
         return self.layers(vectors)
+
+
+class NormedByHand(Normed):
+    """The same, but for one training forward that leaves BatchNorm's statistics as they were."""
+
+    def __init__(self, dropout: float, step_left_out: int) -> None:
+        super().__init__(dropout)
+        self.step_left_out = step_left_out
+        self.num_forwards = 0
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.num_forwards += 1
+            self.layers[1].track_running_stats = self.num_forwards != self.step_left_out  # type: ignore[union-attr]
+        return super().forward(vectors)
+
+
+class LeavingOut(torch.optim.AdamW):
+    """Does nothing when it is to take one certain step."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float, step_left_out: int, **options: Any) -> None:
+        super().__init__(params, lr=lr, weight_decay=weight_decay, **options)
+        self.step_left_out = step_left_out
+        self.num_calls = 0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.num_calls += 1
+        if self.num_calls != self.step_left_out:
+            super().step(closure)

@@ -227,7 +227,11 @@ def peak_of_a_step(file: str, *overrides: str) -> int:
     trainer = built(file, *overrides)
     trainer.start()
     trainer.train_step()  # so that the optimizer's state is there
-    peak = measure_cpu_peak(lambda: bool(trainer.train_step()) or None)
+
+    def step() -> None:
+        trainer.train_step()
+
+    peak = measure_cpu_peak(step)
     trainer.close()
     return peak
 

@@ -451,7 +451,7 @@ def test_the_record_is_ignored_with_stop(train: Train, write_config: WriteConfig
 
 @pytest.fixture
 def _own_children(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "_end_descendants", lambda: None)  # they would be pytest's
+    monkeypatch.setattr(local, "end_descendants", lambda: None)  # they would be pytest's
 
 
 def child(code: str) -> local.LaunchPlan:

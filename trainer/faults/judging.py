@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 LOADING = "loading a batch"
@@ -52,7 +52,7 @@ class Report:
 
     def to_message(self) -> dict[str, Any]:
         """Returns it as an object for JSON."""
-        return asdict(self)
+        return dict(vars(self))
 
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> Report:

@@ -53,7 +53,7 @@ _GRACE = 0.3  # seconds in which a rank's last words still come before another's
 _JUMP = 5.0  # ticks: a watch that was away for so long knows nothing about the others
 _WRITE_SECONDS = 3.0
 _ANSWER_SECONDS = 0.4  # for rank 0 to say whose fault was the first
-_MOST_SAMPLES = 1024  # that a report carries
+_MOST_SAMPLES, _FEW_SAMPLES = 1024, 64  # that the report of a rank carries that is stuck, or is not
 _MOST_STRANGERS = 64  # connections that have not shown the token
 _STRANGER_SECONDS = 10.0
 
@@ -258,14 +258,15 @@ class Watch:
         *_, allowance, since = at = self._at
         place, step, samples = _position(at)
         idle = monotonic() - max(since, self._beaten, self._resumed)
+        is_stuck = idle > self._tick  # all others send and read little
         return Report(
             place,
             step,
-            samples,
+            samples if is_stuck else samples[:_FEW_SAMPLES],
             round(idle, 3),
             allowance,
             self._sequence_number(),
-            tuple(self._feed()) if place in (LOADING, EVALUATION) and idle > self._tick else (),
+            tuple(self._feed()) if is_stuck and place in (LOADING, EVALUATION) else (),
         )
 
     def _sequence_number(self) -> int | None:
@@ -333,7 +334,7 @@ class Watch:
         messages = peer.receive()
         if not messages and peer.ended is None:
             return
-        rank = self._listener.rank_of(messages[0]) if messages else None
+        rank = self._listener.rank_of(messages[0]) if messages and peer.ended is None else None
         if rank is None:
             self._dismiss(peer)
             return
@@ -350,8 +351,6 @@ class Watch:
         peer.send(greeting)
         for message in messages:
             self._take(rank, message)
-        if peer.ended is not None:
-            self._hear(rank, peer)
 
     def _dismiss(self, peer: Peer) -> None:
         del self._strangers[peer]

@@ -13,7 +13,7 @@ import secrets
 import socket
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -43,8 +43,8 @@ if hasattr(os, "register_at_fork"):
 class Peer:
     """A connection to another rank's watch.
 
-    `ended` says how it ended: `closed` when the other side's process closed it or went, `broken` for anything that may
-    be the network's fault, and None as long as it is good.
+    `ended` says how it ended: `closed` when the other side's process closed it or went, `broken` when the network may
+    be to blame or what came was no JSON object, and None as long as it is good.
     """
 
     def __init__(self, connection: socket.socket, address: str = "") -> None:
@@ -92,11 +92,16 @@ class Peer:
                     self.ended = "closed"
                 elif len(self._received) > _LONGEST_LINE:
                     break
-        *lines, rest = self._received.split(b"\n")
-        self._received = rest
-        if len(rest) > _LONGEST_LINE:
+        *lines, self._received = self._received.split(b"\n")
+        messages: list[dict[str, Any]] = []
+        try:
+            for text in lines:
+                messages.append(_object(text))
+            if len(self._received) > _LONGEST_LINE:
+                raise ValueError("no line")
+        except ValueError:
             self.ended = "broken"
-        return list(_objects(lines))
+        return messages
 
     def close(self) -> None:
         """Closes the connection; what is not sent yet is lost."""
@@ -109,12 +114,14 @@ def line(message: Mapping[str, Any]) -> bytes:
     return json.dumps(message, separators=(",", ":")).encode() + b"\n"
 
 
-def _objects(lines: Iterable[bytes | bytearray]) -> Iterator[dict[str, Any]]:
-    for text in lines:
-        with suppress(ValueError, RecursionError):
-            message = json.loads(text)
-            if isinstance(message, dict):
-                yield message
+def _object(text: bytes | bytearray) -> dict[str, Any]:
+    try:
+        message = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(message, dict):
+        raise ValueError("not an object")
+    return message
 
 
 class Listener:
@@ -188,17 +195,17 @@ def connect(
         _open.add(connection)
         try:
             connection.sendall(line({**greeting, "token": server["token"]}))
-            answer = _read_line(connection, time.monotonic() + _ANSWER_SECONDS)
+            answer = _read_object(connection, time.monotonic() + _ANSWER_SECONDS)
             if hmac.compare_digest(str(answer.get("answer", "")).encode(), str(server["answer"]).encode()):
                 return Peer(connection, address), answer
-        except (OSError, ValueError, AttributeError):  # nobody of ours
+        except (OSError, ValueError):  # nobody of ours
             pass
         _open.discard(connection)
         connection.close()
     return None
 
 
-def _read_line(connection: socket.socket, deadline: float) -> Any:
+def _read_object(connection: socket.socket, deadline: float) -> dict[str, Any]:
     data = bytearray()
     while not data.endswith(b"\n"):  # byte by byte: what follows the line is for the next reader
         connection.settimeout(max(deadline - time.monotonic(), 0.001))
@@ -206,7 +213,7 @@ def _read_line(connection: socket.socket, deadline: float) -> Any:
         if not byte or len(data) > _LONGEST_LINE:
             raise ValueError("no answer")
         data += byte
-    return json.loads(data)
+    return _object(data)
 
 
 def _own_addresses() -> list[str]:

@@ -180,7 +180,7 @@ def _show_error(error: BaseException, config: Config, trainer: Trainer | None) -
     if is_out_of_memory(error):
         handle_out_of_memory(error, config, _rank(), trainer.situation if trainer is not None else None)
     elif is_lost_peer(error):
-        if trainer is None or not trainer.knows_reason():
+        if trainer is None or trainer.ended_by() is None:
             sys.stderr.write(f"rank {_rank()}: another rank has ended, and said why: {one_line(error)[:160]}\n")
     elif type(error).__name__ == "WorkerDied":  # it says all; importing it here would import torch
         sys.stderr.write(f"error: rank {_rank()}: {one_line(error)}\n")

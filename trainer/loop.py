@@ -8,17 +8,14 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import os
-import sys
-import threading
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Literal
 
 import torch
 
-from trainer.agreement import StepVotes
+from trainer.agreement import Decisions
 from trainer.assembly import Assembly
 from trainer.buffers import BufferCopy
 from trainer.checkpoint.compatibility import check_resumable
@@ -32,13 +29,12 @@ from trainer.config_values import Interval, Minutes
 from trainer.data.feed import MicroBatch
 from trainer.data.sampler import EvalSampler
 from trainer.ema import Ema
-from trainer.errors import UserError, one_line, one_line_text
-from trainer.faults.fault import Fault, fault_folder, is_lost_peer
-from trainer.faults.injection import Injector
+from trainer.errors import UserError, one_line
+from trainer.faults.fault import Fault, next_attempt
+from trainer.faults.lookout import Lookout
 from trainer.faults.numbers import BadNumbers, NumberGuard, bad_step_report
 from trainer.faults.pace import Pace, Straggler, find_straggler, waited_share
 from trainer.faults.stopping import StopRequests
-from trainer.faults.watch import Watch
 from trainer.goodput import Ledger
 from trainer.memory.checkpointing import check_compiled_buffers
 from trainer.memory.out_of_memory import Situation
@@ -55,8 +51,6 @@ logger = logging.getLogger("lockstep")
 
 _WITHIN_A_STEP = ("loading a batch", "forward", "backward", "optimizer")
 _IN_STEP = 8  # most exchanges of decisions within a step, between groups of micro-batches
-_FIRST_STEP = 5.0  # times `faults.hang_timeout` for a first step, which may compile
-_LEAVE_SECONDS = 2.0  # that a main thread gets to begin to leave by itself when the job ends; then twice as long
 
 
 class Trainer(Assembly):
@@ -76,19 +70,28 @@ class Trainer(Assembly):
             super().__init__(config, Runtime(config), RunFolder(config), to_train)
             runtime = self.runtime
             self.progress = Progress()
-            self.stopping = ""  # what asked for the end, once all ranks know of it
             self.stop_requests = StopRequests()
-            self.votes = StepVotes(runtime.host_group, num_questions=4)
+            self.decisions = Decisions(runtime, self.stop_requests)
             self.reporter: Reporter | None = None  # on rank 0, once the run has started
             self._first_step = 0  # of this attempt
             self._micro_batch = 0  # of the present step
-            self._heard = [False] * 4  # answers to the questions that ranks put to each other
-            self._is_leaving, self._has_left = threading.Event(), threading.Event()
-            self.injector = runtime.agree(lambda: Injector.from_environment(config.run_dir, runtime.rank))
             self.ledger = Ledger(self.folder) if to_train and runtime.is_main else None
-            self.watch = self._watch() if to_train else None
-            with self.last_words():
+            self.lookout = self._lookout() if to_train else None
+            self.injector = self.lookout.injector if self.lookout is not None else None
+            with self.lookout.last_words() if self.lookout is not None else nullcontext():
                 self._prepare()
+
+    def _lookout(self) -> Lookout:
+        ledger, path = self.ledger, self.folder.path
+        attempt = self.runtime.from_main(lambda: next_attempt(path, ledger.number if ledger is not None else 1))
+        return Lookout(
+            self.config.faults,
+            self.runtime,
+            path,
+            attempt,
+            self._describe_feeds,
+            lambda fault: self._summarise("failed", str(fault)),
+        )
 
     def _prepare(self) -> None:
         """Builds and wraps everything."""
@@ -141,7 +144,7 @@ class Trainer(Assembly):
         self.start()
         if self.evaluation_due():  # ended after a step, before it was evaluated
             self.evaluate_and_save(is_saved=True)
-        while self.progress.step < self.total_steps and not self.stopping:
+        while self.progress.step < self.total_steps and not self.decisions.stopping:
             if self.train_step():
                 self.after_step()
         return self.finish()
@@ -252,7 +255,7 @@ class Trainer(Assembly):
             return
         if self.due(self.config.log.every):
             self.report()
-        if self.stopping:
+        if self.decisions.stopping:
             return
         if save_due:  # before the evaluation, which may take long; what it finds is added to the checkpoint
             self.save()
@@ -294,7 +297,7 @@ class Trainer(Assembly):
                 if batch is not None and batch.num_samples:
                     for name, value in self.task.eval_sums(outputs, batch.data).items():
                         totals[name] = totals.get(name, 0) + self.runtime.exact(value)  # on its device: nobody waits
-                if self._stops_here():
+                if self.decisions.stops_here():
                     return None
         finally:
             batches.close()
@@ -320,30 +323,19 @@ class Trainer(Assembly):
     def agree(self) -> tuple[bool, bool]:
         """Tells whether a checkpoint is due by the clock, and whether any rank saw bad numbers: the same on every rank.
 
-        Notes a request to stop.
-
         Raises:
             SaveFailed: a checkpoint could not be written, and `checkpoint.on_error` is `raise`; on every rank.
         """
         self._at("exchange of decisions")
         by_clock = self.save_timer is not None and self.save_timer.rings()
         has_failed = self.config.checkpoint.on_error == "raise" and bool(self.saver.failures)
-        self._exchange(by_clock, has_failed, self.numbers.is_alarmed)
-        _, by_clock, has_failed, is_alarmed = self._heard
-        self._heard = [False] * 4
-        if has_failed:
+        decided = self.decisions.after_step(by_clock, has_failed, self.numbers.is_alarmed)
+        if decided.save_has_failed:
             self.saver.wait()
             raise SaveFailed(f"checkpoint.on_error is raise, and a checkpoint failed: {'; '.join(self.saver.failures)}")
-        return by_clock, is_alarmed
-
-    def _exchange(self, by_clock: bool = False, has_failed: bool = False, is_alarmed: bool = False) -> None:
-        """Asks and hears; what is heard within a step or an evaluation is kept for the next `agree`."""
-        answers = self.votes.exchange([self.stop_requests.requested, by_clock, has_failed, is_alarmed])
-        self._heard = [old or new for old, new in zip(self._heard, answers, strict=True)]
-        if answers[0] and not self.stopping:
-            reasons = enumerate(self.runtime.gather(self.stop_requests.reason))
-            self.stopping = " and ".join(f"{reason} on rank {rank}" for rank, reason in reasons if reason)
-            logger.info("stopping   because of %s", self.stopping)
+        if self.injector is not None and self.injector.stops_after(self.progress.step):
+            self.decisions.stopping = "a plan of faults"
+        return decided.save_by_clock, decided.is_alarmed
 
     def _asks_within(self, step: int) -> bool:
         """Tells whether ranks exchange decisions within a step.
@@ -355,13 +347,8 @@ class Trainer(Assembly):
     def _stops_within(self, micro_batch: int) -> bool:
         """Tells whether to stop after a micro-batch that is not the last one of its step."""
         num_done, num_all = micro_batch + 1, self.plan.num_micro_batches
-        return num_done < num_all and num_done % math.ceil(num_all / _IN_STEP) == 0 and self._stops_here()
-
-    def _stops_here(self) -> bool:
-        if self.stopping:  # already before this evaluation began
-            return True
-        self._exchange()
-        return bool(self.stopping)
+        asks = num_done < num_all and num_done % math.ceil(num_all / _IN_STEP) == 0
+        return asks and self.decisions.stops_here()
 
     def _undo(self) -> Callable[[], None]:
         """Returns what makes it as if this step had never begun."""
@@ -390,9 +377,8 @@ class Trainer(Assembly):
         Raises:
             BadNumbers: the run is not to go on.
         """
-        self.votes.drain()  # a rank that saw them later said so in the last exchange
+        self.decisions.forget()
         self.numbers.settle()
-        self._heard = [False] * 4
         faults = self.config.faults
         bad = self._note_bad_steps()[0]
         message = bad.message
@@ -644,28 +630,36 @@ class Trainer(Assembly):
             why = "; ".join(self.saver.failures[-1:])
             raise SaveFailed(f"the last step, {self.progress.step}, could not be saved: {why}")
 
+    def tell(self, error: BaseException) -> None:
+        """Tells the other ranks, at once, that this one fails, if that is news to them."""
+        if self.lookout is not None:
+            self.lookout.tell(error)
+
+    def ended_by(self) -> Fault | None:
+        """Returns which rank ended the job, if that is known; waits a moment for the news."""
+        return self.lookout.ended_by() if self.lookout is not None else None
+
     def abandon(self, error: BaseException) -> None:
         """Ends a run that failed: leaves a summary and no process behind. Waits for no other rank."""
-        self._is_leaving.set()
-        self.saver.give_up(seconds=3)
-        ended_by = self.watch.first_fault(seconds=1.0) if self.watch is not None else None
-        self._summarise("failed", str(ended_by) if ended_by is not None else one_line(error))
-        self._close_feeds()
-        self.stop_requests.release_signals()
-        if self.reporter is not None:
-            self.reporter.close(failed=True)
-        self._has_left.set()
+        with self.lookout.leaving() if self.lookout is not None else nullcontext():
+            self.saver.give_up(seconds=3)
+            fault = self.ended_by()
+            self._summarise("failed", str(fault) if fault is not None else one_line(error))
+            self._close_feeds()
+            self.stop_requests.release_signals()
+            if self.reporter is not None:
+                self.reporter.close(failed=True)
 
     def close(self) -> None:
         """Ends workers and trackers, and leaves the process group."""
         self._close_feeds()
         if self.reporter is not None:
             self.reporter.close()
-        self.votes.drain()
+        self.decisions.forget()
         self.saver.wait()
         del self.model, self.optimizer, self.bare_model, self.bare_optimizer
-        if self.watch is not None:
-            self.watch.close()
+        if self.lookout is not None:
+            self.lookout.close()
         self.runtime.close()
         self.stop_requests.release_signals()
 
@@ -692,7 +686,7 @@ class Trainer(Assembly):
                 self.saver.statistics,
                 self.ledger.summary(),
                 {
-                    "stopped_by": self.stopping or None,
+                    "stopped_by": self.decisions.stopping or None,
                     "straggler": asdict(self.straggler) if self.straggler is not None else None,
                     "injected_faults": self.injector.done() if self.injector is not None else [],
                 },
@@ -715,79 +709,20 @@ class Trainer(Assembly):
             memory_plan=self.memory_table,
         )
 
-    # ---- where this rank is, and what ends the job ------------------------------------------------------------
-
     def _at(self, place: str, batch: MicroBatch | None = None) -> None:
-        """Says where this rank is; the place where faults are injected, too."""
-        step = self.progress.step + (place in _WITHIN_A_STEP)
-        if self.watch is not None:
-            is_first = self.progress.step == self._first_step
-            allowance = 0.0 if place == "building" else _FIRST_STEP if is_first else 1.0
-            self.watch.at(place, step, batch.sample_ids.numpy() if batch is not None else (), allowance)
-        if self.injector is not None:
-            self.injector.at(place, step)
+        """Says where this rank is."""
+        if self.lookout is not None:
+            step = self.progress.step + (place in _WITHIN_A_STEP)
+            self.lookout.at(place, step, batch, is_first=self.progress.step == self._first_step)
 
-    def _watch(self) -> Watch:
-        runtime, hang_timeout = self.runtime, self.config.faults.hang_timeout
-        attempt = runtime.from_main(lambda: self.ledger.number if self.ledger is not None else 0)
-        return Watch(
-            runtime.rank,
-            runtime.num_ranks,
-            runtime.gather,
-            hang_timeout.seconds if hang_timeout is not None else None,
-            fault_folder(self.folder.path, attempt),
-            describe_feed=self._describe_feeds,
-            on_end=self._end_with,
-            sequence_numbers=runtime.num_collectives,
-        )
+    def _beat(self) -> None:
+        if self.lookout is not None:
+            self.lookout.watch.beat()
 
     def _describe_feeds(self) -> list[str]:
         """Returns what is being read at this moment; called on the watch's thread."""
         feeds = [getattr(self, "feed", None), getattr(self, "eval_feed", None)]
         return [line for feed in feeds if feed is not None for line in feed.readings()]
-
-    def _beat(self) -> None:
-        if self.watch is not None:
-            self.watch.beat()
-
-    @contextmanager
-    def last_words(self) -> Iterator[None]:
-        """Tells the other ranks of an error in the body that they do not have."""
-        try:
-            yield
-        except BaseException as error:
-            self.tell(error)
-            raise
-
-    def tell(self, error: BaseException) -> None:
-        """Tells the other ranks that this one fails, unless they fail alike, or one of them is the reason."""
-        if self.watch is None or isinstance(error, KeyboardInterrupt | SaveFailed) or is_lost_peer(error):
-            return
-        if isinstance(error, BadNumbers):
-            self.watch.failed(error.fault)
-        elif not (isinstance(error, UserError) and error.agreed):
-            place, step, samples = self.watch.place()
-            can_restart = not isinstance(error, UserError)
-            message = one_line(error) if can_restart else one_line_text(error)
-            self.watch.failed(Fault(self.runtime.rank, "error", message, step, place, samples, restart=can_restart))
-
-    def knows_reason(self) -> bool:
-        """Tells whether it is known which rank ended the job; waits a moment for the news."""
-        return self.watch is not None and self.watch.first_fault(seconds=1.0) is not None
-
-    def _end_with(self, fault: Fault) -> None:
-        """Ends this process because of another rank; called on the watch's thread."""
-        survivors = [rank for rank in range(self.runtime.num_ranks) if rank != fault.rank]
-        if self.runtime.rank == min(survivors, default=0):
-            sys.stderr.write(f"the job ends because of {fault}\n")
-            sys.stderr.flush()
-        # A main thread that waits for the lost rank mostly fails by itself, and leaves in order.
-        if self._is_leaving.wait(_LEAVE_SECONDS) and self._has_left.wait(2 * _LEAVE_SECONDS):
-            return
-        last_rites = threading.Thread(target=self._summarise, args=["failed", str(fault)], daemon=True)
-        last_rites.start()  # in a thread: a file system that hangs must not keep the process
-        last_rites.join(_LEAVE_SECONDS)
-        os._exit(1)
 
     # ---- state --------------------------------------------------------------------------------------------
 

@@ -69,7 +69,7 @@ class NormedByHand(Normed):
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
         if self.training:
             self.num_forwards += 1
-            self.layers[1].track_running_stats = self.num_forwards != self.step_left_out  # type: ignore[union-attr]
+            self.layers[1].track_running_stats = self.num_forwards != self.step_left_out  # type: ignore[assignment]
         return super().forward(vectors)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from trainer.faults.fault import FIRST, Fault
@@ -124,7 +125,7 @@ class Job:
         made = {name: value(rank) for name, value in options.items()}
         watch = Watch(rank, num_ranks, share, hang, self.faults, on_end=on_end, tick=TICK, **made)
         deadline = time.monotonic() + 5
-        while num_ranks > 1 and change is list and not watch._standings and time.monotonic() < deadline:
+        while num_ranks > 1 and not watch._standings and time.monotonic() < deadline:
             time.sleep(0.01)  # until it is connected
         self._note(f"ready-{rank}", "")
         for other in range(num_ranks):
@@ -170,6 +171,28 @@ def test_a_killed_rank_is_named_by_all_others_at_once(job: Job, victim: int) -> 
         assert job.end(rank)[1] - killed < 1.5
         assert "in stay" in job.text(rank)
         assert f"it is in '{PLACES[2 + rank]}'" in job.text(rank)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("is_near", [True, False])
+def test_a_death_is_put_down_to_the_step_in_which_it_was(job: Job, victim: int, is_near: bool) -> None:
+    def step(watch: Watch, rank: int) -> None:
+        for step in range(1, 31):
+            samples = (step, 100 + rank) if rank == 0 else np.array([step, 100 + rank])
+            watch.at("backward", step, samples)
+            time.sleep(0.005)
+        if rank == victim:
+            os._exit(1)
+        time.sleep(60)
+
+    def far(introductions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return introductions if is_near else [{**introduction, "board": -1} for introduction in introductions]
+
+    job.start(3, step, change=far)
+    fault = job.ends(*{0, 1, 2} - {victim})
+    assert (fault.rank, fault.kind, fault.step) == (victim, "lost", 30)
+    # As it left it; on another machine nobody knows more than that all were in this step.
+    assert (fault.place, fault.samples) == (("backward", (30, 100 + victim)) if is_near else (None, ()))
 
 
 def test_a_forked_child_does_not_keep_a_dead_rank_alive(job: Job) -> None:

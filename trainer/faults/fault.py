@@ -75,6 +75,12 @@ def fault_folder(run_dir: Path, attempt: int) -> Path:
     return run_dir / "faults" / f"attempt-{attempt:03d}"
 
 
+def next_attempt(run_dir: Path, number: int) -> int:
+    """Returns a number of an attempt that no earlier one has left files under: `number`, or one more than theirs."""
+    names = (folder.name.rpartition("-")[2] for folder in run_dir.glob("faults/attempt-*"))
+    return max([number, *(int(name) + 1 for name in names if name.isdigit())])
+
+
 def write_first(folder: Path, fault: Fault) -> bool:
     """Writes `first.json`, unless it is there: whichever rank comes first is right. Returns whether it did.
 

@@ -115,7 +115,7 @@ def find_hang(standings: Mapping[int, Standing], now: float, hang_seconds: float
         return None
     rank = culprits[0]
     if silent:
-        message = f"has not answered for {quiet[rank]:.0f} s, and was last in '{standings[rank].report.place}'"
+        message = f"has not answered for {quiet[rank]:.0f} s"
         return Hang(rank, message + _like(culprits[1:]), tuple(culprits))
     report = standings[rank].report
     message = f"has been in '{report.place}' for {standings[rank].idle(now):.0f} s"

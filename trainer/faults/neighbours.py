@@ -18,25 +18,28 @@ from typing import Any
 
 import psutil
 
-from trainer.faults.stacks import within
+from trainer.faults.board import Board, OthersBoard, Position
+from trainer.faults.stacks import SignalledStacks, within
 
 _DUMP_SECONDS = 1.0  # for another process to write its stacks
 _DEATH_SECONDS = 3.0  # in which the rank that is to do it has killed another
 _MOST_THREADS = 64  # that are described
 
 
-def introduce(descriptor: int) -> dict[str, Any]:
-    """Returns what the other ranks are told about this process.
-
-    Args:
-        descriptor: of the file to which SIGUSR2 makes it write its stacks; -1: there is none.
-    """
+def introduce(stacks: SignalledStacks, board: Board) -> dict[str, Any]:
+    """Returns what the other ranks are told about this process."""
     machine = [socket.gethostname()]
     with suppress(OSError):  # what processes have in common that see each other's process ids
         machine += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
     pid = os.getpid()
-    host = socket.gethostname()
-    return {"host": host, "pid": pid, "machine": " ".join(machine), "start": _start(pid), "descriptor": descriptor}
+    return {
+        "host": socket.gethostname(),
+        "machine": " ".join(machine),
+        "pid": pid,
+        "start": _start(pid),
+        "stacks": stacks.descriptor,
+        "board": board.descriptor,
+    }
 
 
 class Neighbours:
@@ -50,6 +53,12 @@ class Neighbours:
     def __init__(self, rank: int, introductions: Sequence[Mapping[str, Any]]) -> None:
         self._rank = rank
         self._ranks = introductions
+        self._boards: dict[int, OthersBoard] = {}
+        # Rank 0 judges the others, and they judge rank 0.
+        for other in range(1, len(introductions)) if rank == 0 else [0]:
+            if other != rank and self.is_here(other):
+                with suppress(OSError):
+                    self._boards[other] = OthersBoard(self.pid(other), introductions[other]["board"])
 
     def host(self, rank: int) -> str:
         """Returns the name of a rank's machine."""
@@ -58,6 +67,10 @@ class Neighbours:
     def pid(self, rank: int) -> int:
         """Returns a rank's process id."""
         return int(self._ranks[rank]["pid"])
+
+    def position(self, rank: int) -> Position | None:
+        """Returns where a rank was to the last, if that can be known here."""
+        return self._boards[rank].read() if rank in self._boards else None
 
     def is_here(self, rank: int) -> bool:
         """Returns whether a rank's process is, or was, on this machine."""
@@ -96,7 +109,7 @@ class Neighbours:
         if self.speaks(apart_from):
             found = within(_DUMP_SECONDS, lambda: _describe(self.pid(rank)), "")
             if self.state(rank) != _STATES[psutil.STATUS_STOPPED]:
-                found += "\n" + _ask_for_stacks(self.pid(rank), self._ranks[rank]["descriptor"])
+                found += "\n" + _ask_for_stacks(self.pid(rank), self._ranks[rank]["stacks"])
         else:
             deadline = time.monotonic() + _DEATH_SECONDS
             while self.is_alive(rank) and time.monotonic() < deadline:
@@ -105,6 +118,12 @@ class Neighbours:
             with suppress(OSError):
                 os.kill(self.pid(rank), signal.SIGKILL)
         return found
+
+    def close(self) -> None:
+        """Lets go of the memory of other ranks."""
+        for board in self._boards.values():
+            board.close()
+        self._boards.clear()
 
 
 _STATES = {

@@ -25,9 +25,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from trainer.faults.board import MOST_SAMPLES, Board, Position, Samples
 from trainer.faults.fault import Fault
 from trainer.faults.judging import EVALUATION, LOADING, Hang, Report, Standing, find_hang
 from trainer.faults.neighbours import Neighbours, introduce
@@ -44,16 +42,12 @@ from trainer.faults.wire import Listener, Peer, connect, line
 
 logger = logging.getLogger("lockstep")
 
-Samples = Sequence[int] | NDArray[np.int64]
-
-_At = tuple[str, int | None, Samples, float, float]  # place, step, samples, allowance, since when
-
 TICK = 1.0  # seconds between reports
 _GRACE = 0.3  # seconds in which a rank's last words still come before another's death that they explain
 _JUMP = 5.0  # ticks: a watch that was away for so long knows nothing about the others
 _WRITE_SECONDS = 3.0
 _ANSWER_SECONDS = 0.4  # for rank 0 to say whose fault was the first
-_MOST_SAMPLES, _FEW_SAMPLES = 1024, 64  # that the report of a rank carries that is stuck, or is not
+_FEW_SAMPLES = 64  # that a report carries, but for one of a rank that is stuck
 _MOST_STRANGERS = 64  # connections that have not shown the token
 _STRANGER_SECONDS = 10.0
 
@@ -90,7 +84,8 @@ class Watch:
         self._describe_feed, self._on_end, self._sequence_numbers = describe_feed, on_end, sequence_numbers
         self._files = FaultFiles(rank, folder)
         # Where the main thread is. One tuple, so that the watch never sees half of a change.
-        self._at: _At = ("building", None, (), 0.0, monotonic())
+        self._at: tuple[str, int | None, Samples, float, float] = ("building", None, (), 0.0, monotonic())
+        self._board = Board()
         self._beaten = 0.0
         self._resumed = 0.0  # when the watch itself came back after having been away
         self._feed_call: threading.Thread | None = None
@@ -110,7 +105,7 @@ class Watch:
 
         self._stacks = SignalledStacks()
         self._listener = self._listen() if rank == 0 and num_ranks > 1 else None
-        introduction = introduce(self._stacks.descriptor)
+        introduction = introduce(self._stacks, self._board)
         introduction["server"] = self._listener.address() if self._listener is not None else None
         introductions = share(introduction) if num_ranks > 1 else [introduction]
         self._server: dict[str, Any] | None = introductions[0]["server"]
@@ -138,10 +133,12 @@ class Watch:
             allowance: how many times `hang_seconds` it may stay there; 0: without a limit.
         """
         self._at = (place, step, samples, allowance, monotonic())
+        self._board.write(place, step, samples)
 
-    def place(self) -> tuple[str, int | None, tuple[int, ...]]:
+    def place(self) -> Position:
         """Returns where the main thread is: place, step and sample ids."""
-        return _position(self._at)
+        place, step, samples, _, _ = self._at
+        return place, step, _ids(samples)
 
     def beat(self) -> None:
         """Notes progress without a change of place."""
@@ -190,6 +187,7 @@ class Watch:
         if threading.current_thread() is not self._thread:
             self._thread.join(1.0)
         self._stacks.close()
+        self._board.close()
 
     # ---- the thread ---------------------------------------------------------------------------------------
 
@@ -255,14 +253,13 @@ class Watch:
             self._decide(self._fault_of_hang(hang, standings), hang.silent)
 
     def _report(self) -> Report:
-        *_, allowance, since = at = self._at
-        place, step, samples = _position(at)
+        place, step, samples, allowance, since = self._at
         idle = monotonic() - max(since, self._beaten, self._resumed)
         is_stuck = idle > self._tick  # all others send and read little
         return Report(
             place,
             step,
-            samples if is_stuck else samples[:_FEW_SAMPLES],
+            _ids(samples if is_stuck else samples[:_FEW_SAMPLES]),
             round(idle, 3),
             allowance,
             self._sequence_number(),
@@ -374,7 +371,7 @@ class Watch:
         if peer.ended == "closed":
             age = monotonic() - standing.heard
             text = f"the process ended without a word, {age:.1f} s after its last report"
-            self._deaths[rank] = monotonic() + _GRACE, self._fault_of(rank, "lost", text, standing.report)
+            self._deaths[rank] = monotonic() + _GRACE, self._fault_of(rank, "lost", text, standing.report, True)
         else:
             logger.warning("the connection of rank %d to rank 0's watch broke: it is not watched any more", rank)
 
@@ -415,6 +412,7 @@ class Watch:
             peer.close()
         if self._listener is not None:
             self._listener.close()
+        self._neighbours.close()
         self._selector.close()
         self._wake_reader.close()
         self._wake_writer.close()
@@ -430,11 +428,28 @@ class Watch:
         unknown_ranks = sorted(set(range(self._num_ranks)).difference(standings)) if self._rank == 0 else []
         if unknown_ranks:
             message += f"; nothing is known of ranks {', '.join(map(str, unknown_ranks))}"
-        return self._fault_of(hang.rank, "hang", message, standings[hang.rank].report)
+        return self._fault_of(hang.rank, "hang", message, standings[hang.rank].report, is_late=bool(hang.silent))
 
-    def _fault_of(self, rank: int, kind: str, message: str, report: Report) -> Fault:
+    def _fault_of(self, rank: int, kind: str, message: str, report: Report, is_late: bool) -> Fault:
+        """Returns another rank's fault, at the place where it is.
+
+        Args:
+            rank: whose it is.
+            kind: of `Fault`.
+            message: of `Fault`.
+            report: the last one of that rank.
+            is_late: the rank may have got on since.
+        """
+        place: str | None = report.place
+        step, samples, own_step = report.step, report.samples, self._at[1]
+        position = self._neighbours.position(rank)
+        if position is not None:
+            place, step, samples = position
+        elif is_late and own_step is not None and (step is None or step < own_step):
+            # All ranks make their steps together, so that it was in this one; where in it nobody knows.
+            place, step, samples = None, own_step, ()
         host, pid = self._neighbours.host(rank), self._neighbours.pid(rank)
-        return Fault(rank, kind, message, report.step, report.place, report.samples, host, pid)
+        return Fault(rank, kind, message, step, place, samples, host, pid)
 
     def _say(self, fault: Fault) -> None:
         """Brings this rank's last words to rank 0, whose verdict counts; without it they are the verdict."""
@@ -487,6 +502,5 @@ class Watch:
         return f"the job ends: {fault}\n{place}\n" + "".join(f"feed: {text}\n" for text in feed)
 
 
-def _position(at: _At) -> tuple[str, int | None, tuple[int, ...]]:
-    place, step, samples, _, _ = at
-    return place, step, tuple(int(sample) for sample in samples[:_MOST_SAMPLES])
+def _ids(samples: Samples) -> tuple[int, ...]:
+    return tuple(int(sample) for sample in samples[:MOST_SAMPLES])

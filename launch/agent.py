@@ -71,7 +71,8 @@ def run_agent(command: Sequence[str], run_dir: Path, is_over: Callable[[], objec
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         return Outcome(_exit_code(codes), error=job.explain(codes))
     except SignalException as request:
-        return Outcome(_exit_code_of_stopped(job.codes, request.sigval), told_to_stop=True)
+        code = EXIT_STOPPED if job.is_between else _exit_code_of_stopped(job.codes, request.sigval)
+        return Outcome(code, told_to_stop=True)
     except KeyboardInterrupt:  # before there was a rank
         return Outcome(EXIT_FAILED, told_to_stop=True)
     finally:
@@ -102,6 +103,7 @@ class _Job:
     def __init__(self, run_dir: Path, is_over: Callable[[], object]) -> None:
         self.is_over = is_over
         self.started = time.time()  # the ranks of now
+        self.is_between = False  # whether ranks have failed and are to be started again
         # Exit codes by rank; a negative one is the signal that it died of.
         self.first: dict[int, int] = {}  # of the ranks that had failed before the agent ended the others
         self.codes: dict[int, int] = {}  # of all, once the agent has ended them
@@ -144,7 +146,9 @@ class _Agent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         self._job.started, self._job.first, self._job.codes = time.time(), {}, {}
-        return super()._start_workers(worker_group)
+        started = super()._start_workers(worker_group)
+        self._job.is_between = False
+        return started
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         assert self._pcontext is not None
@@ -162,6 +166,7 @@ class _Agent(LocalElasticAgent):
             if self._remaining_restarts > 0:
                 number = worker_group.spec.max_restarts - self._remaining_restarts + 1
                 error = self._job.explain(codes)
+                self._job.is_between = True
                 logger.info("restarting (%d of %d): %s", number, worker_group.spec.max_restarts, error)
         return result
 

@@ -227,14 +227,17 @@ def _suffer(settings: Settings, config: Config, report: Report) -> None:
         raise UserError(*job.problems())
     elif code not in (EXIT_FINISHED, EXIT_STOPPED):
         raise _Failed(f"the job under faults gave up with exit code {code}: {job.last_words()}")
-    told = _told(settings.run_dir(CHAOS), began) if code in (EXIT_FINISHED, EXIT_STOPPED) else {}
+    told = _told(settings.run_dir(CHAOS), began)
     if code != EXIT_FINISHED:
         # A request to stop that comes while it starts just ends it. From whatever checkpoint there is, it goes on.
         step = _newest_step(settings.run_dir(CHAOS)) + _LAST_STEPS
         logger.info("starting it for the last time, up to step %d", step)
-        follower.look(_run_up_to(step, settings, config, CHAOS))
+        plan = _run_up_to(step, settings, config, CHAOS)
+        follower.last_start(read_notes(starts_file(plan))[0]["step"])
     at_the_end = _told(settings.run_dir(CHAOS), began)
-    report.runs[CHAOS] = {**at_the_end, **told, "step": at_the_end["step"]}  # goodput without the last start
+    if told["status"] not in ("stopped", "finished"):  # the end came before the job had begun again
+        told = at_the_end
+    report.runs[CHAOS] = {**told, "step": at_the_end["step"]}  # with the goodput of before the last start
 
 
 def _compare(settings: Settings, config: Config, report: Report) -> None:
@@ -282,7 +285,8 @@ def _newest_step(run_dir: Path) -> int:
 
 def _told(run_dir: Path, began: float) -> dict[str, Any]:
     """Returns what a run says of itself, and its seconds since it began."""
-    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    file = run_dir / "summary.json"
+    summary = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     keys = ("status", "step", "goodput", "goodput_seconds", "num_attempts")
     return {"seconds": round(time.time() - began, 3), **{key: summary.get(key) for key in keys}}
 
@@ -360,32 +364,39 @@ class _Follower:
         self._plan = plan
         self._faults = faults
         self._began: float | None = None
-        self.num_starts = 0
+        self._num_starts = 0
 
-    def look(self, last: Path | None = None) -> None:
-        """Takes in what is new. `last` is the plan of the attempt after the last fault."""
-        starts = read_notes(starts_file(self._plan))
-        starts += read_notes(starts_file(last)) if last is not None else []
-        notes = read_notes(done_file(self._plan))
-        for note in sorted([*starts[self.num_starts :], *notes[len(self._faults) :]], key=lambda note: note["time"]):
-            if "action" not in note:
-                self.num_starts += 1
+    def look(self) -> None:
+        """Takes in what is new."""
+        starts = read_notes(starts_file(self._plan))[self._num_starts :]
+        notes = read_notes(done_file(self._plan))[len(self._faults) :]
+        for note in sorted([*starts, *notes], key=lambda note: note["time"]):
+            if "action" in note:
+                fault = Suffered(*(note[key] for key in ("action", "rank", "step", "place", "time")))
+                self._faults.append(fault)
+                self._tell(fault.time, str(fault))
+            else:
+                self._num_starts += 1
                 self._start(note["step"], note["time"])
-                continue
-            fault = Suffered(*(note[key] for key in ("action", "rank", "step", "place", "time")))
-            self._faults.append(fault)
-            self._tell(fault.time, str(fault))
+
+    def last_start(self, step: int) -> None:
+        """Takes in from where the attempt after the last fault went on. When it did is our doing."""
+        for fault in self._open():
+            fault.lose(step)
 
     def _start(self, step: int, now: float) -> None:
         if self._began is None:
             self._began = now
             logger.info("training begins")
             return
-        for fault in self._faults:
-            if fault.needs_start and fault.back_after is None and fault.time < now:
-                fault.back_after = round(now - fault.time, 3)
-                fault.steps_again = max(fault.steps_made() - (step - 1), 0)
+        for fault in self._open():
+            fault.lose(step)
+            fault.back_after = round(now - fault.time, 3)
         self._tell(now, f"training goes on with step {step}")
+
+    def _open(self) -> list[Suffered]:
+        """Returns the faults after which the job has not come back yet."""
+        return [fault for fault in self._faults if fault.needs_start and fault.back_after is None]
 
     def _tell(self, now: float, what: str) -> None:
         logger.info("%6.1f s: %s", now - (self._began or now), what)
@@ -396,8 +407,7 @@ class _Follower:
 
     def silence(self) -> float:
         """Returns for how many seconds the job has been gone after the last fault, if it is."""
-        last = self._faults[-1] if self._faults else None
-        return time.time() - last.time if last is not None and last.needs_start and last.back_after is None else 0.0
+        return max((time.time() - fault.time for fault in self._open()[-1:]), default=0.0)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ class Suffered:
         step: that was being made.
         place: what it was doing.
         time: seconds since 1970.
-        back_after: seconds until the next attempt began its first step; None where none had to, or none did.
+        back_after: seconds until the next attempt began its first step; None where none had to, or the end came first.
         steps_again: steps that had to be made once more.
     """
 
@@ -46,9 +46,10 @@ class Suffered:
         """Whether it ends the attempt."""
         return self.action != "delay"
 
-    def steps_made(self) -> int:
-        """Returns how many steps the run had behind it."""
-        return self.step - (self.place != AFTER_STEP)
+    def lose(self, first_step: int) -> None:
+        """Notes that the next attempt began with this step."""
+        made = self.step - (self.place != AFTER_STEP)
+        self.steps_again = max(made - (first_step - 1), 0)
 
     def __str__(self) -> str:
         return f"rank {self.rank} {_SAID[self.action]}, step {self.step} ({self.place})"

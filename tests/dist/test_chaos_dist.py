@@ -13,7 +13,10 @@ from conftest import WriteConfig
 from launching import Job, alive, run
 from run_results import records, summary
 
+from trainer.faults.plan import read_notes, starts_file
+
 CHAOS = [sys.executable, "-m", "launch", "chaos", "--processes", "2", "--hang-timeout", "4"]
+SEED = "223"  # with which a checkpoint is damaged, and then a rank killed
 NORMED = {"name": "vectors_model:Normed", "args": {"dropout": 0.2}}
 
 
@@ -35,16 +38,17 @@ def config(write_config: WriteConfig, **changes: Any) -> Path:
 @pytest.mark.timeout(600)
 def test_a_job_under_faults_ends_as_in_peace(write_config: WriteConfig, tmp_path: Path) -> None:
     folder, file = tmp_path / "chaos", tmp_path / "report.json"
-    options = ["--minutes", "0.5", "--every", "6", "--folder", str(folder), "--json", str(file)]
+    options = ["--minutes", "0.4", "--every", "6", "--seed", SEED, "--folder", str(folder), "--json", str(file)]
     done = run([*CHAOS, "--config", str(config(write_config)), *options], tmp_path, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(file.read_text())
     assert report == json.loads((folder / "report.json").read_text())
     assert (report["same"], report["differences"], report["problem"]) == (True, [], None)
     faults = report["faults"]
-    assert len(faults) >= 2, done.stderr
+    assert faults, done.stderr
+    last = read_notes(starts_file(folder / "plan.json"))[-1]["time"]
     for fault in faults:
-        assert (fault["back_after"] is None) == (fault["action"] == "delay"), fault
+        assert (fault["back_after"] is None) == (fault["action"] == "delay" or fault["time"] > last), fault
     for action, sums in report["by_action"].items():
         assert sums["count"] == sum(fault["action"] == action for fault in faults)
         assert action in done.stdout

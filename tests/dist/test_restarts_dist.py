@@ -110,6 +110,25 @@ def test_a_stop_is_no_failure(number: signal.Signals, to: str, write_config: Wri
     assert (tmp_path / "run" / "checkpoints" / f"step-{found['step']:08d}").is_dir()
 
 
+def test_a_stop_while_it_starts_again(write_config: WriteConfig, tmp_path: Path) -> None:
+    job = launch(restarting(write_config, 2), 2)
+    job.wait_for(lambda output: reached(20) in output)
+    rank(job, 1).kill()
+    job.wait_for(lambda output: "restarting" in output)
+    job.signal(signal.SIGTERM)
+    assert job.end() == 75, job.output()
+    assert job.output().count("restarting") == 1
+
+
+def test_ranks_do_not_outlive_a_killed_launcher(write_config: WriteConfig, tmp_path: Path) -> None:
+    job = launch(restarting(write_config, 2, data__workers=1), 2)
+    job.wait_for(lambda output: reached(20) in output)
+    family = job.family()
+    job.signal(signal.SIGKILL)
+    job.end()
+    assert alive(family, within=5) == []
+
+
 def test_a_single_process_is_sent_on_every_signal(write_config: WriteConfig, tmp_path: Path) -> None:
     """Also where the launcher runs it without torch's agent."""
     job = launch(restarting(write_config, 0, memory__on_oom="shrink"), 1)

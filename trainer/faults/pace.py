@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-_SHARE = 0.1  # of a step that must be lost before a rank is called slow
+_SHARE = 0.15  # of a step that must be lost before a rank is called slow
 
 
 class Pace:

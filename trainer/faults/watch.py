@@ -10,12 +10,8 @@ machine that cannot end themselves, and leaves the rest to `on_end`. Imports no 
 from __future__ import annotations
 
 import logging
-import os
-import selectors
-import socket
 import sys
 import threading
-import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +24,7 @@ from typing import Any
 from trainer.faults.board import MOST_SAMPLES, Board, Position, Samples
 from trainer.faults.fault import Fault
 from trainer.faults.judging import EVALUATION, LOADING, Hang, Report, Standing, find_hang
+from trainer.faults.links import Links
 from trainer.faults.neighbours import Neighbours, introduce
 from trainer.faults.stacks import (
     OWN_THREADS,
@@ -38,7 +35,6 @@ from trainer.faults.stacks import (
     format_stacks,
     within,
 )
-from trainer.faults.wire import Listener, Peer, connect, line
 
 logger = logging.getLogger("lockstep")
 
@@ -48,8 +44,6 @@ _JUMP = 5.0  # ticks: a watch that was away for so long knows nothing about the 
 _WRITE_SECONDS = 3.0
 _ANSWER_SECONDS = 0.4  # for rank 0 to say whose fault was the first
 _FEW_SAMPLES = 64  # that a report carries, but for one of a rank that is stuck
-_MOST_STRANGERS = 64  # connections that have not shown the token
-_STRANGER_SECONDS = 10.0
 
 
 class Watch:
@@ -97,27 +91,16 @@ class Watch:
         self._words: deque[Fault] = deque()
         self._has_failed = self._closing = False
 
-        self._peers: dict[int, Peer] = {}  # rank 0: everybody; the others: rank 0
-        self._strangers: dict[Peer, float] = {}  # connections without a token yet, and since when
         self._standings: dict[int, Standing] = {}
         self._deaths: dict[int, tuple[float, Fault]] = {}  # and until when last words come before them
         self._turned = self._next_tick = monotonic()
 
         self._stacks = SignalledStacks()
-        self._listener = self._listen() if rank == 0 and num_ranks > 1 else None
-        introduction = introduce(self._stacks, self._board)
-        introduction["server"] = self._listener.address() if self._listener is not None else None
+        self._links = Links(rank, num_ranks, self._take, self._lose, self._welcome)
+        introduction = introduce(self._stacks, self._board) | {"server": self._links.server()}
         introductions = share(introduction) if num_ranks > 1 else [introduction]
         self._server: dict[str, Any] | None = introductions[0]["server"]
         self._neighbours = Neighbours(rank, introductions)
-        # Not epoll, whose registrations are shared with forked workers. A pair of sockets wakes the thread up.
-        self._selector = selectors.PollSelector() if hasattr(selectors, "PollSelector") else selectors.SelectSelector()
-        self._wake_reader, self._wake_writer = socket.socketpair()
-        self._wake_reader.setblocking(False)
-        self._wake_writer.setblocking(False)
-        self._selector.register(self._wake_reader, selectors.EVENT_READ, self._woken)
-        if self._listener is not None:
-            self._selector.register(self._listener.socket, selectors.EVENT_READ, self._accept)
         self._thread = threading.Thread(target=self._run, name=OWN_THREADS, daemon=True)
         self._thread.start()
 
@@ -157,7 +140,7 @@ class Watch:
         self._has_failed = True
         if self._thread.is_alive():
             self._words.append(fault)
-            self._wake()
+            self._links.wake()
             self._decided.wait(_ANSWER_SECONDS)
         with self._lock:
             first = self._fault = self._fault or fault
@@ -183,7 +166,7 @@ class Watch:
         if self._fault is not None:
             self._written.wait(_WRITE_SECONDS)  # what is being written would end with the process
         self._closing = True
-        self._wake()
+        self._links.wake()
         if threading.current_thread() is not self._thread:
             self._thread.join(1.0)
         self._stacks.close()
@@ -193,7 +176,8 @@ class Watch:
 
     def _run(self) -> None:
         try:
-            if self._rank > 0 and self._server is not None and not self._connect(self._addresses_of_main()):
+            server, is_here = self._server, self._neighbours.is_here(0)
+            if self._rank > 0 and server is not None and not self._links.reach(server, is_here):
                 logger.warning(
                     "rank %d cannot reach rank 0 at any of its addresses (a firewall?): whether it dies or hangs is "
                     "not watched",
@@ -201,13 +185,14 @@ class Watch:
                 )
             while not self._closing:
                 self._turn()
-            self._leave()
+            self._links.tell({"bye": True})
+            self._links.close()
+            self._neighbours.close()
         except Exception as error:  # a healthy job goes on without it
             message = "the watch of rank %d has ended, and the run goes on without it: %s: %s"
             logger.warning(message, self._rank, type(error).__name__, error)
             with suppress(Exception):  # and without closing anything, which would look like a death
-                for peer in self._peers.values():
-                    peer.send({"bye": True})
+                self._links.tell({"bye": True})
 
     def _turn(self) -> None:
         now = monotonic()
@@ -218,8 +203,7 @@ class Watch:
             self._next_tick = now + self._tick
             self._report_and_judge(now)
         deadline = min([self._next_tick, *(until for until, _ in self._deaths.values())])
-        for key, _ in self._selector.select(max(0.0, deadline - monotonic())):
-            key.data()
+        self._links.wait(deadline - monotonic())
         while self._words and self._fault is None:
             self._say(self._words.popleft())
         for until, fault in sorted(self._deaths.values(), key=lambda death: death[0])[:1]:  # the first one counts
@@ -235,17 +219,11 @@ class Watch:
         written = self._stacks.new()
         if written:
             aside(lambda: logger.info("stacks, asked for by SIGUSR2, are in '%s'", self._files.append(written)))
-        for peer, since in list(self._strangers.items()):
-            if now - since > _STRANGER_SECONDS:
-                self._dismiss(peer)
         if self._fault is not None:
             return
         report = self._report()
-        if self._peers:
-            message = line({"report": report.to_message()})
-            for peer in self._peers.values():
-                peer.send(message)
-        if self._hang_seconds is None or (self._rank > 0 and not self._peers):
+        self._links.tell({"report": report.to_message()})
+        if self._hang_seconds is None or (self._rank > 0 and not self._links.peers):
             return
         standings = {**self._standings, self._rank: Standing(report, now)}
         hang = find_hang(standings, now, self._hang_seconds, self._tick)
@@ -286,136 +264,38 @@ class Watch:
             self._feed_call.join(0.2)
         return self._feed_lines
 
-    # ---- connections --------------------------------------------------------------------------------------
+    # ---- the other ranks ----------------------------------------------------------------------------------
 
-    def _listen(self) -> Listener | None:
-        try:
-            return Listener(self._num_ranks)
-        except OSError as error:
-            logger.warning("rank 0 cannot open a port, so deaths and hangs of ranks are not watched: %s", error)
-            return None
-
-    def _addresses_of_main(self) -> list[str]:
-        """Returns where rank 0's watch may be found, the likeliest first."""
-        assert self._server is not None
-        local = ["127.0.0.1"] if self._neighbours.is_here(0) else []
-        return [*local, os.environ.get("MASTER_ADDR", ""), *self._server["addresses"]]
-
-    def _connect(self, addresses: Sequence[str]) -> bool:
-        """Connects to rank 0's watch; returns whether that worked."""
-        assert self._server is not None
-        # No report in the greeting: the first report after it tells rank 0 that the connection has come about.
-        made = connect(addresses, self._server, {"rank": self._rank})
-        if made is None:
-            return False
-        peer, answer = made
-        self._peers[0] = peer
-        self._selector.register(peer.socket, selectors.EVENT_READ, lambda: self._hear(0, peer))
-        self._take(0, answer)
-        return True
-
-    def _accept(self) -> None:
-        assert self._listener is not None
-        peer = self._listener.accept()
-        if peer is None:
-            return
-        if len(self._strangers) >= max(_MOST_STRANGERS, self._num_ranks):
-            peer.close()
-            return
-        self._strangers[peer] = monotonic()
-        self._selector.register(peer.socket, selectors.EVENT_READ, lambda: self._greet(peer))
-
-    def _greet(self, peer: Peer) -> None:
-        """Makes a stranger who knows the token a peer, and dismisses any other."""
-        assert self._listener is not None
-        messages = peer.receive()
-        if not messages and peer.ended is None:
-            return
-        rank = self._listener.rank_of(messages[0]) if messages and peer.ended is None else None
-        if rank is None:
-            self._dismiss(peer)
-            return
-        del self._strangers[peer]
-        self._selector.unregister(peer.socket)
-        if rank in self._peers:  # it lost its connection, and comes again
-            self._part(rank)
-        self._deaths.pop(rank, None)
-        self._peers[rank] = peer
-        self._selector.register(peer.socket, selectors.EVENT_READ, lambda: self._hear(rank, peer))
-        greeting: dict[str, Any] = {"answer": self._listener.answer, "report": self._report().to_message()}
-        if self._fault is not None:
-            greeting["verdict"] = self._fault.to_json()
-        peer.send(greeting)
-        for message in messages:
-            self._take(rank, message)
-
-    def _dismiss(self, peer: Peer) -> None:
-        del self._strangers[peer]
-        self._selector.unregister(peer.socket)
-        peer.close()
-
-    def _hear(self, rank: int, peer: Peer) -> None:
-        messages = peer.receive()
-        for message in messages:
-            self._take(rank, message)
-        if peer.ended is None or self._peers.get(rank) is not peer:
-            return
-        self._part(rank)
-        if self._fault is not None:
-            return
-        if rank == 0 and self._connect([peer.address]):  # it was the network
-            return
-        standing = self._standings.pop(rank, None)
-        if standing is None:
-            return
-        if peer.ended == "closed":
-            age = monotonic() - standing.heard
-            text = f"the process ended without a word, {age:.1f} s after its last report"
-            self._deaths[rank] = monotonic() + _GRACE, self._fault_of(rank, "lost", text, standing.report, True)
-        else:
-            logger.warning("the connection of rank %d to rank 0's watch broke: it is not watched any more", rank)
+    def _welcome(self) -> dict[str, Any]:
+        """Returns what rank 0 says to a rank that connects."""
+        verdict = {"verdict": self._fault.to_json()} if self._fault is not None else {}
+        return {"report": self._report().to_message(), **verdict}
 
     def _take(self, rank: int, message: Mapping[str, Any]) -> None:
-        """Takes a message of rank `rank`."""
+        self._deaths.pop(rank, None)  # it was the network, and the rank has connected again
         if "report" in message:
             with suppress(KeyError, TypeError):
                 self._standings[rank] = Standing(Report.from_message(message["report"]), monotonic())
         if "bye" in message:
             self._standings.pop(rank, None)
-            if rank in self._peers:
-                self._part(rank)
+            self._links.part(rank)
         if "fault" in message:
             self._decide(Fault.from_json(message["fault"]))
         if "verdict" in message:
             self._decide(Fault.from_json(message["verdict"]), message.get("silent", ()))
 
-    def _part(self, rank: int) -> None:
-        peer = self._peers.pop(rank)
-        self._selector.unregister(peer.socket)
-        peer.close()
-
-    def _woken(self) -> None:
-        with suppress(BlockingIOError):
-            self._wake_reader.recv(1 << 12)
-
-    def _wake(self) -> None:
-        with suppress(OSError):
-            self._wake_writer.send(b"\0")
-
-    def _leave(self) -> None:
-        for peer in self._peers.values():
-            peer.send({"bye": True})
-        deadline = monotonic() + 0.5
-        while not all(peer.flush() for peer in self._peers.values()) and monotonic() < deadline:
-            time.sleep(0.01)
-        for peer in [*self._peers.values(), *self._strangers]:
-            peer.close()
-        if self._listener is not None:
-            self._listener.close()
-        self._neighbours.close()
-        self._selector.close()
-        self._wake_reader.close()
-        self._wake_writer.close()
+    def _lose(self, rank: int, how: str) -> None:
+        standing = self._standings.pop(rank, None)
+        # A rank that has not reported since it connected may have said goodbye before it knew that it was connected.
+        if self._fault is not None or standing is None:
+            return
+        if how == "closed":
+            age = monotonic() - standing.heard
+            message = f"the process ended without a word, {age:.1f} s after its last report"
+            fault = self._fault_of(rank, "lost", message, standing.report, is_late=True)
+            self._deaths[rank] = monotonic() + _GRACE, fault
+        else:
+            logger.warning("the connection of rank %d to rank 0's watch broke: it is not watched any more", rank)
 
     # ---- the end of the job -------------------------------------------------------------------------------
 
@@ -453,8 +333,8 @@ class Watch:
 
     def _say(self, fault: Fault) -> None:
         """Brings this rank's last words to rank 0, whose verdict counts; without it they are the verdict."""
-        if self._rank > 0 and self._peers:
-            self._peers[0].send({"fault": fault.to_json()})
+        if self._rank > 0 and self._links.peers:
+            self._links.tell({"fault": fault.to_json()})
         else:
             self._decide(fault)
 
@@ -466,8 +346,7 @@ class Watch:
             self._fault = fault
         self._deaths.clear()
         if self._rank == 0:
-            for peer in self._peers.values():
-                peer.send({"verdict": fault.to_json(), "silent": list(silent)})
+            self._links.tell({"verdict": fault.to_json(), "silent": list(silent)})
         self._decided.set()
         if self._has_failed:
             return

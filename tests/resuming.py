@@ -133,7 +133,7 @@ class TrainServer:
         self._process.kill()
         self._process.communicate()
 
-    def train(self, *arguments: str | Path, ranks: int = 1) -> Outcome:
+    def train(self, *arguments: str | Path, ranks: int = 1, **variables: str) -> Outcome:
         """Runs `train.py` with these arguments to its end, on so many ranks and without a launcher.
 
         Returns:
@@ -143,6 +143,7 @@ class TrainServer:
         for file in (out, err):
             file.unlink(missing_ok=True)
         request = {"arguments": [str(a) for a in arguments], "ranks": ranks, "out": str(out), "err": str(err)}
+        request["variables"] = variables
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.faults.board import MOST_SAMPLES, Board, Position, Samples
 from trainer.faults.fault import Fault
@@ -44,6 +44,14 @@ _JUMP = 5.0  # ticks: a watch that was away for so long knows nothing about the 
 _WRITE_SECONDS = 3.0
 _ANSWER_SECONDS = 0.4  # for rank 0 to say whose fault was the first
 _FEW_SAMPLES = 64  # that a report carries, but for one of a rank that is stuck
+
+
+class _Death(NamedTuple):
+    """A death that is known, and until when another rank's last words still come before it."""
+
+    until: float
+    message: str
+    report: Report
 
 
 class Watch:
@@ -92,7 +100,7 @@ class Watch:
         self._has_failed = self._closing = False
 
         self._standings: dict[int, Standing] = {}
-        self._deaths: dict[int, tuple[float, Fault]] = {}  # and until when last words come before them
+        self._deaths: dict[int, _Death] = {}
         self._turned = self._next_tick = monotonic()
 
         self._stacks = SignalledStacks()
@@ -202,13 +210,13 @@ class Watch:
         if now >= self._next_tick:
             self._next_tick = now + self._tick
             self._report_and_judge(now)
-        deadline = min([self._next_tick, *(until for until, _ in self._deaths.values())])
+        deadline = min([self._next_tick, *(death.until for death in self._deaths.values())])
         self._links.wait(deadline - monotonic())
         while self._words and self._fault is None:
             self._say(self._words.popleft())
-        for until, fault in sorted(self._deaths.values(), key=lambda death: death[0])[:1]:  # the first one counts
-            if monotonic() >= until:
-                self._decide(fault)
+        for rank, death in sorted(self._deaths.items(), key=lambda item: item[1].until)[:1]:  # the first one counts
+            if monotonic() >= death.until:
+                self._decide(self._fault_of(rank, "lost", death.message, death.report, is_late=True))
 
     def _restart_clocks(self, now: float) -> None:
         """Forgets how long all have been silent: this process, or the whole machine, was stopped or busy itself."""
@@ -292,8 +300,7 @@ class Watch:
         if how == "closed":
             age = monotonic() - standing.heard
             message = f"the process ended without a word, {age:.1f} s after its last report"
-            fault = self._fault_of(rank, "lost", message, standing.report, is_late=True)
-            self._deaths[rank] = monotonic() + _GRACE, fault
+            self._deaths[rank] = _Death(monotonic() + _GRACE, message, standing.report)
         else:
             logger.warning("the connection of rank %d to rank 0's watch broke: it is not watched any more", rank)
 

@@ -121,7 +121,7 @@ def draw_events(seed: int, seconds: float, every: float, processes: int) -> list
         processes: ranks.
     """
     choice = random.Random(seed)
-    kinds = ["kill", "delay", "corrupt-checkpoint"]
+    kinds = ["kill", "hang", "delay", "corrupt-checkpoint"]
     if processes > 1:
         # A process that is alone, and stopped, has nobody who would notice.
         kinds += ["kill-all", "stop"]

@@ -7,6 +7,8 @@ import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from trainer.goodput import PARTS
+
 CHAOS, QUIET = "chaos", "quiet"  # the two runs, and their folders
 AFTER_STEP = "exchange of decisions"  # where the step that is named has been made
 _SHOWN = 10  # differences
@@ -14,6 +16,7 @@ _SAID = {
     "kill": "is killed",
     "kill-all": "is killed, and all others with it",
     "stop": "is stopped by SIGSTOP",
+    "hang": "hangs",
     "delay": "is held up",
     "corrupt-checkpoint": "damages the newest checkpoint and is killed",
 }
@@ -115,7 +118,8 @@ class Report:
         for name, told in (("under faults", self.runs.get(CHAOS)), ("in peace", self.runs.get(QUIET))):
             if told is not None and told["goodput"] is not None:
                 parts = ", ".join(_largest(told["goodput_seconds"] or {}))
-                lines.append(f"{name:<20}goodput {told['goodput']:.1%} in {told['num_attempts']} attempts; {parts}")
+                attempts = f"{told['num_attempts']} attempt{'' if told['num_attempts'] == 1 else 's'}"
+                lines.append(f"{name:<20}goodput {told['goodput']:.1%} in {attempts}: {parts}")
         if self.problem is not None:
             lines.append(f"no comparison: {self.problem}")
         elif self.same:
@@ -129,4 +133,8 @@ class Report:
 
 
 def _largest(seconds: dict[str, float]) -> list[str]:
-    return [f"{name} {s:.0f} s" for name, s in sorted(seconds.items(), key=lambda item: -item[1]) if s >= 0.5]
+    return [
+        f"{PARTS.get(name, name)} {s:.0f} s"
+        for name, s in sorted(seconds.items(), key=lambda item: -item[1])
+        if s >= 0.5
+    ]

@@ -24,10 +24,10 @@ def environment(**variables: str) -> dict[str, str]:
     return {**inherited, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "HOME": "/nonexistent", **variables}
 
 
-def run(command: list[str], cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(command: list[str], cwd: Path, timeout: float = TIMEOUT, **variables: str) -> subprocess.CompletedProcess[str]:
     """Runs a command to its end."""
     return subprocess.run(
-        command, cwd=cwd, env=environment(**variables), capture_output=True, text=True, timeout=TIMEOUT, check=False
+        command, cwd=cwd, env=environment(**variables), capture_output=True, text=True, timeout=timeout, check=False
     )
 
 

@@ -16,23 +16,19 @@ from typing import Literal
 import torch
 
 from trainer.agreement import Decisions
-from trainer.assembly import Assembly
 from trainer.buffers import BufferCopy
-from trainer.checkpoint.compatibility import check_resumable
 from trainer.checkpoint.folder import open_folder
-from trainer.checkpoint.manifest import Manifest, Progress
-from trainer.checkpoint.reading import Checkpoint
-from trainer.checkpoint.state import Parts, State
+from trainer.checkpoint.manifest import Progress
 from trainer.checkpoint.writing import SaveFailed, Saver
 from trainer.config import Config
-from trainer.config_values import Interval, Minutes
+from trainer.config_values import Minutes
 from trainer.data.feed import MicroBatch
 from trainer.data.sampler import EvalSampler
 from trainer.ema import Ema
 from trainer.errors import UserError, one_line
 from trainer.faults.fault import Fault, next_attempt
 from trainer.faults.lookout import Lookout
-from trainer.faults.numbers import BadNumbers, NumberGuard, bad_step_report
+from trainer.faults.numbers import BadNumbers, NumberGuard
 from trainer.faults.pace import Pace, Straggler, find_straggler, waited_share
 from trainer.faults.stopping import StopRequests
 from trainer.goodput import Ledger
@@ -41,6 +37,7 @@ from trainer.memory.out_of_memory import Situation
 from trainer.parallel import in_lockstep
 from trainer.random_state import generator_states, restore_generators
 from trainer.reporting import Reporter
+from trainer.resumable import Resumable
 from trainer.run_folder import RunFolder
 from trainer.runtime import Runtime, explained_model_errors
 from trainer.telemetry import Clock, Timer
@@ -49,11 +46,10 @@ from trainer.window import Window
 logger = logging.getLogger("lockstep")
 
 
-_WITHIN_A_STEP = ("loading a batch", "forward", "backward", "optimizer")
 _IN_STEP = 8  # most exchanges of decisions within a step, between groups of micro-batches
 
 
-class Trainer(Assembly):
+class Trainer(Resumable):
     """One run, from a config to a trained model.
 
     Args:
@@ -73,7 +69,7 @@ class Trainer(Assembly):
             self.stop_requests = StopRequests()
             self.decisions = Decisions(runtime, self.stop_requests)
             self.reporter: Reporter | None = None  # on rank 0, once the run has started
-            self._first_step = 0  # of this attempt
+            self.first_step = 0  # of this attempt
             self._micro_batch = 0  # of the present step
             self.ledger = Ledger(self.folder) if to_train and runtime.is_main else None
             self.lookout = self._lookout() if to_train else None
@@ -96,8 +92,8 @@ class Trainer(Assembly):
     def _prepare(self) -> None:
         """Builds and wraps everything."""
         config, runtime = self.config, self.runtime
-        self._at("building")
-        self.checkpoints = runtime.agree(lambda: open_folder(config, self._is_kept_for_good))
+        self.at("building")
+        self.checkpoints = runtime.agree(lambda: open_folder(config, self.is_kept_for_good))
         self.build()
         self.model, self.optimizer = runtime.prepare(self.bare_model, self.bare_optimizer, self.shared_blocks.values())
         self.ema = Ema(self.bare_model, config.optim.ema) if config.optim.ema is not None else None
@@ -111,7 +107,7 @@ class Trainer(Assembly):
             runtime.new_host_group(),
             config.checkpoint.async_save,
             runtime.device,
-            self._beat,
+            self.beat,
         )
         every = config.checkpoint.every
         self.save_timer = Timer(60 * every.count) if isinstance(every, Minutes) and runtime.is_main else None
@@ -124,7 +120,7 @@ class Trainer(Assembly):
         self.buffers = BufferCopy(list(self.bare_model.buffers()))
         self.pace = Pace(runtime.device)
         self.straggler: Straggler | None = None  # at the last report
-        self._window = Window(runtime, self.clock, self.feed)
+        self.window = Window(runtime, self.clock, self.feed)
         self._skipped_samples = 0  # that could not be read, on all ranks, at the last report
 
     # ---- the run ------------------------------------------------------------------------------------------
@@ -177,7 +173,7 @@ class Trainer(Assembly):
                     loss = self.injector.loss(loss, step + 1)
                 if batch.is_last and not self.runtime.in_lockstep:
                     self.pace.meet()
-                self._at("backward", batch)
+                self.at("backward", batch)
                 with explained_model_errors():  # blocks may run again in backward
                     self.runtime.backward(loss * scale)
             loss_sum += loss.detach()
@@ -186,8 +182,8 @@ class Trainer(Assembly):
                 undo()
                 return False
         is_left_out = self.judge(step, loss_sum, num_samples)
-        self._window.add(loss_sum, num_samples, is_left_out)
-        self._at("optimizer")
+        self.window.add(loss_sum, num_samples, is_left_out)
+        self.at("optimizer")
         if self.saver.holds_state:  # the last save may still be copying what the next line changes
             with self.clock.phase("checkpoint"):
                 self.saver.before_update()
@@ -196,8 +192,8 @@ class Trainer(Assembly):
         self.progress.step += 1
         if self.ema is not None:
             self.ema.update(self.progress.step)
-        if step == self._first_step:  # now the optimizer has the state that there is to save
-            self.saver.prepare(self._state())
+        if step == self.first_step:  # now the optimizer has the state that there is to save
+            self.saver.prepare(self.state())
         check_compiled_buffers(self.compiled_blocks)  # looks after the first step only
         return True
 
@@ -205,13 +201,13 @@ class Trainer(Assembly):
         """Yields the micro-batches of a step, and says where this rank is."""
         batches = self.feed.step_batches(step)
         for i in itertools.count():
-            self._at("loading a batch")
+            self.at("loading a batch")
             batch = next(batches, None)
             if batch is None:
                 return
             if i == 0 and self.runtime.in_lockstep:
                 self.pace.meet()
-            self._at("forward", batch)
+            self.at("forward", batch)
             if self.injector is not None:
                 batch = replace(batch, data=self.injector.spoil(batch.data, step + 1))
             yield batch
@@ -226,11 +222,11 @@ class Trainer(Assembly):
             if is_left_out is not None:
                 runtime.overflow(self.optimizer, is_left_out)
         if max_norm is not None or numbers.wants_gradient_norm:
-            self._window.grad_norm = norm = runtime.gradient_norm(self.optimizer)
+            self.window.grad_norm = norm = runtime.gradient_norm(self.optimizer)
             if max_norm is not None:
                 runtime.clip_gradients(self.optimizer, max_norm, norm)
         if runtime.scaler is None:
-            is_left_out = numbers.judge(step, loss_sum, num_samples, num_all, self._window.grad_norm)
+            is_left_out = numbers.judge(step, loss_sum, num_samples, num_all, self.window.grad_norm)
         if is_left_out is not None:  # the forward has changed BatchNorm's statistics
             self.buffers.put_back(is_left_out)
         return is_left_out
@@ -290,7 +286,7 @@ class Trainer(Assembly):
         batches = self._eval_batches(batch_size, most)
         try:
             for _ in range(most):
-                self._at("evaluation")
+                self.at("evaluation")
                 batch = next(batches, None)
                 if batch is not None and (batch.num_samples or self.runtime.is_sharded):
                     outputs = self.task.forward(model, batch.data)
@@ -326,7 +322,7 @@ class Trainer(Assembly):
         Raises:
             SaveFailed: a checkpoint could not be written, and `checkpoint.on_error` is `raise`; on every rank.
         """
-        self._at("exchange of decisions")
+        self.at("exchange of decisions")
         by_clock = self.save_timer is not None and self.save_timer.rings()
         has_failed = self.config.checkpoint.on_error == "raise" and bool(self.saver.failures)
         decided = self.decisions.after_step(by_clock, has_failed, self.numbers.is_alarmed)
@@ -380,7 +376,7 @@ class Trainer(Assembly):
         self.decisions.forget()
         self.numbers.settle()
         faults = self.config.faults
-        bad = self._note_bad_steps()[0]
+        bad = self.note_bad_steps()[0]
         message = bad.message
         if faults.non_finite == "rollback":
             if self.progress.num_rollbacks < faults.max_rollbacks:
@@ -393,20 +389,6 @@ class Trainer(Assembly):
         stands = self.saver.saved_step
         stands_text = f"the checkpoint of step {stands} stands" if stands is not None else "there is no checkpoint yet"
         raise BadNumbers(replace(bad, message=f"{message}; {stands_text}"))
-
-    def _note_bad_steps(self) -> list[Fault]:
-        """Writes down which steps are known to be bad, and with which samples; returns them, oldest first."""
-        mine = [(bad, self.sampler.share(bad.step)[1]) for bad in self.numbers.found]
-        by_rank = self.runtime.gather(mine)
-        self.numbers.found.clear()
-        faults = []
-        for step in sorted({bad.step for seen in by_rank for bad, _ in seen}):
-            seen_by = [next((found for found in seen if found[0].step == step), None) for seen in by_rank]
-            fault, record = bad_step_report(seen_by)
-            faults.append(fault)
-            if self.reporter is not None:
-                self.reporter.bad_step(fault, record)
-        return faults
 
     def roll_back(self, bad: Fault) -> None:
         """Goes back to the last checkpoint, and leaves the batch of a step out from then on."""
@@ -428,26 +410,12 @@ class Trainer(Assembly):
             if self.reporter is not None:
                 self.folder.cut_metrics(progress.step, progress.evaluated_step)
         if self.ledger is not None:
-            self.ledger.rolled_back(before.step, progress.step, *self._times())
+            self.ledger.rolled_back(before.step, progress.step, *self.times())
         self.save()  # of the same step, so that only the progress is new: the next attempt avoids that batch, too
-        self._window.restart(self.clock, self.feed)
+        self.window.restart(self.clock, self.feed)
         logger.warning("going back to step %d, and leaving out the batch of step %d", progress.step, bad.step)
 
     # ---- around the steps ---------------------------------------------------------------------------------
-
-    def due(self, every: Interval) -> bool:
-        """Tells whether something is due after the current step; at the end of training everything is."""
-        step = self.progress.step
-        return step % every.steps(self.plan.steps_per_epoch) == 0 or step == self.total_steps
-
-    def save_due(self) -> bool:
-        """Tells whether a checkpoint is due after the current step, by its number."""
-        every = self.config.checkpoint.every
-        return self.progress.step == self.total_steps if isinstance(every, Minutes) else self.due(every)
-
-    def _is_kept_for_good(self, step: int) -> bool:
-        every = self.config.checkpoint.keep_every
-        return every is not None and step % every.steps(self.plan.steps_per_epoch) == 0
 
     def complete(self) -> bool:
         """Tells whether nothing is left to do."""
@@ -502,8 +470,8 @@ class Trainer(Assembly):
 
     def report(self) -> None:
         """Reports the steps since the last report. The only place where training waits for the device."""
-        self._at("report")
-        window, step = self._window, self.progress.step
+        self.at("report")
+        window, step = self.window, self.progress.step
         totals = self.runtime.sum(
             {
                 "loss": window.loss_sum,
@@ -514,7 +482,7 @@ class Trainer(Assembly):
         )
         self._skipped_samples = int(totals["skipped"])
         if self.numbers.policy == "skip":
-            self._count_bad_steps()
+            self.count_bad_steps()
         seconds = window.seconds(self.clock, self.feed)
         record = {
             "train/loss": totals["loss"] / totals["count"] if totals["count"] else math.nan,
@@ -528,17 +496,11 @@ class Trainer(Assembly):
             record["train/straggler_wait"] = self._look_for_straggler(seconds["train"] / max(window.num_timed_steps, 1))
         if self.ledger is not None:
             self.ledger.saved(self.saver.saved_step)
-            self.ledger.update(step, *self._times())
+            self.ledger.update(step, *self.times())
             record["goodput"] = self.ledger.summary().goodput
         if self.reporter is not None:
             self.reporter.publish(step, record)
-        self._window = Window(self.runtime, self.clock, self.feed)
-
-    def _count_bad_steps(self) -> None:
-        """Counts the steps that were left out. All ranks know the same ones once the device has done its work."""
-        self.numbers.settle()
-        if self.numbers.found:
-            self.progress.bad_steps += len(self._note_bad_steps())
+        self.window = Window(self.runtime, self.clock, self.feed)
 
     def _look_for_straggler(self, step_seconds: float) -> float:
         """Names a rank that the others wait for, when it is another than before. Returns the share of a step lost."""
@@ -549,11 +511,6 @@ class Trainer(Assembly):
             logger.warning("step %d: %s", self.progress.step, found)
         self.straggler = found
         return waited_share(by_rank, step_seconds)
-
-    def _times(self) -> tuple[dict[str, float], float, int]:
-        """Returns what the ledger wants to know of this attempt."""
-        left_out = self.progress.skipped_steps + self.progress.bad_steps
-        return self.clock.split(), self.feed.data_wait_seconds, left_out
 
     # ---- begin and end ------------------------------------------------------------------------------------
 
@@ -575,9 +532,9 @@ class Trainer(Assembly):
             self.feed.start(self.sampler, self.progress.step, self.total_steps)
             self.stop_requests.install()
         if self.ledger is not None:
-            self.ledger.begin(self.progress.step, self.runtime.num_ranks, self._times()[2])
-        self._first_step = self.progress.step
-        self._window.restart(self.clock, self.feed)
+            self.ledger.begin(self.progress.step, self.runtime.num_ranks, self.times()[2])
+        self.first_step = self.progress.step
+        self.window.restart(self.clock, self.feed)
         if self.config.faults.non_finite == "rollback" and self.saver.saved_step is None:
             self.save()  # there must be something to go back to
 
@@ -587,14 +544,14 @@ class Trainer(Assembly):
         Raises:
             SaveFailed: the end of the run is not saved, or there is no checkpoint at all to go on from.
         """
-        self._at("ending")
+        self.at("ending")
         if self._any_alarm():
             self.recover()
         status: Literal["finished", "stopped"] = "finished" if self.complete() else "stopped"
-        if status == "finished" or self._has_time_to_save():
-            self._wait_for_the_last_save(must_be_there=status == "finished")
+        if status == "finished" or self.has_time_to_save():
+            self.wait_for_the_last_save(must_be_there=status == "finished")
         if self.numbers.policy == "skip":
-            self._count_bad_steps()
+            self.count_bad_steps()
         self._skipped_samples = int(self.runtime.sum({"skipped": torch.tensor(self._num_skipped())})["skipped"])
         self._summarise(status)
         if self.runtime.is_main:
@@ -602,33 +559,6 @@ class Trainer(Assembly):
         self.close()
         logger.info("%s at step %d of %d: %s", status, self.progress.step, self.total_steps, self.folder.path)
         return status
-
-    def _has_time_to_save(self) -> bool:
-        """Tells whether a save fits into what is left of `faults.grace`, on the rank that has the least left."""
-        if self.saver.saved_step in (None, self.progress.step):
-            return True
-        left = self.config.faults.grace.seconds - self.stop_requests.seconds_ago()
-        if all(self.runtime.gather(self.saver.statistics.longest_seconds <= left)):
-            return True
-        logger.warning(
-            "no checkpoint of step %d, that of step %d stands: saves take up to %.1f s, and faults.grace leaves %.1f s",
-            self.progress.step,
-            self.saver.saved_step,
-            self.saver.statistics.longest_seconds,
-            max(left, 0.0),
-        )
-        return False
-
-    def _wait_for_the_last_save(self, must_be_there: bool) -> None:
-        with self.clock.phase("checkpoint"):
-            self.saver.wait()
-        if self.saver.saved_step != self.progress.step:
-            self.save()  # once more: what failed may have passed
-            with self.clock.phase("checkpoint"):
-                self.saver.wait()
-        if self.saver.saved_step is None or (must_be_there and self.saver.saved_step != self.progress.step):
-            why = "; ".join(self.saver.failures[-1:])
-            raise SaveFailed(f"the last step, {self.progress.step}, could not be saved: {why}")
 
     def tell(self, error: BaseException) -> None:
         """Tells the other ranks, at once, that this one fails, if that is news to them."""
@@ -671,7 +601,7 @@ class Trainer(Assembly):
     def _summarise(self, status: Literal["finished", "stopped", "failed"], error: str | None = None) -> None:
         if self.ledger is not None and self.ledger.has_begun:
             self.ledger.saved(self.saver.saved_step)
-            self.ledger.end(status, self.progress.step, *self._times())
+            self.ledger.end(status, self.progress.step, *self.times())
         if self.reporter is not None and self.ledger is not None:
             wait = self.feed.data_wait_seconds
             # Other ranks' skips are those of their last report: a failed run must not wait for them.
@@ -709,109 +639,7 @@ class Trainer(Assembly):
             memory_plan=self.memory_table,
         )
 
-    def _at(self, place: str, batch: MicroBatch | None = None) -> None:
-        """Says where this rank is."""
-        if self.lookout is not None:
-            step = self.progress.step + (place in _WITHIN_A_STEP)
-            self.lookout.at(place, step, batch, is_first=self.progress.step == self._first_step)
-
-    def _beat(self) -> None:
-        if self.lookout is not None:
-            self.lookout.watch.beat()
-
     def _describe_feeds(self) -> list[str]:
         """Returns what is being read at this moment; called on the watch's thread."""
         feeds = [getattr(self, "feed", None), getattr(self, "eval_feed", None)]
         return [line for feed in feeds if feed is not None for line in feed.readings()]
-
-    # ---- state --------------------------------------------------------------------------------------------
-
-    def _parts(self) -> Parts:
-        generators = generator_states(self.runtime.device)
-        return Parts(
-            model=self.bare_model,
-            optimizer=self.bare_optimizer,
-            averages=self.ema.averages if self.ema is not None else None,
-            scaler=self.runtime.scaler,
-            own={
-                **{f"generator.{name}": state for name, state in generators.items()},
-                **{f"window.{name}": value for name, value in self._window.totals().items()},
-                **{f"guard.{name}": value for name, value in self.numbers.state().items()},
-            },
-            rank=self.runtime.rank,
-            num_ranks=self.runtime.num_ranks,
-        )
-
-    def _state(self) -> State:
-        # Ranks' BatchNorm statistics are their own until the next step, and the planner lets any rank write them.
-        self.runtime.broadcast_buffers(self.bare_model)
-        return self._parts().collect()
-
-    def save(self) -> None:
-        """Saves the current step behind the training; every rank calls it."""
-        self._at("saving a checkpoint")
-        if self.numbers.policy == "skip":
-            self._count_bad_steps()
-        if self.ledger is not None:
-            self.ledger.saved(self.saver.saved_step)
-            self.ledger.update(self.progress.step, *self._times(), saves=True)
-        with self.clock.phase("checkpoint"):
-            state = self._state()
-            manifest = Manifest(
-                progress=self.progress,
-                config=self.config.model_dump(mode="json"),
-                num_samples=self.plan.num_samples,
-                num_ranks=self.runtime.num_ranks,
-                values=state.values,
-                tensors={},
-                files={},
-            )
-            self.saver.save(state, manifest)
-
-    def restore(self) -> None:
-        """Continues from the newest checkpoint that is good, if the run has one.
-
-        Raises:
-            UserError: no checkpoint is good, it is of another run or model, or may not be resumed.
-        """
-        self._at("restoring a checkpoint")
-        with self.clock.phase("startup"):
-            if self.config.checkpoint.resume == "never" and self.runtime.from_main(self.checkpoints.steps):
-                message = f"'{self.checkpoints.location}' already holds a run; choose another run.dir"
-                raise UserError(message, path="checkpoint.resume", agreed=True)
-            checkpoint = self.checkpoints.choose(self.runtime)
-            if checkpoint is None:
-                return
-            manifest = checkpoint.manifest
-            changes = self.runtime.agree(
-                lambda: check_resumable(manifest.config, manifest.num_samples, self.config, self.plan.num_samples)
-            )
-            self.load(checkpoint)
-            self.saver.saved_step = checkpoint.step
-        logger.info("continuing from step %d of %s", self.progress.step, self.folder.path)
-        for change in changes.allowed:
-            logger.info("changed    %s", change)
-
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Loads a verified checkpoint into model, optimizer, generators and progress; all ranks call it together.
-
-        Raises:
-            UserError: it is of another model or optimizer.
-        """
-        # What the config says of the optimizer wins over what the checkpoint remembers.
-        set_here = {"lr", "weight_decay", "fused", "foreach", *self.config.optim.args}
-        own = self._parts().restore(checkpoint, self.runtime.host_group, set_here)
-        num_ranks = checkpoint.manifest.num_ranks
-        if num_ranks == self.runtime.num_ranks:
-            prefix = "generator."
-            generators = {name.removeprefix(prefix): state for name, state in own.items() if name.startswith(prefix)}
-            restore_generators(generators, self.runtime.device)
-        else:
-            logger.info("written by %d processes, read by %d", num_ranks, self.runtime.num_ranks)
-        self._window.load(own["window.loss_sum"], own["window.num_samples"])
-        prefix = "guard."
-        self.numbers.load({k.removeprefix(prefix): v for k, v in own.items() if k.startswith(prefix)})
-        progress = checkpoint.manifest.progress
-        if progress.best_of != self.best_of:  # values of another metric do not compare
-            progress.best_step = progress.best_value = None
-        self.progress = progress

@@ -180,7 +180,7 @@ CASES = [
     stops("SIGTERM to the launcher", "signal-launcher:SIGTERM", 0, "SIGTERM on rank"),
     stops("SIGUSR1 to the launcher", "signal-launcher:SIGUSR1", 0, "SIGUSR1 on rank"),
     stops("Ctrl-C to the launcher", "signal-launcher:SIGINT", 0, "SIGINT on rank"),
-    stops("the file STOP", "stop-file", 1, "the file STOP on rank 0", changes={"data__train__args__seconds": 0.02}),
+    stops("the file STOP", "stop-file", 1, "the file STOP on rank 0"),
     stops("SIGTERM in evaluation", "signal:SIGTERM", 1, "SIGTERM", place="evaluation", changes=IN_EVALUATION),
     stops("SIGTERM within a long step", "signal:SIGTERM", 1, "SIGTERM", place="backward", changes=ACCUMULATING),
     # ---- numbers ----
@@ -210,7 +210,7 @@ def config_of(case: Case, write_config: WriteConfig, name: str = "run", restarts
     changes = {
         "run__dir": str(write_config().parent / name),
         "model": {"name": "vectors_model:Normed", "args": {"dropout": 0.2}},
-        "data__train": {"name": "slow:Steady", "args": {"length": 120, "seconds": 0.005}},
+        "data__train": {"name": "slow:Steady", "args": {"length": 120, "seconds": 0.015}},
         "train": {"steps": STEPS, "batch_size": 12},
         "eval": {"every": "9999 epochs"},
         "checkpoint": {"every": SAVED_EVERY},

@@ -63,7 +63,7 @@ def trained(file: Path) -> dict[str, Any]:
     losses, norms = [], []
     while trainer.progress.step < trainer.total_steps:
         trainer.train_step()
-        window = trainer._window
+        window = trainer.window
         totals = trainer.runtime.sum({"loss": window.loss_sum, "count": torch.tensor(window.num_samples)})
         losses.append(totals["loss"] / totals["count"])
         if window.grad_norm is not None:

@@ -15,7 +15,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from conftest import Train, WriteConfig
 from launching import environment
+from run_results import summary
 from torch import Tensor
 
 from trainer.checkpoint.folder import CheckpointFolder
@@ -257,6 +259,36 @@ def test_stops_at_a_step_on_all_ranks(run_dir: Path, plan: Path) -> None:
     again = injector(run_dir)
     assert again.stops_after(4)
     assert len(again.done()) == 1
+
+
+# ---- in a real run ----------------------------------------------------------------------------------------
+
+
+def test_a_run_follows_its_plan(train: Train, write_config: WriteConfig, run_dir: Path, plan: Path) -> None:
+    write_plan(plan, run_dir, [Event("raise-user-error", step=3, place="backward"), Event("stop-at", step=7)])
+    code, out, err = train("--config", write_config())
+    assert (code, err) == (2, "error: injected\n")
+    assert "FAULTS ARE INJECTED INTO THIS RUN ON PURPOSE" in out
+    assert train("--config", write_config()).code == 75
+    found = summary(run_dir)
+    assert (found["status"], found["step"]) == ("stopped", 7)
+    done = [(fault["action"], fault["step"], fault["place"]) for fault in found["injected_faults"]]
+    assert done == [("raise-user-error", 3, "backward"), ("stop-at", 7, "exchange of decisions")]
+
+
+def test_a_run_without_a_plan_has_no_injected_faults(train: Train, write_config: WriteConfig, run_dir: Path) -> None:
+    assert train("--config", write_config(train={"steps": 1, "batch_size": 12})).code == 0
+    assert summary(run_dir)["injected_faults"] == []
+
+
+def test_a_run_refuses_the_plan_of_another(
+    train: Train, write_config: WriteConfig, run_dir: Path, plan: Path, tmp_path: Path
+) -> None:
+    write_plan(plan, tmp_path / "other", [])
+    code, _, err = train("--config", write_config())
+    assert code == 2
+    assert err.startswith(f"error: {VARIABLE} names '{plan}', which breaks another run on purpose")
+    assert list(run_dir.iterdir()) == []
 
 
 # ---- numbers ----------------------------------------------------------------------------------------------

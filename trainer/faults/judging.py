@@ -24,8 +24,8 @@ PLACES = (
     "ending",
 )
 
-_OVERDUE = 1.5  # reports come at every tick: after so many without one the next is overdue
-_SILENT = 3.0  # and after so many the rank cannot speak
+_OVERDUE_TICKS = 1.5  # reports come at every tick: after so many without one the next is overdue
+SILENT_TICKS = 3.0  # and after so many the rank cannot speak
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,9 @@ def find_hang(standings: Mapping[int, Standing], now: float, hang_seconds: float
         tick: seconds between reports.
     """
     quiet = {rank: now - standing.heard for rank, standing in standings.items()}
-    if any(_OVERDUE * tick < seconds <= _SILENT * tick for seconds in quiet.values()):
+    if any(_OVERDUE_TICKS * tick < seconds <= SILENT_TICKS * tick for seconds in quiet.values()):
         return None  # either its report or its silence comes soon, and tells more
-    silent = [rank for rank, seconds in quiet.items() if seconds > _SILENT * tick]
+    silent = [rank for rank, seconds in quiet.items() if seconds > SILENT_TICKS * tick]
     late = {rank for rank, standing in standings.items() if standing.is_late(now, hang_seconds)}
     if not late.difference(silent):
         return None

@@ -110,6 +110,7 @@ class Lookout:
         """The main thread ends the run in order; if the body takes too long, the process ends without it."""
         self._is_leaving.set()
         yield
+        self.watch.close()  # which waits for what is being written about the fault
         self._has_left.set()
 
     def close(self) -> None:

@@ -41,7 +41,7 @@ ACTIONS: dict[str, str] = {
     "segfault": "reads address 0",
     "hang": "sleeps for ever; other threads go on",
     "hang-with-gil": "sleeps for ever with the GIL held and signals blocked; no thread that runs Python goes on",
-    "delay": "sleeps `seconds`",
+    "delay": "sleeps for a while",
     "kill-worker": "SIGKILL to one of its loader workers",
     "stop-worker": "SIGSTOP to one of its loader workers",
     "corrupt-checkpoint": "flips bytes in the newest checkpoint, and SIGKILL to itself",

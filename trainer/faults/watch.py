@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from trainer.faults.board import MOST_SAMPLES, Board, Position, Samples
 from trainer.faults.fault import Fault
-from trainer.faults.judging import EVALUATION, LOADING, Hang, Report, Standing, find_hang
+from trainer.faults.judging import EVALUATION, LOADING, SILENT_TICKS, Hang, Report, Standing, find_hang
 from trainer.faults.links import Links
 from trainer.faults.neighbours import Neighbours, introduce
 from trainer.faults.stacks import (
@@ -50,6 +50,7 @@ class _Death(NamedTuple):
     """A death that is known, and until when another rank's last words still come before it."""
 
     until: float
+    kind: str  # of `Fault`
     message: str
     report: Report
 
@@ -216,7 +217,7 @@ class Watch:
             self._say(self._words.popleft())
         for rank, death in sorted(self._deaths.items(), key=lambda item: item[1].until)[:1]:  # the first one counts
             if monotonic() >= death.until:
-                self._decide(self._fault_of(rank, "lost", death.message, death.report, is_late=True))
+                self._decide(self._fault_of(rank, death.kind, death.message, death.report, is_late=True))
 
     def _restart_clocks(self, now: float) -> None:
         """Forgets how long all have been silent: this process, or the whole machine, was stopped or busy itself."""
@@ -297,10 +298,12 @@ class Watch:
         # A rank that has not reported since it connected may have said goodbye before it knew that it was connected.
         if self._fault is not None or standing is None:
             return
+        age = monotonic() - standing.heard
         if how == "closed":
-            age = monotonic() - standing.heard
             message = f"the process ended without a word, {age:.1f} s after its last report"
-            self._deaths[rank] = _Death(monotonic() + _GRACE, message, standing.report)
+            # A rank 0 that was silent was ended by a neighbour who has found that out a moment before this one.
+            is_hang = rank == 0 and self._hang_seconds is not None and age > SILENT_TICKS * self._tick
+            self._deaths[rank] = _Death(monotonic() + _GRACE, "hang" if is_hang else "lost", message, standing.report)
         else:
             logger.warning("the connection of rank %d to rank 0's watch broke: it is not watched any more", rank)
 
@@ -314,7 +317,7 @@ class Watch:
             message += f": {state or unknown}"
         unknown_ranks = sorted(set(range(self._num_ranks)).difference(standings)) if self._rank == 0 else []
         if unknown_ranks:
-            message += f"; nothing is known of ranks {', '.join(map(str, unknown_ranks))}"
+            message += f"; nothing is known of ranks {', '.join(map(str, unknown_ranks[:8]))}{', ...' if len(unknown_ranks) > 8 else ''}"
         return self._fault_of(hang.rank, "hang", message, standings[hang.rank].report, is_late=bool(hang.silent))
 
     def _fault_of(self, rank: int, kind: str, message: str, report: Report, is_late: bool) -> Fault:
@@ -382,7 +385,7 @@ class Watch:
             self._on_end(fault)
 
     def _describe_end(self, fault: Fault, report: Report, feed: Sequence[str]) -> str:
-        place = f"it is in '{report.place}' for {report.idle:.1f} s"
+        place = f"it has been in '{report.place}' for {report.idle:.1f} s"
         place += f", step {report.step}" if report.step is not None else ""
         place += f", samples {', '.join(map(str, report.samples))}" if report.samples else ""
         return f"the job ends: {fault}\n{place}\n" + "".join(f"feed: {text}\n" for text in feed)

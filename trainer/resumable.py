@@ -1,0 +1,233 @@
+"""Saving and restoring a run: what its state is, when a checkpoint is due, and the way back from one.
+
+Owns what `trainer.checkpoint` is told. How a checkpoint is written and read is there; the loop is `trainer.loop`.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from torch import nn
+from torch.optim import Optimizer
+
+from trainer.agreement import Decisions
+from trainer.assembly import Assembly
+from trainer.checkpoint.compatibility import check_resumable
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.manifest import Manifest, Progress
+from trainer.checkpoint.reading import Checkpoint
+from trainer.checkpoint.state import Parts, State
+from trainer.checkpoint.writing import SaveFailed, Saver
+from trainer.config_values import Interval, Minutes
+from trainer.data.feed import MicroBatch
+from trainer.ema import Ema
+from trainer.errors import UserError
+from trainer.faults.fault import Fault
+from trainer.faults.lookout import Lookout
+from trainer.faults.numbers import NumberGuard, bad_step_report
+from trainer.faults.stopping import StopRequests
+from trainer.goodput import Ledger
+from trainer.random_state import generator_states, restore_generators
+from trainer.reporting import Reporter
+from trainer.telemetry import Clock
+from trainer.window import Window
+
+logger = logging.getLogger("lockstep")
+
+_WITHIN_A_STEP = ("loading a batch", "forward", "backward", "optimizer")
+
+
+class Resumable(Assembly):
+    """A run that can be saved and restored; `trainer.loop.Trainer` fills in its parts."""
+
+    clock: Clock
+    progress: Progress
+    model: nn.Module  # as wrapped for this world
+    optimizer: Optimizer
+    ema: Ema | None
+    numbers: NumberGuard
+    checkpoints: CheckpointFolder
+    saver: Saver
+    decisions: Decisions
+    stop_requests: StopRequests
+    ledger: Ledger | None  # on rank 0, where it trains
+    lookout: Lookout | None  # where it trains
+    reporter: Reporter | None  # on rank 0, once the run has started
+    window: Window
+    first_step: int  # of this attempt
+
+    # ---- when ---------------------------------------------------------------------------------------------
+
+    def due(self, every: Interval) -> bool:
+        """Tells whether something is due after the current step; at the end of training everything is."""
+        step = self.progress.step
+        return step % every.steps(self.plan.steps_per_epoch) == 0 or step == self.total_steps
+
+    def save_due(self) -> bool:
+        """Tells whether a checkpoint is due after the current step, by its number."""
+        every = self.config.checkpoint.every
+        return self.progress.step == self.total_steps if isinstance(every, Minutes) else self.due(every)
+
+    def is_kept_for_good(self, step: int) -> bool:
+        every = self.config.checkpoint.keep_every
+        return every is not None and step % every.steps(self.plan.steps_per_epoch) == 0
+
+    # ---- what ---------------------------------------------------------------------------------------------
+
+    def _parts(self) -> Parts:
+        generators = generator_states(self.runtime.device)
+        return Parts(
+            model=self.bare_model,
+            optimizer=self.bare_optimizer,
+            averages=self.ema.averages if self.ema is not None else None,
+            scaler=self.runtime.scaler,
+            own={
+                **{f"generator.{name}": state for name, state in generators.items()},
+                **{f"window.{name}": value for name, value in self.window.totals().items()},
+                **{f"guard.{name}": value for name, value in self.numbers.state().items()},
+            },
+            rank=self.runtime.rank,
+            num_ranks=self.runtime.num_ranks,
+        )
+
+    def state(self) -> State:
+        # Ranks' BatchNorm statistics are their own until the next step, and the planner lets any rank write them.
+        self.runtime.broadcast_buffers(self.bare_model)
+        return self._parts().collect()
+
+    # ---- there and back -----------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Saves the current step behind the training; every rank calls it."""
+        self.at("saving a checkpoint")
+        if self.numbers.policy == "skip":
+            self.count_bad_steps()
+        if self.ledger is not None:
+            self.ledger.saved(self.saver.saved_step)
+            self.ledger.update(self.progress.step, *self.times(), saves=True)
+        with self.clock.phase("checkpoint"):
+            state = self.state()
+            manifest = Manifest(
+                progress=self.progress,
+                config=self.config.model_dump(mode="json"),
+                num_samples=self.plan.num_samples,
+                num_ranks=self.runtime.num_ranks,
+                values=state.values,
+                tensors={},
+                files={},
+            )
+            self.saver.save(state, manifest)
+
+    def has_time_to_save(self) -> bool:
+        """Tells whether a save fits into what is left of `faults.grace`, on the rank that has the least left."""
+        if self.saver.saved_step in (None, self.progress.step):
+            return True
+        left = self.config.faults.grace.seconds - self.stop_requests.seconds_ago()
+        if all(self.runtime.gather(self.saver.statistics.longest_seconds <= left)):
+            return True
+        logger.warning(
+            "no checkpoint of step %d, that of step %d stands: saves take up to %.1f s, and faults.grace leaves %.1f s",
+            self.progress.step,
+            self.saver.saved_step,
+            self.saver.statistics.longest_seconds,
+            max(left, 0.0),
+        )
+        return False
+
+    def wait_for_the_last_save(self, must_be_there: bool) -> None:
+        with self.clock.phase("checkpoint"):
+            self.saver.wait()
+        if self.saver.saved_step != self.progress.step:
+            self.save()  # once more: what failed may have passed
+            with self.clock.phase("checkpoint"):
+                self.saver.wait()
+        if self.saver.saved_step is None or (must_be_there and self.saver.saved_step != self.progress.step):
+            why = "; ".join(self.saver.failures[-1:])
+            raise SaveFailed(f"the last step, {self.progress.step}, could not be saved: {why}")
+
+    def restore(self) -> None:
+        """Continues from the newest checkpoint that is good, if the run has one.
+
+        Raises:
+            UserError: no checkpoint is good, it is of another run or model, or may not be resumed.
+        """
+        self.at("restoring a checkpoint")
+        with self.clock.phase("startup"):
+            if self.config.checkpoint.resume == "never" and self.runtime.from_main(self.checkpoints.steps):
+                message = f"'{self.checkpoints.location}' already holds a run; choose another run.dir"
+                raise UserError(message, path="checkpoint.resume", agreed=True)
+            checkpoint = self.checkpoints.choose(self.runtime)
+            if checkpoint is None:
+                return
+            manifest = checkpoint.manifest
+            changes = self.runtime.agree(
+                lambda: check_resumable(manifest.config, manifest.num_samples, self.config, self.plan.num_samples)
+            )
+            self.load(checkpoint)
+            self.saver.saved_step = checkpoint.step
+        logger.info("continuing from step %d of %s", self.progress.step, self.folder.path)
+        for change in changes.allowed:
+            logger.info("changed    %s", change)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Loads a verified checkpoint into model, optimizer, generators and progress; all ranks call it together.
+
+        Raises:
+            UserError: it is of another model or optimizer.
+        """
+        # What the config says of the optimizer wins over what the checkpoint remembers.
+        set_here = {"lr", "weight_decay", "fused", "foreach", *self.config.optim.args}
+        own = self._parts().restore(checkpoint, self.runtime.host_group, set_here)
+        num_ranks = checkpoint.manifest.num_ranks
+        if num_ranks == self.runtime.num_ranks:
+            prefix = "generator."
+            generators = {name.removeprefix(prefix): state for name, state in own.items() if name.startswith(prefix)}
+            restore_generators(generators, self.runtime.device)
+        else:
+            logger.info("written by %d processes, read by %d", num_ranks, self.runtime.num_ranks)
+        self.window.load(own["window.loss_sum"], own["window.num_samples"])
+        prefix = "guard."
+        self.numbers.load({k.removeprefix(prefix): v for k, v in own.items() if k.startswith(prefix)})
+        progress = checkpoint.manifest.progress
+        if progress.best_of != self.best_of:  # values of another metric do not compare
+            progress.best_step = progress.best_value = None
+        self.progress = progress
+
+    # ---- steps whose numbers are wrong ----------------------------------------------------------------------
+
+    def count_bad_steps(self) -> None:
+        """Counts the steps that were left out. All ranks know the same ones once the device has done its work."""
+        self.numbers.settle()
+        if self.numbers.found:
+            self.progress.bad_steps += len(self.note_bad_steps())
+
+    def note_bad_steps(self) -> list[Fault]:
+        """Writes down which steps are known to be bad, and with which samples; returns them, oldest first."""
+        mine = [(bad, self.sampler.share(bad.step)[1]) for bad in self.numbers.found]
+        by_rank = self.runtime.gather(mine)
+        self.numbers.found.clear()
+        faults = []
+        for step in sorted({bad.step for seen in by_rank for bad, _ in seen}):
+            seen_by = [next((found for found in seen if found[0].step == step), None) for seen in by_rank]
+            fault, record = bad_step_report(seen_by)
+            faults.append(fault)
+            if self.reporter is not None:
+                self.reporter.bad_step(fault, record)
+        return faults
+
+    # ---- where this rank is ---------------------------------------------------------------------------------
+
+    def at(self, place: str, batch: MicroBatch | None = None) -> None:
+        """Says where this rank is."""
+        if self.lookout is not None:
+            step = self.progress.step + (place in _WITHIN_A_STEP)
+            self.lookout.at(place, step, batch, is_first=self.progress.step == self.first_step)
+
+    def beat(self) -> None:
+        if self.lookout is not None:
+            self.lookout.watch.beat()
+
+    def times(self) -> tuple[dict[str, float], float, int]:
+        """Returns what the ledger wants to know of this attempt."""
+        left_out = self.progress.skipped_steps + self.progress.bad_steps
+        return self.clock.split(), self.feed.data_wait_seconds, left_out

@@ -71,7 +71,7 @@ class Settings:
         overrides: the user's.
         processes: None for one per GPU, or one where there is no GPU.
         minutes: of faults, from the first step on.
-        every: seconds between two faults, on average.
+        every: seconds between two faults in which the run is there, on average.
         seed: of the faults.
         folder: for both runs, the plans and the report.
         hang_timeout: seconds, in place of faults.hang_timeout.
@@ -116,8 +116,8 @@ def draw_events(seed: int, seconds: float, every: float, processes: int) -> list
 
     Args:
         seed: which ones.
-        seconds: after which there are no more.
-        every: seconds between two, on average.
+        seconds: for which there are to be enough of them.
+        every: seconds between two, on average, not counting those in which the run is not there.
         processes: ranks.
     """
     choice = random.Random(seed)
@@ -127,8 +127,7 @@ def draw_events(seed: int, seconds: float, every: float, processes: int) -> list
         kinds += ["kill-all", "stop"]
     events: list[Event] = []
     bag: list[str] = []
-    at = every * choice.uniform(0.5, 1.5)
-    while at < seconds:
+    while sum(event.after_seconds or 0 for event in events) < seconds:
         bag = bag or choice.sample(kinds, len(kinds))
         action = bag.pop()
         events.append(
@@ -136,12 +135,12 @@ def draw_events(seed: int, seconds: float, every: float, processes: int) -> list
                 action,
                 rank=choice.randrange(processes),
                 place=choice.choice(_PLACES),
-                after_seconds=round(at, 3),
+                after_seconds=round(every * choice.uniform(0.5, 1.5), 3),
+                in_turn=True,  # what is due while the run is down must not all come at once when it is back
                 seconds=round(min(_MOST_DELAY, every / 4) * choice.uniform(0.2, 1), 3) if action == "delay" else 0.0,
                 times=choice.randint(1, 3) if action == "delay" else 1,
             )
         )
-        at += every * choice.uniform(0.5, 1.5)
     return events
 
 
@@ -209,7 +208,8 @@ def _suffer(settings: Settings, config: Config, report: Report) -> None:
     plan, seconds = settings.folder / _PLAN, 60 * settings.minutes
     events = draw_events(settings.seed, seconds, settings.every, report.processes)
     write_plan(plan, settings.run_dir(CHAOS), events, seconds_valid=seconds + _EXTRA_VALID)
-    logger.info("%d faults in %g minutes, on %d processes", len(events), settings.minutes, report.processes)
+    message = "faults for %g minutes, about %g s after one another, on %d processes"
+    logger.info(message, settings.minutes, settings.every, report.processes)
     began = time.time()
     job, follower = _Job(settings, config, CHAOS, plan), _Follower(plan, report.faults)
     while (code := job.code()) is None and follower.seconds() < seconds:
@@ -219,7 +219,6 @@ def _suffer(settings: Settings, config: Config, report: Report) -> None:
             raise _Failed(f"{report.faults[-1]}, and the job has not come back for {follower.silence():.0f} s")
     follower.look()
     report.minutes = follower.seconds() / 60
-    report.num_planned = sum((event.after_seconds or 0) < follower.seconds() for event in events)
     if code is None:
         logger.info("asking the job to stop")
         code = job.stop(config.faults.grace.seconds + settings.hang_timeout + _STOP_SECONDS)
@@ -233,23 +232,23 @@ def _suffer(settings: Settings, config: Config, report: Report) -> None:
         step = _newest_step(settings.run_dir(CHAOS)) + _LAST_STEPS
         logger.info("starting it for the last time, up to step %d", step)
         plan = _run_up_to(step, settings, config, CHAOS)
-        follower.last_start(read_notes(starts_file(plan))[0]["step"])
-    at_the_end = _told(settings.run_dir(CHAOS), began)
-    if told["status"] not in ("stopped", "finished"):  # the end came before the job had begun again
-        told = at_the_end
-    report.runs[CHAOS] = {**told, "step": at_the_end["step"]}  # with the goodput of before the last start
+        for start in read_notes(starts_file(plan)):  # none where the end had been reached already
+            follower.last_start(start["step"])
+    # With the goodput of before the last start, unless the job was asked to stop before it had begun again.
+    had_begun = told["status"] in ("stopped", "finished")
+    report.runs[CHAOS] = told if had_begun else _told(settings.run_dir(CHAOS), began)
 
 
 def _compare(settings: Settings, config: Config, report: Report) -> None:
     """Runs the job in peace up to the same step, and compares."""
-    step = report.step = report.runs[CHAOS]["step"]
+    ours, theirs = (settings.run_dir(name) for name in (CHAOS, QUIET))
+    step = report.step = _newest_step(ours)
     logger.info("the same in peace, up to step %d", step)
     began = time.time()
     _run_up_to(step, settings, config, QUIET)
-    report.runs[QUIET] = _told(settings.run_dir(QUIET), began)
-    if report.runs[QUIET]["step"] != step:
-        raise _Failed(f"the job in peace ended with step {report.runs[QUIET]['step']} instead of {step}")
-    ours, theirs = (settings.run_dir(name) for name in (CHAOS, QUIET))
+    report.runs[QUIET] = _told(theirs, began)
+    if (other := _newest_step(theirs)) != step:
+        raise _Failed(f"the job in peace ended with step {other} instead of {step}")
     report.differences = [
         *checkpoint_differences(*(_checkpoints(run_dir).open(step) for run_dir in (ours, theirs))),
         *logged_differences(ours / "metrics.jsonl", theirs / "metrics.jsonl"),
@@ -287,7 +286,7 @@ def _told(run_dir: Path, began: float) -> dict[str, Any]:
     """Returns what a run says of itself, and its seconds since it began."""
     file = run_dir / "summary.json"
     summary = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    keys = ("status", "step", "goodput", "goodput_seconds", "num_attempts")
+    keys = ("status", "goodput", "goodput_seconds", "num_attempts")
     return {"seconds": round(time.time() - began, 3), **{key: summary.get(key) for key in keys}}
 
 
@@ -372,26 +371,27 @@ class _Follower:
         notes = read_notes(done_file(self._plan))[len(self._faults) :]
         for note in sorted([*starts, *notes], key=lambda note: note["time"]):
             if "action" in note:
-                fault = Suffered(*(note[key] for key in ("action", "rank", "step", "place", "time")))
+                fault = Suffered(*(note[key] for key in ("action", "rank", "step", "place", "time", "attempt")))
                 self._faults.append(fault)
                 self._tell(fault.time, str(fault))
             else:
                 self._num_starts += 1
-                self._start(note["step"], note["time"])
+                self._start(note["step"], note["time"], note["attempt"])
 
     def last_start(self, step: int) -> None:
         """Takes in from where the attempt after the last fault went on. When it did is our doing."""
         for fault in self._open():
             fault.lose(step)
 
-    def _start(self, step: int, now: float) -> None:
+    def _start(self, step: int, now: float, attempt: str) -> None:
         if self._began is None:
             self._began = now
             logger.info("training begins")
             return
         for fault in self._open():
-            fault.lose(step)
-            fault.back_after = round(now - fault.time, 3)
+            if fault.attempt != attempt:
+                fault.lose(step)
+                fault.back_after = round(now - fault.time, 3)
         self._tell(now, f"training goes on with step {step}")
 
     def _open(self) -> list[Suffered]:

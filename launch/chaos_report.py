@@ -32,6 +32,7 @@ class Suffered:
         step: that was being made.
         place: what it was doing.
         time: seconds since 1970.
+        attempt: what tells it from others.
         back_after: seconds until the next attempt began its first step; None where none had to, or the end came first.
         steps_again: steps that had to be made once more.
     """
@@ -41,6 +42,7 @@ class Suffered:
     step: int
     place: str
     time: float
+    attempt: str
     back_after: float | None = None
     steps_again: int = 0
 
@@ -72,7 +74,6 @@ class Report:
         problem: why there is no comparison.
         differences: in a few words each.
         faults: in order.
-        num_planned: faults that were to happen in that time.
         runs: of `chaos` and `quiet`: seconds, and from their summaries goodput, where the time went, attempts.
     """
 
@@ -85,7 +86,6 @@ class Report:
     problem: str | None = None
     differences: list[str] = field(default_factory=list)
     faults: list[Suffered] = field(default_factory=list)
-    num_planned: int = 0
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> str:

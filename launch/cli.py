@@ -95,7 +95,9 @@ def _chaos(arguments: Sequence[str]) -> int:
     add_config_arguments(parser)
     parser.add_argument("--processes", type=int, metavar="N", help="default: one per GPU, or one on the CPU")
     parser.add_argument("--minutes", type=float, default=10.0, metavar="M", help="of faults (default: 10)")
-    parser.add_argument("--every", type=float, default=60.0, metavar="SECONDS", help="between faults (default: 60)")
+    parser.add_argument(
+        "--every", type=float, default=60.0, metavar="SECONDS", help="between faults, on average (default: 60)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the faults (default: 0)")
     parser.add_argument("--hang-timeout", type=float, default=20.0, metavar="SECONDS", help="default: 20")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="for both runs (default: runs/<run.name>-chaos)")
@@ -107,6 +109,8 @@ def _chaos(arguments: Sequence[str]) -> int:
         value = getattr(options, name)
         if not 0 < value <= most:
             parser.error(f"--{name.replace('_', '-')} must be more than 0 and at most {most} (got {value:g})")
+    if options.json is not None and not options.json.parent.is_dir():
+        parser.error(f"--json {options.json}: there is no such folder")
     config = load_config(options.config, options.overrides)
     from launch import chaos  # imports torch
 

@@ -34,7 +34,7 @@ def run(command: list[str], cwd: Path, timeout: float = TIMEOUT, **variables: st
 def local(config: Path, processes: int, *overrides: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Runs `python -m launch local` in the config's folder."""
     arguments = ["--config", str(config), "--processes", str(processes), *overrides]
-    return run([sys.executable, "-m", "launch", "local", *arguments], config.parent, **variables)
+    return run([sys.executable, "-m", "launch", "local", *arguments], config.parent, TIMEOUT, **variables)
 
 
 def on_processes(count: int, script: str, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from conftest import REPOSITORY, WriteConfig
 from launching import Job, alive, local, run
 
@@ -72,10 +73,12 @@ def test_two_shrinking_processes_start_again_by_themselves(write_config: WriteCo
     assert "micro_batch_size: null" in (tmp_path / "run" / "config.yaml").read_text()
 
 
-def test_one_shrinking_process_starts_again_by_itself(write_config: WriteConfig, tmp_path: Path) -> None:
-    done = local(hungry(write_config, {"limit": 6, "after": 6}, memory={"on_oom": "shrink"}), 1)
+def test_a_shrinking_process_costs_no_restart(write_config: WriteConfig, tmp_path: Path) -> None:
+    shrinking = {"memory": {"on_oom": "shrink"}, "launch__max_restarts": 1}
+    done = local(hungry(write_config, {"limit": 6, "after": 6}, **shrinking), 1)
     assert done.returncode == 0, done.stderr
     assert "starting again with train.micro_batch_size 6 instead of 12" in done.stdout
+    assert "restarting" not in done.stdout
     assert "continuing from step 5 " in done.stdout
     assert summary(tmp_path / "run")["status"] == "finished"
 
@@ -83,8 +86,7 @@ def test_one_shrinking_process_starts_again_by_itself(write_config: WriteConfig,
 def test_torchrun_starts_again_with_less(write_config: WriteConfig, tmp_path: Path) -> None:
     config = hungry(write_config, {"limit": 4, "rank": 1}, memory={"on_oom": "shrink"})
     command = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--max-restarts", "1", str(REPOSITORY / "train.py")]
-    # Without the variable the new ranks find the old ones' addresses in torchrun's store, whatever they run.
-    done = run([*command, "--config", str(config)], tmp_path, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    done = run([*command, "--config", str(config)], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "train.micro_batch_size: 3 instead of 6, which ran out of memory at step 1" in done.stdout
     assert summary(tmp_path / "run")["status"] == "finished"
@@ -104,12 +106,15 @@ def long_run(write_config: WriteConfig) -> Path:
     )
 
 
-def test_a_stop_signal_reaches_one_shrinking_process(write_config: WriteConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "to_group"), [(signal.SIGINT, True), (signal.SIGUSR1, False)])
+def test_a_stop_signal_reaches_one_shrinking_process(
+    number: signal.Signals, to_group: bool, write_config: WriteConfig, tmp_path: Path
+) -> None:
     job = Job([*LAUNCH, "--config", str(long_run(write_config)), "--processes", "1"], tmp_path)
     job.wait_for(lambda output: "step 40/" in output)
     family = job.family()
     assert family
-    job.signal(signal.SIGINT, group=True)  # Ctrl-C in a terminal
+    job.signal(number, group=to_group)  # Ctrl-C in a terminal, or what a cluster sends
     assert job.end() == 75, job.output()
     assert alive(family) == []
     assert summary(tmp_path / "run")["status"] == "stopped"

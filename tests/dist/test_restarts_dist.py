@@ -129,15 +129,6 @@ def test_ranks_do_not_outlive_a_killed_launcher(write_config: WriteConfig, tmp_p
     assert alive(family, within=5) == []
 
 
-def test_a_single_process_is_sent_on_every_signal(write_config: WriteConfig, tmp_path: Path) -> None:
-    """Also where the launcher runs it without torch's agent."""
-    job = launch(restarting(write_config, 0, memory__on_oom="shrink"), 1)
-    job.wait_for(lambda output: reached(20) in output)
-    job.signal(signal.SIGUSR1)
-    assert job.end() == 75, job.output()
-    assert summary(tmp_path / "run")["status"] == "stopped"
-
-
 def test_bad_input_is_not_tried_again(write_config: WriteConfig) -> None:
     config = restarting(write_config, 2, data__train={"name": "vectors:MissingFile", "args": {"length": 60}})
     done = local(config, 2)

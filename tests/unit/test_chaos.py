@@ -19,12 +19,10 @@ from trainer.config import load_config
 
 def test_every_kind_of_fault_comes_before_any_comes_again() -> None:
     events = draw_events(seed=3, seconds=600, every=10, processes=2)
-    assert 45 <= len(events) <= 75
+    assert 50 <= len(events) <= 70
     for i in range(0, 42, 6):
         assert len({event.action for event in events[i : i + 6]}) == 6
-    at = [event.after_seconds or 0 for event in events]
-    assert at == sorted(at)
-    assert at[-1] < 600
+    assert all(event.in_turn and event.after_seconds and 5 <= event.after_seconds <= 15 for event in events)
     assert {event.rank for event in events} == {0, 1}
     assert len({event.place for event in events}) == 5
     assert all((event.seconds > 0) == (event.action == "delay") for event in events)
@@ -59,6 +57,7 @@ def test_the_user_s_own_run_is_out_of_reach(write_config: WriteConfig, tmp_path:
         (["--minutes", "0"], "--minutes must be more than 0"),
         (["--every", "-1"], "--every must be more than 0"),
         (["--processes", "0"], "--processes must be at least 1"),
+        (["--json", "nowhere/report.json"], "there is no such folder"),
         (["--folder", "taken"], "it holds something else"),
         (["--folder", "."], "it holds something else"),
         (["optim.lr=fast"], "optim.lr"),
@@ -89,9 +88,9 @@ def test_bad_usage(
 
 def test_the_table() -> None:
     faults = [
-        Suffered("kill", 0, 7, "forward", 100.0, back_after=9.0, steps_again=2),
-        Suffered("delay", 1, 9, "optimizer", 150.0),
-        Suffered("kill", 1, 12, "exchange of decisions", 200.0, back_after=11.0, steps_again=5),
+        Suffered("kill", 0, 7, "forward", 100.0, "a", back_after=9.0, steps_again=2),
+        Suffered("delay", 1, 9, "optimizer", 150.0, "b"),
+        Suffered("kill", 1, 12, "exchange of decisions", 200.0, "c", back_after=11.0, steps_again=5),
     ]
     for fault, again in zip(faults, [2, 0, 5], strict=True):
         fault.steps_again = 0

@@ -124,6 +124,7 @@ def test_a_missing_or_broken_plan_starts_nothing(run_dir: Path, plan: Path) -> N
         ({"action": "kil"}, "there is no action 'kil'; did you mean 'kill'?"),
         ({"action": "kill", "place": "bakward"}, "there is no place 'bakward'; did you mean 'backward'?"),
         ({"action": "nan", "place": "forward"}, "'nan' takes no place"),
+        ({"action": "kill", "in_turn": True}, "an event in turn needs after_seconds"),
         ({"action": "stop-at"}, "'stop-at' and an event that repeats need a step"),
         ({"action": "kill", "stp": 3}, "an event has no 'stp'; did you mean 'step'?"),
         ({"action": "kill", "step": 0}, "step and times at least 1"),
@@ -216,7 +217,7 @@ def test_waits_for_its_time(run_dir: Path, plan: Path, monkeypatch: pytest.Monke
     second.at(STEP, 1)
     first.at(STEP, 1)
     (start,) = read_notes(starts_file(plan))
-    assert start == {"step": 1, "time": now + 100, "pid": os.getpid()}
+    assert start == {"step": 1, "time": now + 100, "attempt": str(os.getpid())}
     monkeypatch.setattr(time, "time", lambda: now + 111)
     first.at(STEP, 2)
     with pytest.raises(RuntimeError, match="injected"):
@@ -226,6 +227,39 @@ def test_waits_for_its_time(run_dir: Path, plan: Path, monkeypatch: pytest.Monke
     with pytest.raises(RuntimeError, match="injected"):
         again.at(STEP, 2)
     assert [start["step"] for start in read_notes(starts_file(plan))] == [1, 2]
+
+
+def test_waits_for_its_turn(run_dir: Path, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000 + time.time()
+
+    def at(seconds: float) -> None:
+        monkeypatch.setattr(time, "time", lambda: now + seconds)
+
+    at(0)
+    turns = [Event("raise", rank=r, after_seconds=s, in_turn=True) for r, s in ((1, 10), (0, 5), (1, 5))]
+    write_plan(plan, run_dir, turns)
+    first, second = injector(run_dir), injector(run_dir, rank=1)
+    for rank in (first, second):
+        rank.at(STEP, 1)
+    at(20)
+    first.at(STEP, 2)
+    with pytest.raises(RuntimeError, match="injected"):
+        second.at(STEP, 2)
+    at(24)
+    first.at(STEP, 3)
+    again = [injector(run_dir), injector(run_dir, rank=1)]
+    at(100)
+    for rank in again:  # what was due is not due at once
+        rank.at(STEP, 2)
+    at(105)
+    again[1].at(STEP, 3)  # not its turn
+    with pytest.raises(RuntimeError, match="injected"):
+        again[0].at(STEP, 3)
+    at(109)
+    again[1].at(STEP, 4)
+    at(110)
+    with pytest.raises(RuntimeError, match="injected"):
+        again[1].at(STEP, 5)
 
 
 def test_delays_steps_in_a_row(run_dir: Path, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,8 +44,9 @@ class Board:
             return
         if len(samples) > MOST_SAMPLES:
             samples = samples[:MOST_SAMPLES]
-        ids = samples.tobytes() if isinstance(samples, np.ndarray) else array("q", samples).tobytes()
-        data = _HEAD.pack(_NO_STEP if step is None else step, len(samples), place.encode()) + ids
+        data = _HEAD.pack(_NO_STEP if step is None else step, len(samples), place.encode())
+        if len(samples):
+            data += samples.tobytes() if isinstance(samples, np.ndarray) else array("q", samples).tobytes()
         self._memory[: len(data)] = data  # at once: nothing comes between the parts
 
     def close(self) -> None:

@@ -25,6 +25,8 @@ from trainer.faults.plan import ACTIONS, SPIKE_FACTOR, VARIABLE, WITHOUT_PLACE, 
 if TYPE_CHECKING:
     import torch
 
+    from trainer.checkpoint.reading import Checkpoint
+
 logger = logging.getLogger("lockstep")
 
 
@@ -50,8 +52,10 @@ class Injector:
         self._first: dict[int, int] = {}  # event -> the step at which it began to happen, in this attempt
         self._latest: dict[int, int] = {}  # event -> the step at which it happened last, in this attempt
         self._step = -1
-        self._begun_at: float | None = None  # when the first step under this plan was begun
-        self._has_noted_start = False
+        self._in_turn = [i for i, event in enumerate(plan.events) if event.in_turn]
+        self._turn: tuple[int | None, float] = (None, 0.0)  # the event whose turn it is, and from when its time counts
+        self._plan_begun_at: float | None = None  # when the first step under this plan was begun
+        self._attempt_begun_at: float | None = None  # when this rank began its first step
 
     @classmethod
     def from_environment(cls, run_dir: Path, rank: int) -> Injector | None:
@@ -95,10 +99,8 @@ class Injector:
         if step != self._step or place == "restoring a checkpoint":  # a step that is made again is another one
             self._latest = {i: latest for i, latest in self._latest.items() if not self.plan.events[i].repeats}
             self._step = step
-        if place == LOADING and not self._has_noted_start:
-            self._has_noted_start = True
-            if self.rank == 0:
-                plans.note(plans.starts_file(self.file), {"step": step, "time": time.time(), "pid": os.getpid()})
+        if place == LOADING:
+            self._begin_step(step)
         for index, event in self._mine:
             here = event.action not in WITHOUT_PLACE and (event.place or LOADING) == place
             if not here or not self._is_due(index, event, step):
@@ -159,14 +161,30 @@ class Injector:
             return first <= step < first + event.times and time.time() < self.plan.until
         if event.step is not None and step < event.step:
             return False
-        return time.time() < self.plan.until and (event.after_seconds is None or self._seconds() >= event.after_seconds)
+        begun_at = self._plan_begun_at
+        if event.in_turn:
+            turn, begun_at = self._turn
+            if turn != index:
+                return False
+        now = time.time()
+        is_time = event.after_seconds is None or (begun_at is not None and now >= begun_at + event.after_seconds)
+        return is_time and now < self.plan.until
 
-    def _seconds(self) -> float:
-        """Returns the seconds since the first step under this plan was begun, in whichever attempt that was."""
-        if self._begun_at is None:
+    def _begin_step(self, step: int) -> None:
+        """Notes when the attempt began, and finds out what other ranks have done meanwhile."""
+        now = time.time()
+        if self._attempt_begun_at is None:
+            self._attempt_begun_at = now
+            if self.rank == 0:
+                plans.note(plans.starts_file(self.file), {"step": step, "time": now, "attempt": _attempt()})
+        if self._plan_begun_at is None:  # in whichever attempt that was; rank 0 says so
             starts = plans.read_notes(plans.starts_file(self.file))
-            self._begun_at = starts[0]["time"] if starts else None
-        return -1.0 if self._begun_at is None else time.time() - self._begun_at
+            self._plan_begun_at = starts[0]["time"] if starts else None
+        if self._in_turn:
+            done = {note["event"]: note["time"] for note in plans.read_notes(plans.done_file(self.file))}
+            turn = next((i for i in self._in_turn if i not in done), None)
+            before = max((done[i] for i in self._in_turn if i in done), default=0.0)
+            self._turn = turn, max(before, self._attempt_begun_at)
 
     def _note(self, index: int, event: Event, step: int, place: str) -> None:
         is_new = index not in self._first and (event.repeats or index not in self._happened)
@@ -174,7 +192,7 @@ class Injector:
         self._latest[index] = step
         if is_new:
             what = {"event": index, "action": event.action, "rank": self.rank, "step": step, "place": place}
-            plans.note(plans.done_file(self.file), {**what, "time": time.time()})
+            plans.note(plans.done_file(self.file), {**what, "time": time.time(), "attempt": _attempt()})
             logger.warning("rank %d, step %d (%s): injected: %s", self.rank, step, place, ACTIONS[event.action])
 
     def _deed(self, event: Event) -> Callable[[], None] | None:
@@ -196,6 +214,12 @@ class Injector:
         if kind == "delay":
             return lambda: time.sleep(event.seconds)
         return _SIMPLE[kind]
+
+
+def _attempt() -> str:
+    """Returns what all ranks of an attempt have in common, and no other attempt."""
+    agent = os.environ.get("TORCHELASTIC_RUN_ID")
+    return str(os.getpid()) if agent is None else f"{agent}/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
 
 
 # ---- the deeds --------------------------------------------------------------------------------------------
@@ -290,20 +314,25 @@ def _loader_worker() -> int | None:
 
 
 def _file_of_newest_checkpoint(folder: Path) -> Path | None:
-    """Returns the tensors' file of the newest checkpoint, if another one is good: a run must have one to go back to."""
+    """Returns a file with tensors of the newest checkpoint, if that is good, and another one to go back to is, too."""
     from trainer.checkpoint.folder import CheckpointFolder
     from trainer.checkpoint.manifest import Damaged
     from trainer.checkpoint.storage import LocalStorage
 
     checkpoints = CheckpointFolder(LocalStorage(folder), keep=1)
-    *older, newest = checkpoints.steps() or [0]
-    for step in reversed(older):
+    good: list[Checkpoint] = []
+    for step in reversed(checkpoints.steps()):
         try:
-            checkpoints.open(step).verify()
-            records = checkpoints.open(newest).manifest.files
+            checkpoint = checkpoints.open(step)
+            checkpoint.verify()
         except Damaged:  # or deleted in this moment
+            if not good:
+                return None
             continue
-        return folder / checkpoints.name(newest) / max(records, key=lambda name: records[name].size)
+        good.append(checkpoint)
+        if len(good) == 2:
+            records = good[0].manifest.files
+            return folder / good[0].name / max(records, key=lambda name: records[name].size)
     return None
 
 

@@ -129,8 +129,13 @@ def find_hang(standings: Mapping[int, Standing], now: float, hang_seconds: float
 def _like(others: Sequence[int]) -> str:
     if not others:
         return ""
-    listed = ", ".join(map(str, others[:8])) + (", ..." if len(others) > 8 else "")
-    return f" (and so for rank{'s' if len(others) > 1 else ''} {listed})"
+    return f" (and so for {name_ranks(others)})"
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """Returns `ranks 1, 2`, however many there are in a few words."""
+    listed = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed}"
 
 
 def _least_far(reports: Mapping[int, Report]) -> set[int]:

@@ -24,6 +24,7 @@ from trainer.faults.watch import Watch
 from trainer.runtime import Runtime
 
 _FIRST_STEP = 5.0  # times `faults.hang_timeout` for a first step, which may compile
+_LONGEST_LEAVE_SECONDS = 60.0  # for a rank that fails by itself, where a tracker or a file system hangs
 _LEAVE_SECONDS = 2.0  # that a main thread gets to begin to leave by itself when the job ends; then twice as long
 
 
@@ -82,11 +83,12 @@ class Lookout:
 
     @contextmanager
     def last_words(self) -> Iterator[None]:
-        """Tells the other ranks of an error in the body."""
+        """Tells the other ranks of an error in the body, before it ends this process."""
         try:
             yield
         except BaseException as error:
             self.tell(error)
+            self.close()
             raise
 
     def tell(self, error: BaseException) -> None:
@@ -109,9 +111,15 @@ class Lookout:
     def leaving(self) -> Iterator[None]:
         """The main thread ends the run in order; if the body takes too long, the process ends without it."""
         self._is_leaving.set()
-        yield
-        self.watch.close()  # which waits for what is being written about the fault
-        self._has_left.set()
+        limit = threading.Timer(_LONGEST_LEAVE_SECONDS, os._exit, [1])
+        limit.daemon = True
+        limit.start()
+        try:
+            yield
+        finally:
+            self.watch.close()  # which waits for what is being written about the fault
+            self._has_left.set()
+            limit.cancel()
 
     def close(self) -> None:
         """Says goodbye to the other ranks' watches."""

@@ -67,6 +67,8 @@ class Event:
             `repeats` the only one. None for any.
         place: one of `PLACES`; None for the beginning of a step. `stop-at` and what happens to numbers take none.
         after_seconds: the earliest it happens, counted from the first step that was begun under this plan.
+        in_turn: only when all such events before it in the plan have happened, with its seconds counted from the last
+            of these, or from the first step of the present attempt if that is later.
         seconds: length of a delay.
         times: in so many steps in a row; of use with a delay and with numbers.
         repeats: whether it happens whenever the run comes to that step, in every attempt, instead of once.
@@ -77,6 +79,7 @@ class Event:
     step: int | None = None
     place: str | None = None
     after_seconds: float | None = None
+    in_turn: bool = False
     seconds: float = 0.0
     times: int = 1
     repeats: bool = False
@@ -91,6 +94,8 @@ class Event:
             return f"'{self.action}' takes no place"
         if self.rank < 0 or self.times < 1 or self.seconds < 0 or (self.step is not None and self.step < 1):
             return "rank and seconds must be at least 0, step and times at least 1"
+        if self.in_turn and (self.after_seconds is None or self.repeats):
+            return "an event in turn needs after_seconds, and does not repeat"
         needs_step = self.repeats or self.action == "stop-at"
         return "'stop-at' and an event that repeats need a step" if needs_step and self.step is None else None
 

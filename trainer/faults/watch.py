@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from trainer.faults.board import MOST_SAMPLES, Board, Position, Samples
 from trainer.faults.fault import Fault
-from trainer.faults.judging import EVALUATION, LOADING, SILENT_TICKS, Hang, Report, Standing, find_hang
+from trainer.faults.judging import EVALUATION, LOADING, SILENT_TICKS, Hang, Report, Standing, find_hang, name_ranks
 from trainer.faults.links import Links
 from trainer.faults.neighbours import Neighbours, introduce
 from trainer.faults.stacks import (
@@ -317,7 +317,7 @@ class Watch:
             message += f": {state or unknown}"
         unknown_ranks = sorted(set(range(self._num_ranks)).difference(standings)) if self._rank == 0 else []
         if unknown_ranks:
-            message += f"; nothing is known of ranks {', '.join(map(str, unknown_ranks[:8]))}{', ...' if len(unknown_ranks) > 8 else ''}"
+            message += f"; nothing is known of {name_ranks(unknown_ranks)}"
         return self._fault_of(hang.rank, "hang", message, standings[hang.rank].report, is_late=bool(hang.silent))
 
     def _fault_of(self, rank: int, kind: str, message: str, report: Report, is_late: bool) -> Fault:

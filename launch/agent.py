@@ -93,7 +93,8 @@ def end_descendants() -> None:
 
 def explain_signal(who: str, number: int) -> str:
     """Returns what to say of a process that died of a signal."""
-    text = f"{who} was ended by {signal.Signals(number).name}"
+    known = {known.value: known.name for known in signal.Signals}  # most real-time signals have no name
+    text = f"{who} was ended by {known.get(number, f'signal {number}')}"
     return f"{text}; {_KILLED}" if number == signal.SIGKILL else text
 
 

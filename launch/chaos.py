@@ -160,8 +160,8 @@ def run(settings: Settings, json_file: Path | None) -> int:
     with _nothing_left_behind():
         code = EXIT_FAILED
         try:
-            _suffer(settings, config, report)
-            _compare(settings, config, report)
+            end = _suffer(settings, config, report)
+            _compare(end, settings, config, report)
             code = EXIT_FINISHED if report.same else EXIT_FAILED
         except _Failed as error:
             report.problem = str(error)
@@ -203,8 +203,8 @@ def _log(settings: Settings, name: str) -> Path:
 # ---- the two runs -----------------------------------------------------------------------------------------
 
 
-def _suffer(settings: Settings, config: Config, report: Report) -> None:
-    """Runs the job under faults, and ends it with a step that it has a checkpoint of."""
+def _suffer(settings: Settings, config: Config, report: Report) -> int | None:
+    """Runs the job under faults. Returns the step that it was ended with; None where it came to its own end."""
     plan, seconds = settings.folder / _PLAN, 60 * settings.minutes
     events = draw_events(settings.seed, seconds, settings.every, report.processes)
     write_plan(plan, settings.run_dir(CHAOS), events, seconds_valid=seconds + _EXTRA_VALID)
@@ -227,6 +227,7 @@ def _suffer(settings: Settings, config: Config, report: Report) -> None:
     elif code not in (EXIT_FINISHED, EXIT_STOPPED):
         raise _Failed(f"the job under faults gave up with exit code {code}: {job.last_words()}")
     told = _told(settings.run_dir(CHAOS), began)
+    step = None
     if code != EXIT_FINISHED:
         # A request to stop that comes while it starts just ends it. From whatever checkpoint there is, it goes on.
         step = _newest_step(settings.run_dir(CHAOS)) + _LAST_STEPS
@@ -237,15 +238,16 @@ def _suffer(settings: Settings, config: Config, report: Report) -> None:
     # With the goodput of before the last start, unless the job was asked to stop before it had begun again.
     had_begun = told["status"] in ("stopped", "finished")
     report.runs[CHAOS] = told if had_begun else _told(settings.run_dir(CHAOS), began)
+    return step
 
 
-def _compare(settings: Settings, config: Config, report: Report) -> None:
-    """Runs the job in peace up to the same step, and compares."""
+def _compare(end: int | None, settings: Settings, config: Config, report: Report) -> None:
+    """Runs the job in peace up to the same step, or to its own end as well, and compares."""
     ours, theirs = (settings.run_dir(name) for name in (CHAOS, QUIET))
     step = report.step = _newest_step(ours)
     logger.info("the same in peace, up to step %d", step)
     began = time.time()
-    _run_up_to(step, settings, config, QUIET)
+    _run_up_to(end, settings, config, QUIET)
     report.runs[QUIET] = _told(theirs, began)
     if (other := _newest_step(theirs)) != step:
         raise _Failed(f"the job in peace ended with step {other} instead of {step}")
@@ -256,14 +258,15 @@ def _compare(settings: Settings, config: Config, report: Report) -> None:
     report.same = not report.differences
 
 
-def _run_up_to(step: int, settings: Settings, config: Config, name: str) -> Path:
-    """Runs a job to its end, or to the end of a step. Returns the plan by which it did.
+def _run_up_to(step: int | None, settings: Settings, config: Config, name: str) -> Path:
+    """Runs a job to its own end, or to the end of a step if that is before. Returns the plan by which it did.
 
     Raises:
         _Failed: it ended otherwise.
     """
     plan = settings.folder / f"{name}-end.json"
-    write_plan(plan, settings.run_dir(name), [Event("stop-at", step=step)], seconds_valid=MOST_SECONDS_VALID)
+    events = [Event("stop-at", step=step)] if step is not None else []
+    write_plan(plan, settings.run_dir(name), events, seconds_valid=MOST_SECONDS_VALID)
     job = _Job(settings, config, name, plan, "launch.max_restarts=0")
     code = job.wait()
     if code not in (EXIT_FINISHED, EXIT_STOPPED):

@@ -16,7 +16,7 @@ from run_results import records, summary
 from trainer.faults.plan import read_notes, starts_file
 
 CHAOS = [sys.executable, "-m", "launch", "chaos", "--processes", "2", "--hang-timeout", "4"]
-SEED = "182"  # with which a rank is killed, and then a checkpoint damaged
+SEED = "1730"  # with which a rank is killed, and then a checkpoint damaged
 TIMEOUT = 500
 NORMED = {"name": "vectors_model:Normed", "args": {"dropout": 0.2}}
 
@@ -39,7 +39,7 @@ def config(write_config: WriteConfig, **changes: Any) -> Path:
 @pytest.mark.timeout(600)
 def test_a_job_under_faults_ends_as_in_peace(write_config: WriteConfig, tmp_path: Path) -> None:
     folder, file = tmp_path / "chaos", tmp_path / "report.json"
-    options = ["--minutes", "0.4", "--every", "6", "--seed", SEED, "--folder", str(folder), "--json", str(file)]
+    options = ["--minutes", "0.4", "--every", "4", "--seed", SEED, "--folder", str(folder), "--json", str(file)]
     done = run([*CHAOS, "--config", str(config(write_config)), *options], tmp_path, TIMEOUT, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(file.read_text())
@@ -74,6 +74,17 @@ def test_a_job_that_does_not_repeat_itself_is_found_out(write_config: WriteConfi
     assert (report["same"], report["faults"], report["problem"]) == (False, [], None)
     for start in ("tensor model.", "tensor optimizer.", "loss of step 1: "):
         assert any(difference.startswith(start) for difference in report["differences"]), start
+
+
+@pytest.mark.timeout(600)
+def test_a_job_that_comes_to_its_own_end(write_config: WriteConfig, tmp_path: Path) -> None:
+    file = config(write_config, train={"steps": 50, "batch_size": 12})
+    command = [*CHAOS, "--processes", "1", "--config", str(file), "--every", "600", "run.name=short"]
+    done = run(command, tmp_path, TIMEOUT, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "runs" / "short-chaos" / "report.json").read_text())
+    assert (report["same"], report["step"], report["processes"]) == (True, 50, 1)
+    assert [told["status"] for told in report["runs"].values()] == ["finished", "finished"]
 
 
 def test_ctrl_c_leaves_nothing_behind(write_config: WriteConfig, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Everything that may go wrong in a week, one after the other, on two and three ranks through the real launcher.
 
-Each case is injected (`trainer.faults.injection`), and for each is measured how long it takes from the deed to the next
-attempt, or to the end of the job. `LOCKSTEP_FAULTS_JSON=FILE` keeps the figures; docs/reliability.md has a table.
+The faults are injected (`trainer.faults.injection`). A start takes seconds, so that many of them befall one job, each
+in a step of its own, and the job goes on after each; what is asserted of each is a test of its own, and at its end the
+job must be bit for bit what it is in peace. `LOCKSTEP_NIGHTLY=1` adds those that are much like others.
+`LOCKSTEP_FAULTS_JSON=FILE` keeps what was measured; docs/reliability.md has a table.
 """
 
 from __future__ import annotations
@@ -16,280 +18,370 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from conftest import WriteConfig
+import yaml
+from conftest import tiny_config
 from launching import Job, alive
 from resuming import assert_same_end
 from run_results import summary
 
-from trainer.faults.fault import read_first
+from trainer.faults.fault import FIRST, Fault
 from trainer.faults.plan import VARIABLE, Event, done_file, read_notes, write_plan
 from trainer.goodput import read_attempts
 
-STEPS, SAVED_EVERY, HANG_SECONDS = 20, 4, 4
+SAVED_EVERY, EVALUATED_EVERY, APART, HANG_SECONDS = 4, 6, 6, 4
+NIGHTLY = bool(os.environ.get("LOCKSTEP_NIGHTLY") or os.environ.get("LOCKSTEP_FAULTS_JSON"))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of fault, and what must come of it.
+    """One fault, and what must come of it.
 
     Args:
         name: for a person.
-        events: what is injected.
+        action: what is injected.
+        rank: into which rank.
         says: found in what the job says.
-        ranks: processes.
-        restarts: `launch.max_restarts`.
-        code: exit code of the job.
-        seconds: the most from the (last) deed to the next attempt, or to the end of the job.
+        place: where; None for the beginning of a step.
+        seconds: the most from the deed to the next attempt, or to the end of the job.
         lost: the most steps that are made again.
-        rank: whom the fault is blamed on; None where nobody is, or nobody says.
-        same: whether the end is that of a run in peace.
-        changes: of the config.
-        aside: damaged checkpoints that are left.
+        blames: whether `first.json` must name that rank.
+        nightly: whether it is left out in a quick run.
+        options: of the event.
     """
 
     name: str
-    events: tuple[Event, ...]
+    action: str
+    rank: int
     says: str
+    place: str | None = None
+    seconds: float = 10.0
+    lost: int = SAVED_EVERY
+    blames: bool = True
+    nightly: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Story:
+    """One job, and all that befalls it.
+
+    Args:
+        name: of the story.
+        cases: in order; each in a step of its own.
+        ranks: processes.
+        restarts: `launch.max_restarts` per case.
+        code: exit code of the job at each case.
+        changes: of the config.
+        same: whether the end is that of a run in peace.
+    """
+
+    name: str
+    cases: tuple[Case, ...]
     ranks: int = 2
     restarts: int = 1
     code: int = 0
-    seconds: float = 10.0
-    lost: int = SAVED_EVERY
-    rank: int | None = None
-    same: bool = True
     changes: dict[str, Any] = field(default_factory=dict)
-    aside: tuple[str, ...] = ()
+    same: bool = True
+
+    @property
+    def told(self) -> tuple[Case, ...]:
+        """The cases of today."""
+        return tuple(case for case in self.cases if NIGHTLY or not case.nightly)
 
 
-def dies(name: str, action: str, rank: int, says: str, **options: Any) -> Case:
-    """A rank that dies in step 10, after two saves."""
-    place, step = options.pop("place", "forward"), options.pop("step", 10)
-    return Case(name, (Event(action, rank=rank, step=step, place=place),), says, rank=rank, **options)
+def killed(name: str, rank: int, place: str, **more: Any) -> Case:
+    return Case(f"SIGKILL {name}", "kill", rank, f"rank {rank} was ended by SIGKILL", place, **more)
 
 
-def hangs(name: str, action: str, rank: int, says: str, **options: Any) -> Case:
-    return dies(name, action, rank, says, seconds=HANG_SECONDS + 10.0, **options)
+def hangs(name: str, action: str, rank: int, says: str, place: str = "forward", **more: Any) -> Case:
+    return Case(name, action, rank, says, place, seconds=HANG_SECONDS + 10, **more)
 
 
-def stops(name: str, action: str, rank: int, says: str, **options: Any) -> Case:
-    """A request to stop in step 10, after which the same command trains to the end."""
-    place, step = options.pop("place", None), options.pop("step", 10)
-    event = Event(action, rank=rank, step=step, place=place)
-    return Case(name, (event,), rf"stopping +because of {says}", code=75, lost=0, **options)
+def damaged(name: str, action: str, **more: Any) -> Case:
+    return Case(name, action, 0, "skipped the checkpoint of step", "forward", lost=2 * SAVED_EVERY, **more)
 
 
-def numbers(name: str, action: str, policy: str, says: str, **options: Any) -> Case:
-    faults = {"faults__non_finite": policy, "faults__spike_factor": 50.0 if action == "spike" else None}
-    changes = {**faults, "optim__clip_norm": 1.0, "train": {"steps": 40, "batch_size": 12}}
-    event = Event(action, rank=1, step=30)
-    return Case(name, (event,), says, changes=changes, same=False, **options)
+def stop(name: str, action: str, rank: int, says: str, place: str = "forward", **more: Any) -> Case:
+    return Case(name, action, rank, f"stopping +because of {says}", place, lost=0, blames=False, **more)
 
 
-KILLED = "rank {} was ended by SIGKILL"
-WORKERS = {"data__workers": 1}
-IN_EVALUATION = {"eval": {"every": 10, "batch_size": 2}}
-ACCUMULATING = {"train": {"steps": STEPS, "batch_size": 12, "micro_batch_size": 1}}
-
-CASES = [
-    # ---- a rank dies ----
-    dies("SIGKILL while loading a batch", "kill", 1, KILLED.format(1), place="loading a batch"),
-    dies("SIGKILL of rank 0 in forward", "kill", 0, KILLED.format(0)),
-    dies("SIGKILL in backward", "kill", 2, KILLED.format(2), place="backward", ranks=3),
-    dies("SIGKILL in evaluation", "kill", 1, KILLED.format(1), place="evaluation", changes=IN_EVALUATION),
-    dies("SIGKILL while saving", "kill", 1, KILLED.format(1), place="saving a checkpoint", step=8),
-    dies("SIGKILL while starting", "kill", 1, KILLED.format(1), place="building", step=1),
+LATER = {"after_seconds": 0.1, "step": None}  # not at the first start
+DEATHS = (
+    killed("while starting", 1, "building", options={"step": 1}),
+    killed("while loading a batch", 1, "loading a batch"),
+    killed("while restoring", 0, "restoring a checkpoint", options=LATER),
+    killed("of rank 0, in forward", 0, "forward"),
+    killed("in an evaluation", 1, "evaluation"),
+    killed("while saving", 1, "saving a checkpoint"),
+    killed("in the optimizer's step", 1, "optimizer", nightly=True),
+    Case("SIGKILL of all ranks", "kill-all", 0, "rank [01] was ended by SIGKILL", "backward", blames=False),
+    Case("an exception", "raise", 1, r"rank 1 on \S+, step \d+ \(forward\): RuntimeError: .*; samples \d+", "forward"),
     Case(
-        "SIGKILL, and again while restoring",
-        (Event("kill", rank=1, step=10), Event("kill", rank=0, place="restoring a checkpoint", step=5)),
-        KILLED.format(0),
-        restarts=2,
-        rank=0,
-    ),
-    dies("SIGKILL of all ranks", "kill-all", 0, KILLED.format("[01]")),
-    dies("an exception", "raise", 1, r"rank 1 on \S+, step 10 \(forward\): RuntimeError: .*; samples \d+"),
-    dies(
-        "an exception of rank 0 in evaluation",
+        "an exception in rank 0's evaluation",
         "raise",
         0,
-        r"rank 0 on \S+, step 10 \(evaluation\): RuntimeError",
-        place="evaluation",
-        changes=IN_EVALUATION,
+        r"rank 0 on \S+, step \d+ \(evaluation\): RuntimeError",
+        "evaluation",
+        nightly=True,
     ),
-    dies("out of memory", "oom", 1, r"rank 1 .*step 10 \(backward\): OutOfMemoryError", place="backward", ranks=3),
-    dies("os._exit", "exit", 1, "rank 1"),
-    dies("a segmentation fault", "segfault", 1, "rank 1 was ended by SIGSEGV"),
-    dies("a loader worker is killed", "kill-worker", 1, r"rank 1 .*WorkerDied: loader worker 0", changes=WORKERS),
-    dies("an exception, and no restart left", "raise", 1, r"error: rank 1 on .*RuntimeError", restarts=0, code=1),
-    dies("SIGKILL, and no restart left", "kill", 1, f"error: {KILLED.format(1)}", restarts=0, code=1),
-    dies("bad data on one rank", "raise-user-error", 1, "error: ", code=2),
-    # ---- a rank hangs ----
-    hangs("hangs while loading", "hang", 1, r"rank 1 on \S+, step 10 \(loading a batch\)", place="loading a batch"),
-    hangs("rank 0 hangs in forward", "hang", 0, r"rank 0 on \S+, step 10 \(forward\)"),
-    hangs(
-        "hangs in evaluation",
-        "hang",
-        2,
-        r"rank 2 on \S+, step 10 \(evaluation\)",
-        place="evaluation",
-        ranks=3,
-        changes=IN_EVALUATION,
-    ),
-    hangs("hangs with Python's lock held", "hang-with-gil", 1, r"rank 1 on \S+, step 10"),
-    hangs("SIGSTOP", "stop", 1, r"rank 1 on \S+, step 10"),
+    Case("out of memory", "oom", 1, r"rank 1 on \S+, step \d+ \(backward\): OutOfMemoryError", "backward"),
+    Case("os._exit(3)", "exit", 1, "restarting .*rank 1", "forward", nightly=True),
+    Case("a segmentation fault", "segfault", 1, "rank 1 was ended by SIGSEGV", "forward"),
+    Case("a loader worker is killed", "kill-worker", 1, r"rank 1 .*WorkerDied: loader worker 0"),
+    damaged("bits of the newest checkpoint flip, SIGKILL", "corrupt-checkpoint"),
+    damaged("a file of it is cut in half, SIGKILL", "truncate-checkpoint", nightly=True),
+    damaged("a file of it is gone, SIGKILL", "remove-checkpoint-file", nightly=True),
+    hangs("a rank sleeps while loading", "hang", 1, r"rank 1 on \S+, step \d+ \(loading a batch\)", "loading a batch"),
+    hangs("rank 0 sleeps in forward", "hang", 0, r"rank 0 on \S+, step \d+ \(forward\)", nightly=True),
+    hangs("a rank sleeps with Python's lock held", "hang-with-gil", 1, r"rank 1 on \S+, step \d+ \(forward\)"),
+    hangs("SIGSTOP", "stop", 1, r"rank 1 on \S+, step \d+"),
     hangs("SIGSTOP of rank 0", "stop", 0, r"rank 0 on \S+, step \d+"),
+    hangs("a loader worker is stopped", "stop-worker", 1, r"rank 1 .*\(loading a batch\).*sample \d+", nightly=True),
+)
+ON_THREE = (
+    killed("in backward, of one of three", 2, "backward"),
+    Case("an exception, one of three", "raise", 1, r"rank 1 on \S+, step \d+ \(optimizer\): Run", "optimizer"),
     hangs(
-        "a loader worker hangs",
-        "stop-worker",
-        1,
-        r"rank 1 on \S+, step \d+ \(loading a batch\).*sample \d+",
-        changes=WORKERS,
+        "a rank of three sleeps in an evaluation", "hang", 2, r"rank 2 on \S+, step \d+ \(evaluation\)", "evaluation"
     ),
-    # ---- a checkpoint is damaged, and the run killed ----
-    dies(
-        "bits of a checkpoint flip",
-        "corrupt-checkpoint",
-        0,
-        "put aside",
-        lost=2 * SAVED_EVERY,
-        step=10,
-        aside=("damaged-step-00000008",),
+    hangs("SIGSTOP, of one of three", "stop", 1, r"rank 1 on \S+, step \d+"),
+)
+STOPS = (
+    stop("SIGTERM to a rank", "signal:SIGTERM", 0, "SIGTERM on rank 0"),
+    stop("SIGINT to a rank", "signal:SIGINT", 1, "SIGINT on rank 1", nightly=True),
+    stop("SIGUSR1 to a rank", "signal:SIGUSR1", 1, "SIGUSR1 on rank 1"),
+    stop("SIGTERM to the launcher", "signal-launcher:SIGTERM", 0, "SIGTERM on rank"),
+    stop("SIGUSR1 to the launcher", "signal-launcher:SIGUSR1", 0, "SIGUSR1 on rank"),
+    stop("SIGINT to the launcher", "signal-launcher:SIGINT", 0, "SIGINT on rank", nightly=True),
+    stop("SIGTERM in an evaluation", "signal:SIGTERM", 1, "SIGTERM on rank 1", "evaluation"),
+    stop("SIGTERM within a long step", "signal:SIGTERM", 1, "SIGTERM on rank 1", "backward"),
+    stop("the file STOP", "stop-file", 1, "the file STOP on rank 0"),
+)
+STORIES = (
+    Story("deaths and hangs", DEATHS, changes={"data__workers": 1}),
+    Story("of three", ON_THREE, ranks=3),
+    Story("stops", STOPS, code=75, changes={"train__micro_batch_size": 2}),
+    Story(
+        "skip",
+        (
+            Case("NaN, skip", "nan", 1, "step 30: the loss of rank 1 is nan", blames=False),
+            Case("infinite gradient, skip", "inf-gradient", 0, "step 36: the norm of the gradients", blames=False),
+        ),
+        changes={"faults__non_finite": "skip"},
+        same=False,
     ),
-    dies(
-        "half a checkpoint is gone",
-        "truncate-checkpoint",
-        0,
-        "put aside",
-        lost=2 * SAVED_EVERY,
-        step=10,
-        aside=("damaged-step-00000008",),
+    Story(
+        "rollback",
+        (
+            Case("NaN, rollback", "nan", 1, "leaving out the batch of step 30", blames=False),
+            Case("a spike, rollback", "spike", 1, "leaving out the batch of step 36", blames=False),
+        ),
+        changes={"faults__non_finite": "rollback", "faults__spike_factor": 50.0},
+        same=False,
     ),
-    dies(
-        "a file of a checkpoint is gone",
-        "remove-checkpoint-file",
-        0,
-        "put aside",
-        lost=2 * SAVED_EVERY,
-        step=10,
-        aside=("damaged-step-00000008",),
+    Story(
+        "NaN stops it",
+        (Case("NaN, stop", "nan", 1, "error: rank 1 .*: the loss of rank 1 is nan"),),
+        code=1,
     ),
-    # ---- requests to stop ----
-    stops("SIGTERM to a rank", "signal:SIGTERM", 0, "SIGTERM on rank 0"),
-    stops("SIGINT to a rank", "signal:SIGINT", 1, "SIGINT on rank 1"),
-    stops("SIGUSR1 to a rank", "signal:SIGUSR1", 2, "SIGUSR1 on rank 2", ranks=3),
-    stops("SIGTERM to the launcher", "signal-launcher:SIGTERM", 0, "SIGTERM on rank"),
-    stops("SIGUSR1 to the launcher", "signal-launcher:SIGUSR1", 0, "SIGUSR1 on rank"),
-    stops("Ctrl-C to the launcher", "signal-launcher:SIGINT", 0, "SIGINT on rank"),
-    stops("the file STOP", "stop-file", 1, "the file STOP on rank 0"),
-    stops("SIGTERM in evaluation", "signal:SIGTERM", 1, "SIGTERM", place="evaluation", changes=IN_EVALUATION),
-    stops("SIGTERM within a long step", "signal:SIGTERM", 1, "SIGTERM", place="backward", changes=ACCUMULATING),
-    # ---- numbers ----
-    numbers("NaN, stop", "nan", "stop", "error: rank 1 .*step 30: the loss of rank 1 is nan", code=1),
-    numbers("NaN, skip", "nan", "skip", "step 30: the loss of rank 1 is nan"),
-    numbers("NaN, rollback", "nan", "rollback", "going back to step 28, and leaving out the batch of step 30"),
-    numbers("an infinite gradient, skip", "inf-gradient", "skip", "step 30: the norm of the gradients is"),
-    numbers("a spike, rollback", "spike", "rollback", "step 30: the loss jumped to"),
-    # ---- a slow rank ----
-    Case(
+    Story(
+        "no restart left",
+        (Case("an exception, no restart left", "raise", 1, r"error: rank 1 on .*RuntimeError", "forward"),),
+        restarts=0,
+        code=1,
+    ),
+    Story(
+        "bad data",
+        (Case("bad data on one rank", "raise-user-error", 1, "error: ", "loading a batch"),),
+        code=2,
+    ),
+    Story(
         "a slow rank",
-        (Event("delay", rank=1, step=6, seconds=0.3, times=8),),
-        r"rank 1 takes .* it costs \d+% of each step",
+        (
+            Case(
+                "a slow rank",
+                "delay",
+                1,
+                r"rank 1 takes .* it costs \d+% of each step",
+                blames=False,
+                options={"seconds": 0.3, "times": 8},
+            ),
+        ),
     ),
-]
+)
+FIRST_STEP = {"skip": 30, "rollback": 30}  # a spike needs losses to compare with
+
+
+@dataclass
+class Told:
+    """What came of a story: what was said, and per case the figures, or why there are none."""
+
+    output: str
+    figures: dict[str, dict[str, Any]]
+    problems: dict[str, list[str]]
+    end: str = ""  # what is wrong with the end of the run
+
+
+def config_file(story: Story, folder: Path, name: str) -> Path:
+    steps = max(events(story)[-1].step or 0, 20) + (60 if story.name == "stops" else 8)
+    changes = {
+        "model": {"name": "vectors_model:Normed", "args": {"dropout": 0.2}},
+        "data__train": {"name": "slow:Steady", "args": {"length": 120, "seconds": 0.01}},
+        "optim": {"name": "adamw", "lr": 0.01, "clip_norm": 1.0},
+        "train__steps": steps,
+        "train__epochs": None,
+        "eval": {"every": EVALUATED_EVERY, "batch_size": 2},
+        "checkpoint": {"every": SAVED_EVERY, "keep": 3},
+        "log": {"every": 4},
+        "faults__hang_timeout": HANG_SECONDS,
+        "launch__max_restarts": story.restarts * len(story.told),
+        **story.changes,
+    }
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(tiny_config(folder / name, **changes)))
+    return file
+
+
+def events(story: Story) -> list[Event]:
+    """Returns an event per case, in steps that are evaluated, so that each place is reached in them."""
+    first = FIRST_STEP.get(story.name, 2 * APART)
+    steps = iter(range(first, 10_000, APART))
+    planned = []
+    for case in story.told:
+        options = {"step": None, **case.options}
+        if "step" not in case.options:
+            options["step"] = next(steps)
+        planned.append(Event(case.action, rank=case.rank, place=case.place, **options))
+    return planned
+
+
+def launch(config: Path, ranks: int, **variables: str) -> tuple[int, str, list[str]]:
+    """Runs a job to its end; returns its exit code, what it said, and which of its processes are left."""
+    arguments = ["--config", str(config), "--processes", str(ranks)]
+    command = [sys.executable, "-m", "launch", "local", *arguments]
+    job = Job(command, config.parent, OMP_NUM_THREADS="1", **variables)
+    family: dict[int, psutil.Process] = {}
+    deadline = time.monotonic() + 900
+    while job.process.poll() is None:
+        assert time.monotonic() < deadline, job.output()
+        family.update({process.pid: process for process in job.family()})
+        time.sleep(0.1)
+    return job.end(), job.output(), alive(list(family.values()), within=5)
+
+
+def tell(story: Story, folder: Path) -> Told:
+    """Has a job go through a story."""
+    config, plan, run = config_file(story, folder, "run"), folder / "plan.json", folder / "run"
+    planned = events(story)
+    write_plan(plan, run, planned)
+    output, ends = "", []
+    starts = len(story.told) if story.code == 75 else 1
+    left: list[str] = []
+    codes = []
+    for _ in range(starts):
+        code, said, still_there = launch(config, story.ranks, **{VARIABLE: str(plan)})
+        output += said
+        codes.append(code)
+        left += still_there
+        ends.append(time.time())
+    told = Told(output, {}, {})
+    attempts = read_attempts(run / "attempts.json")
+    deeds = {record["event"]: record for record in read_notes(done_file(plan))}
+    for number, case in enumerate(story.told):
+        problems = told.problems[case.name] = []
+        code = codes[min(number, starts - 1)]
+        if code != story.code:
+            problems.append(f"exit code {code}")
+        if left:
+            problems.append(f"left behind: {left}")
+        if not re.search(case.says, output):
+            problems.append(f"nobody says {case.says!r}")
+        if number not in deeds:
+            problems.append("it did not happen")
+            continue
+        when, step = deeds[number]["time"], deeds[number]["step"]
+        next_attempt = next((attempt for attempt in attempts if attempt.started > when), None)
+        ended = min([end for end in ends if end > when] + [next_attempt.started if next_attempt else time.time()])
+        lost = 0
+        if next_attempt is not None and story.code == 0:
+            lost = max(step - (case.place != "evaluation") - next_attempt.first_step, 0)
+        if lost > case.lost:
+            problems.append(f"{lost} steps are lost")
+        goes_on = (story.code == 0 and not story.same) or case.action == "delay"
+        if ended - when > case.seconds and not goes_on:
+            problems.append(f"took {ended - when:.1f} s")
+        if case.blames and not blamed(run, case.rank, when, ended):
+            problems.append(f"nothing blames rank {case.rank}")
+        told.figures[case.name] = {
+            "name": case.name,
+            "ranks": story.ranks,
+            "code": code,
+            "seconds": None if goes_on else round(ended - when, 1),
+            "lost": lost,
+        }
+    if story.code in (1, 2, 75):
+        code, said, _ = launch(config_file(story, folder, "run"), story.ranks)
+        told.output += said
+        told.end = "" if code == 0 else f"the next start ends with {code}"
+    return told
+
+
+def blamed(run: Path, rank: int, since: float, until: float) -> bool:
+    """Tells whether a fault of that time was put down to a rank, with the stacks of another one."""
+    for file in run.glob(f"faults/attempt-*/{FIRST}"):
+        fault = Fault.from_json(file.read_bytes())
+        if since - 1 <= fault.time <= until + 1 and fault.rank == rank:
+            return any(file.parent.glob("rank-*.txt"))
+    return False
 
 
 @pytest.fixture(scope="module")
-def figures() -> Iterator[list[dict[str, Any]]]:
-    found: list[dict[str, Any]] = []
-    yield found
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Told, Path]]]:
+    told: dict[str, tuple[Told, Path]] = {}
+    yield told
     if file := os.environ.get("LOCKSTEP_FAULTS_JSON"):
+        found = [figures for story, _ in told.values() for figures in story.figures.values()]
         Path(file).write_text(json.dumps({"cases": found}, indent=2) + "\n")
 
 
-def config_of(case: Case, write_config: WriteConfig, name: str = "run", restarts: int | None = None) -> Path:
-    changes = {
-        "run__dir": str(write_config().parent / name),
-        "model": {"name": "vectors_model:Normed", "args": {"dropout": 0.2}},
-        "data__train": {"name": "slow:Steady", "args": {"length": 120, "seconds": 0.015}},
-        "train": {"steps": STEPS, "batch_size": 12},
-        "eval": {"every": "9999 epochs"},
-        "checkpoint": {"every": SAVED_EVERY},
-        "log": {"every": 4},
-        "faults__hang_timeout": HANG_SECONDS,
-        "launch__max_restarts": case.restarts if restarts is None else restarts,
-        **case.changes,
-    }
-    return write_config(f"{name}.yaml", **changes)
+def story_told(
+    story: Story, stories: dict[str, tuple[Told, Path]], factory: pytest.TempPathFactory
+) -> tuple[Told, Path]:
+    if story.name not in stories:
+        folder = factory.mktemp(story.name.replace(" ", "-").replace("'", ""))
+        stories[story.name] = tell(story, folder), folder
+    return stories[story.name]
 
 
-def launch(config: Path, ranks: int, **variables: str) -> Job:
-    arguments = ["--config", str(config), "--processes", str(ranks)]
-    return Job([sys.executable, "-m", "launch", "local", *arguments], config.parent, OMP_NUM_THREADS="1", **variables)
+ALL = [pytest.param(story, case, id=case.name) for story in STORIES for case in story.told]
 
 
-@pytest.fixture(scope="module")
-def quiet_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {}
+def test_there_are_enough() -> None:
+    assert len(ALL) >= 25
+    assert len({case.name for story in STORIES for case in story.cases}) == sum(len(story.cases) for story in STORIES)
 
 
-def quiet(case: Case, write_config: WriteConfig, runs: dict[str, Path]) -> Path:
-    """Returns the folder of a run in peace, of the same kind."""
-    kind = json.dumps([case.ranks, case.changes], sort_keys=True)
-    if kind not in runs:
-        config = config_of(case, write_config, "quiet", restarts=0)
-        job = launch(config, case.ranks)
-        assert job.end() == 0, job.output()
-        runs[kind] = config.parent / "quiet"
-    return runs[kind]
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("story", "case"), ALL)
 def test_fault(
-    case: Case,
-    write_config: WriteConfig,
-    tmp_path: Path,
-    quiet_runs: dict[str, Path],
-    figures: list[dict[str, Any]],
+    story: Story, case: Case, stories: dict[str, tuple[Told, Path]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    config, run = config_of(case, write_config), tmp_path / "run"
-    write_plan(tmp_path / "plan.json", run, case.events)
-    job = launch(config, case.ranks, **{VARIABLE: str(tmp_path / "plan.json")})
-    family = []
-    while job.process.poll() is None:
-        family += [process for process in job.family() if process not in family]
-        time.sleep(0.05)
-    over = time.time()
-    code, output = job.end(), job.output()
-    assert code == case.code, output
-    assert re.search(case.says, output), output
-    assert alive(family) == [], output
-    deeds = read_notes(done_file(tmp_path / "plan.json"))
-    assert len(deeds) >= len(case.events), output
-    attempts = read_attempts(run / "attempts.json")
-    fault = read_first(run)
-    if case.rank is not None:
-        assert fault is not None, output
-        assert fault.rank == case.rank or "of all" in case.name
-    last = deeds[-1]
-    restarted = [attempt for attempt in attempts if attempt.started > last["time"]]
-    seconds = (restarted[0].started if restarted else over) - last["time"]
-    if case.code in (0, 1) and case.rank is not None:
-        assert seconds < case.seconds, output
-    lost = max((last["step"] - 1 - attempt.first_step for attempt in restarted), default=0)
-    assert lost <= case.lost, attempts
-    if case.code == 75:
-        step = summary(run)["step"]
-        assert (run / "checkpoints" / f"step-{step:08d}").is_dir(), output
-        assert not (run / "STOP").exists()
-        again = launch(config, case.ranks)
-        assert again.end() == 0, again.output()
-        assert f"continuing from step {step}" in again.output()
-    elif case.code != 0:
-        again = launch(config, case.ranks)
-        assert again.end() == 0, again.output()
-    assert summary(run)["status"] == "finished"
-    if case.same:
-        assert_same_end(run, quiet(case, write_config, quiet_runs), output, case.aside)
-    figures.append(
-        {"name": case.name, "ranks": case.ranks, "code": code, "seconds": round(seconds, 1), "lost": max(lost, 0)}
-    )
+    told, _ = story_told(story, stories, tmp_path_factory)
+    assert told.problems[case.name] == [], told.output
+
+
+@pytest.mark.parametrize("story", STORIES, ids=lambda story: story.name)
+def test_the_end_is_that_of_a_run_in_peace(
+    story: Story, stories: dict[str, tuple[Told, Path]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    told, folder = story_told(story, stories, tmp_path_factory)
+    assert told.end == "", told.output
+    assert summary(folder / "run")["status"] == "finished", told.output
+    if not story.same:
+        return
+    code, output, _ = launch(config_file(story, folder, "quiet"), story.ranks)
+    assert code == 0, output
+    aside = [path.name for path in (folder / "run" / "checkpoints").glob("damaged-*")]
+    assert len(aside) == sum(case.action.endswith(("-checkpoint", "-checkpoint-file")) for case in story.told)
+    assert_same_end(folder / "run", folder / "quiet", told.output, aside)

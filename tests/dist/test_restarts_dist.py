@@ -17,6 +17,8 @@ from launching import Job, alive, local
 from resuming import ranks_of
 from run_results import summary
 
+from trainer.faults.plan import VARIABLE, Event, write_plan
+
 TRAIN = str(REPOSITORY / "train.py")
 TORCHRUN = str(Path(sys.executable).parent / "torchrun")
 KILLED = "was ended by SIGKILL; most likely the system was out of memory, or somebody killed it"
@@ -136,6 +138,15 @@ def test_bad_input_is_not_tried_again(write_config: WriteConfig) -> None:
     assert "restarting" not in done.stdout
     (problem,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert re.match(r"error: .*: data.train: .*'seven.npy'", problem)
+
+
+def test_what_starting_again_cannot_mend_is_not_tried_again(write_config: WriteConfig, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    write_plan(plan, tmp_path / "run", [Event("nan", rank=1, step=5)])
+    done = local(restarting(write_config, 2), 2, **{VARIABLE: str(plan)})
+    assert done.returncode == 1
+    assert "restarting" not in done.stdout
+    assert re.match(r"error: rank 1 on .*, step [56].* is nan", done.stderr.splitlines()[-1]), done.stderr
 
 
 def test_torchrun_by_hand(write_config: WriteConfig, tmp_path: Path) -> None:

@@ -690,3 +690,15 @@ def test_where_all_are_in_the_same_place_nobody_is_said_to_wait() -> None:
     hang = find_hang({0: stand("backward", 11), 1: stand("forward", 12), 2: stand("forward", 12)}, 100.0, 10, 1)
     assert hang is not None
     assert hang.message.endswith("for 12 s while the others wait for it (and so for rank 2)")
+
+
+def test_a_rank_that_fell_silent_after_a_report_without_a_limit_is_named() -> None:
+    """It went from building to its steps, and was stopped there, before its next report."""
+    late = Report("forward", 8, (), 30.0, 1.0, 5, ())
+    building = Report("building", None, (), 0.5, 0.0, 1, ())
+    standings = {0: Standing(late, 100.0), 1: Standing(building, 70.0)}
+    hang = find_hang(standings, now=100.0, hang_seconds=10.0, tick=1.0)
+    assert hang is not None
+    assert (hang.rank, hang.silent) == (1, (1,))
+    others_build = {0: Standing(building, 100.0), 1: Standing(building, 70.0)}
+    assert find_hang(others_build, now=100.0, hang_seconds=10.0, tick=1.0) is None

@@ -70,9 +70,9 @@ class Standing(NamedTuple):
         """Returns for how many seconds the rank has not got on, as far as is known."""
         return self.report.idle + now - self.heard
 
-    def is_late(self, now: float, hang_seconds: float) -> bool:
-        """Returns whether it has stayed where it is for longer than it may."""
-        return 0 < self.report.allowance * hang_seconds < self.idle(now)
+    def is_late(self, now: float, hang_seconds: float, least: float = 0.0) -> bool:
+        """Returns whether it has stayed where it is for longer than it may, or than `least` times `hang_seconds`."""
+        return 0 < max(self.report.allowance, least) * hang_seconds < self.idle(now)
 
 
 class Hang(NamedTuple):
@@ -110,7 +110,11 @@ def find_hang(standings: Mapping[int, Standing], now: float, hang_seconds: float
     if not late.difference(silent):
         return None
     speaking = {rank: standing.report for rank, standing in standings.items() if rank not in silent}
-    culprits = sorted(late.intersection(silent or _least_far(speaking)))
+    if silent:
+        # One whose last report had no limit had one since: those who wait for it are past the places without.
+        culprits = [rank for rank in sorted(silent) if standings[rank].is_late(now, hang_seconds, least=1.0)]
+    else:
+        culprits = sorted(late.intersection(_least_far(speaking)))
     if not culprits:
         return None
     rank = culprits[0]

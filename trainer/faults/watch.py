@@ -124,7 +124,11 @@ class Watch:
             samples: ids of the micro-batch; not to be changed afterwards.
             allowance: how many times `hang_seconds` it may stay there; 0: without a limit.
         """
+        has_other_limit = allowance != self._at[3]
         self._at = (place, step, samples, allowance, monotonic())
+        if has_other_limit:  # the others hear of it now: this process may be stopped before its next report
+            self._next_tick = 0.0
+            self._links.wake()
         self._board.write(place, step, samples)
 
     def place(self) -> Position:

@@ -231,9 +231,9 @@ class Runtime:
         return box[0]  # type: ignore[return-value]
 
     def num_collectives(self) -> int:
-        """Returns how many collectives of the step this process has begun; ranks that have met have begun as many."""
-        group: Any = dist.group.WORLD
-        return int(group._get_sequence_number_for_group()) if self.num_ranks > 1 and group is not None else 0
+        """Returns how many collectives the main thread has begun; ranks that have met have begun as many."""
+        groups: tuple[Any, ...] = (dist.group.WORLD, self.host_group) if self.num_ranks > 1 else ()
+        return sum(group._get_sequence_number_for_group() for group in groups if group is not None)
 
     def barrier(self) -> None:
         """Waits until every rank is here."""

@@ -109,7 +109,7 @@ def stop(name: str, action: str, rank: int, says: str, place: str = "forward", *
 
 LATER = {"after_seconds": 0.1, "step": None}  # not at the first start
 DEATHS = (
-    killed("while starting", 1, "building", options={"step": 1}),
+    killed("while starting", 1, "building", options={"step": None}),
     killed("while loading a batch", 1, "loading a batch"),
     killed("while restoring", 0, "restoring a checkpoint", options=LATER),
     killed("of rank 0, in forward", 0, "forward"),

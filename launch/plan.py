@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 
+from trainer.assembly import class_count
 from trainer.config import Component, Config
 from trainer.data.build import build_data
 from trainer.data.datasets import SizedDataset
@@ -23,7 +24,6 @@ from trainer.data.resident import estimate_bytes
 from trainer.data.sampler import BatchPlan
 from trainer.data.transforms import build_transforms
 from trainer.errors import Problem, UserError
-from trainer.assembly import class_count
 from trainer.memory.devices import Device, find_device, this_device
 from trainer.memory.fakes import fake_tensors
 from trainer.memory.fitting import choose

@@ -197,8 +197,8 @@ def broadcast(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup | None =
             together = torch.cat([tensor.flatten() for tensor in chunk])
             dist.broadcast(together, src=0, group=group)
             parts = together.split([tensor.numel() for tensor in chunk])
-            for tensor, part in zip(chunk, parts, strict=True):
-                tensor.copy_(part.view(tensor.shape))
+            shaped = [part.view(tensor.shape) for tensor, part in zip(chunk, parts, strict=True)]
+            torch._foreach_copy_(chunk, shaped)
 
 
 def _chunks(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

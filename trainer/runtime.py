@@ -26,6 +26,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DDPCommunicationHookType, patch_environment
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from trainer.config import Config, ParallelConfig
 from trainer.data.modes import device_memory
@@ -89,6 +90,10 @@ class Runtime:
         # Processes that share one copy of parameters, gradients and optimizer state.
         self.shard_size = choose_shard_size(config.parallel, self.gather(self.num_local_ranks))
         self.is_sharded = self.shard_size > 1
+        # Whether DDP changes how it exchanges gradients after its first backward, in a way that changes their sums.
+        self.rebuilds_buckets = (
+            self.num_ranks > 2 and not self.is_sharded and not config.parallel.find_unused_parameters
+        )
         # Whether a training forward is a collective, so that every rank has to run as many as the others.
         self.in_lockstep = self.is_sharded or (config.parallel.sync_batchnorm and self.num_ranks > 1)
         if self.is_sharded:
@@ -121,12 +126,18 @@ class Runtime:
         """
         if self.is_sharded:
             return prepare_sharded(self.accelerator, model, optimizer, blocks)
+        if self.num_ranks > 1:  # whose buffers `begin_step` exchanges; the setting for it has two names in torch
+            names = [name for name, _ in model.named_buffers(remove_duplicate=False)]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
         prepared = self.accelerator.prepare(model, optimizer)
         return prepared[0], prepared[1]
 
     def begin_step(self, model: nn.Module) -> None:
-        """Gives every rank the buffers of rank 0 where DDP, which does so in a step's first forward, is not there."""
-        if self.is_sharded:
+        """Gives every rank the buffers of rank 0, as DDP would in a step's first forward.
+
+        Not there: whoever measures how long a rank takes to its forward's end would measure the others, too.
+        """
+        if self.num_ranks > 1:
             broadcast(list(model.buffers()))
 
     def end_evaluation(self, model: nn.Module) -> None:

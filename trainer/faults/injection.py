@@ -54,7 +54,7 @@ class Injector:
         self._step = -1
         self._in_turn = [i for i, event in enumerate(plan.events) if event.in_turn]
         self._turn: tuple[int | None, float] = (None, 0.0)  # the event whose turn it is, and from when its time counts
-        self._plan_begun_at: float | None = None  # when the first step under this plan was begun
+        self._plan_begun_at = self._noted_begin()  # of the first step under this plan, in whichever attempt
         self._attempt_begun_at: float | None = None  # when this rank began its first step
 
     @classmethod
@@ -170,6 +170,10 @@ class Injector:
         is_time = event.after_seconds is None or (begun_at is not None and now >= begun_at + event.after_seconds)
         return is_time and now < self.plan.until
 
+    def _noted_begin(self) -> float | None:
+        starts = plans.read_notes(plans.starts_file(self.file))  # by rank 0
+        return starts[0]["time"] if starts else None
+
     def _begin_step(self, step: int) -> None:
         """Notes when the attempt began, and finds out what other ranks have done meanwhile."""
         now = time.time()
@@ -177,9 +181,8 @@ class Injector:
             self._attempt_begun_at = now
             if self.rank == 0:
                 plans.note(plans.starts_file(self.file), {"step": step, "time": now, "attempt": _attempt()})
-        if self._plan_begun_at is None:  # in whichever attempt that was; rank 0 says so
-            starts = plans.read_notes(plans.starts_file(self.file))
-            self._plan_begun_at = starts[0]["time"] if starts else None
+        if self._plan_begun_at is None:
+            self._plan_begun_at = self._noted_begin()
         if self._in_turn:
             done = {note["event"]: note["time"] for note in plans.read_notes(plans.done_file(self.file))}
             turn = next((i for i in self._in_turn if i not in done), None)

@@ -31,6 +31,29 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n{result['hardware']}; {versions}; `{result['command']}`.\n"
 
 
+def chaos_table(result: Mapping[str, Any]) -> str:
+    """Returns what `python -m launch chaos --json FILE` wrote as a Markdown table."""
+    lines = [
+        "| fault | times | seconds until it trains again, mean and most | steps made again, mean and most |",
+        "|---|---|---|---|",
+    ]
+    for action, sums in result["by_action"].items():
+        mean, most = sums["back_after_mean"], sums["back_after_max"]
+        back = "-" if mean is None else f"{mean:.1f}, {most:.1f}"
+        again = f"{sums['steps_again_mean']:.0f}, {sums['steps_again_max']:.0f}"
+        lines.append(f"| {action} | {sums['count']} | {back} | {again} |")
+    runs = result["runs"]
+    for name, run in (("under faults", runs["chaos"]), ("in peace", runs["quiet"])):
+        lines.append(f"| goodput {name} | | {run['goodput']:.1%} in {run['num_attempts']} attempts | |")
+    lines.append(f"| the same at step {result['step']:,}, bit for bit | | {'yes' if result['same'] else 'NO'} | |")
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return "\n".join(lines) + (
+        f"\n\n{result['minutes']:.0f} minutes on {result['processes']} ranks; {result['hardware']}, no GPU; "
+        f"{versions}; "
+        f"`{result['command']}`.\n"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code of the suite: 0 where every case is as it must be."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__.splitlines()[0])

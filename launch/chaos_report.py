@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
+import platform
+import shlex
 import statistics
+import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -89,8 +94,13 @@ class Report:
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Returns everything, and the table's sums under `by_action`."""
-        return json.dumps({**asdict(self), "by_action": self.by_action()}, indent=2) + "\n"
+        """Returns everything, where it was, and the table's sums under `by_action`."""
+        where = {
+            "command": shlex.join(["python", "-m", "launch", *sys.argv[1:]]),
+            "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "accelerate")},
+        }
+        return json.dumps({**where, **asdict(self), "by_action": self.by_action()}, indent=2) + "\n"
 
     def by_action(self) -> dict[str, dict[str, float | None]]:
         """Returns per kind of fault how often it happened, and its mean and largest cost."""

@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -168,11 +169,21 @@ def _train(options: argparse.Namespace) -> int:
     except BaseException as error:
         if trainer is not None:
             trainer.tell(error)  # before all that takes time
+        _tell_torchrun(error)
         _show_error(error, config, trainer)
         if trainer is not None:
             trainer.abandon(error)
         return EXIT_FAILED
     return EXIT_FINISHED if status == "finished" else EXIT_STOPPED
+
+
+def _tell_torchrun(error: BaseException) -> None:
+    """Writes the error where torchrun looks for it, which then shows that of the rank that failed first, and last."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ and not is_lost_peer(error):
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        with suppress(Exception):  # a full disk must not hide the error itself
+            get_error_handler().record_exception(error)
 
 
 def _show_error(error: BaseException, config: Config, trainer: Trainer | None) -> None:

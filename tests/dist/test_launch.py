@@ -155,8 +155,6 @@ def long_config(write_config: WriteConfig, **changes: Any) -> Path:
     [
         (1, signal.SIGINT, True, 2),
         (2, signal.SIGINT, True, 2),  # Ctrl-C in a terminal
-        (2, signal.SIGTERM, False, 0),  # what a cluster sends
-        (3, signal.SIGINT, False, 0),
     ],
 )
 def test_stopping_leaves_a_checkpoint_and_no_process(
@@ -174,18 +172,6 @@ def test_stopping_leaves_a_checkpoint_and_no_process(
     found = summary(tmp_path / "run")
     assert found["status"] == "stopped"
     assert (tmp_path / "run" / "checkpoints" / f"step-{found['step']:08d}").is_dir()
-
-
-def test_one_rank_that_is_told_to_stop_stops_all(write_config: WriteConfig, tmp_path: Path) -> None:
-    config = long_config(write_config)
-    job = Job([*LAUNCH, "--config", str(config), "--processes", "2"], tmp_path)
-    job.wait_for(lambda output: "step 40/" in output)
-    family = job.family()
-    (rank_1,) = [p for p in family if p.environ().get("RANK") == "1" and TRAIN in p.cmdline()]
-    rank_1.send_signal(signal.SIGTERM)
-    assert job.end() == 75, job.output()
-    assert alive(family) == []
-    assert summary(tmp_path / "run")["status"] == "stopped"
 
 
 def test_two_ctrl_c_end_at_once_and_leave_no_process(write_config: WriteConfig, tmp_path: Path) -> None:

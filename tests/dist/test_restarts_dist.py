@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import REPOSITORY, WriteConfig
-from launching import Job, alive, local
+from launching import Job, alive, local, run
 from resuming import ranks_of
 from run_results import summary
 
@@ -161,6 +161,13 @@ def test_torchrun_by_hand(write_config: WriteConfig, tmp_path: Path) -> None:
     assert job.end() == 0, job.output()
     assert job.output().count("continuing from step") == 1
     assert summary(tmp_path / "run")["status"] == "stopped"
+
+
+def test_torchrun_by_hand_shows_the_first_error_last(write_config: WriteConfig, tmp_path: Path) -> None:
+    config = str(write_config(data__train={"name": "vectors:Buggy", "args": {"length": 60}}))
+    done = run([TORCHRUN, "--nproc-per-node", "2", TRAIN, "--config", config], tmp_path, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 1
+    assert "ZeroDivisionError: a bug of the user's" in done.stderr.partition("Root Cause")[2], done.stderr
 
 
 def test_a_lost_host_leaves_the_others_training(write_config: WriteConfig, tmp_path: Path) -> None:

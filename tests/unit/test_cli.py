@@ -81,6 +81,7 @@ def test_dry_run_prints_a_line_that_can_be_typed() -> None:
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
     )
     assert done.stdout == (
+        "PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=45 "
         "ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 "
         f"{REPOSITORY / 'train.py'} --config {CONFIG} 'optim.args={{betas: [0.8, 0.9]}}'\n"
     )

@@ -104,7 +104,7 @@ def test_room_for_a_checkpoint_and_a_half(
 def test_room_made_meanwhile(disk: MakeDisk, train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
     folder = disk(3 * ROOM)
     (folder / "filler").write_bytes(bytes(2 * ROOM * 1024))
-    saves = {"every": 2, "keep": 1, "dir": str(folder)}
+    saves = {"every": 2, "keep": 1, "dir": str(folder), "async_save": False}
     code, out, err = train("--config", config(write_config, {6: f"free {folder}/filler"}, checkpoint=saves))
     assert (code, err) == (0, "")
     (failed,) = warnings(out)

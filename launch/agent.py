@@ -25,8 +25,9 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from trainer.cli import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USAGE, LAUNCHER_VARIABLE
+from trainer.cli import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USAGE
 from trainer.faults.fault import Fault, read_first
+from trainer.system import LAUNCHER_VARIABLE
 
 logger = logging.getLogger("lockstep")
 
@@ -127,6 +128,8 @@ class _Job:
         # A rank that dies of a signal leaves no word, and its peers fail as they lose it: it is the reason.
         first = self.first or codes
         rank = min(first, key=lambda rank: (first[rank] >= 0, first[rank] == -signal.SIGTERM, rank))
+        if fault is not None and first.get(fault.rank, 0) < 0:  # survivors may die of signals, too
+            rank = fault.rank
         if first[rank] < 0:
             return explain_signal(f"rank {rank}", -first[rank])
         return str(fault) if fault is not None else f"rank {rank} failed, and said why"

@@ -21,6 +21,7 @@ from trainer.config import CacheConfig, Config, load_config, read_section, schem
 from trainer.errors import UserError, one_line, one_line_text
 from trainer.faults.fault import is_lost_peer
 from trainer.memory.out_of_memory import handle_out_of_memory, is_out_of_memory
+from trainer.system import LAUNCHER_VARIABLE
 
 if TYPE_CHECKING:
     from trainer.loop import Trainer
@@ -29,8 +30,6 @@ EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 75
-
-LAUNCHER_VARIABLE = "LOCKSTEP_LAUNCHER"  # id of our launcher's process, which tells the exit codes of its ranks apart
 
 _EXIT_CODES = "exit codes: 0 finished, 2 bad config or usage, 75 stopped early on request (start me again), 1 else"
 

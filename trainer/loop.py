@@ -117,7 +117,7 @@ class Trainer(Resumable):
             runtime.exact(torch.zeros((), device=runtime.device)),
             is_scaled=runtime.scaler is not None,
         )
-        self.buffers = BufferCopy(list(self.bare_model.buffers()))
+        self.buffers = BufferCopy(self.bare_model)
         self.pace = Pace(runtime.device)
         self.straggler: Straggler | None = None  # at the last report
         self.window = Window(runtime, self.clock, self.feed)
@@ -132,6 +132,7 @@ class Trainer(Resumable):
             BadNumbers: a loss or a gradient is not finite, and the run is not to go on.
             SaveFailed: a checkpoint that must be there could not be written.
         """
+        self.stop_requests.install()
         self.restore()
         if self.complete():
             logger.info("already finished: %d steps in %s", self.progress.step, self.folder.path)
@@ -160,7 +161,7 @@ class Trainer(Resumable):
         if self.numbers.policy == "skip":
             self.buffers.keep()
         undo = self._undo() if self._asks_within(step) else None
-        self.runtime.begin_step(self.model)
+        self.runtime.broadcast(self.buffers.now())
         self.pace.begin_step()
         # DDP and FSDP average gradients over ranks; this makes the average the mean over the global batch.
         scale = self.runtime.num_ranks / self.plan.step_samples(step)
@@ -250,9 +251,13 @@ class Trainer(Resumable):
 
     def _leave_out(self) -> bool:
         """Lets the batch of this step pass by, and changes nothing but the position."""
-        for _ in self._batches(self.progress.step):
+        step = self.progress.step
+        self.at("loading a batch")
+        for _ in self.feed.step_batches(step):
             continue
         self.progress.step += 1
+        if step == self.first_step:  # the next one is the first that is made
+            self.first_step += 1
         return True
 
     def after_step(self) -> None:
@@ -289,7 +294,7 @@ class Trainer(Resumable):
         assert self.eval_feed is not None
         # Not the wrapped model: its forward exchanges buffers, and ranks may have uneven batch counts. Each rank's
         # BatchNorm statistics are its own until the next training step, so all evaluate with rank 0's, as saved.
-        self.runtime.broadcast_buffers(self.bare_model)
+        self.runtime.broadcast(self.buffers.now())
         model = self.bare_model
         modes = {module: module.training for module in model.modules()}
         model.eval()
@@ -408,6 +413,7 @@ class Trainer(Resumable):
         """Goes back to the last checkpoint, and leaves the batch of a step out from then on."""
         assert bad.step is not None
         before = self.progress
+        self.at("restoring a checkpoint")
         with self.clock.phase("checkpoint"):
             self.saver.wait()
             checkpoint = self.checkpoints.choose(self.runtime)
@@ -506,8 +512,10 @@ class Trainer(Resumable):
         }
         if window.grad_norm is not None:
             record["train/grad_norm"] = float(window.grad_norm)
+        pace = self.pace.mean_seconds()
         if self.runtime.num_ranks > 1:
-            record["train/straggler_wait"] = self._look_for_straggler(seconds["train"] / max(window.num_timed_steps, 1))
+            step_seconds = seconds["train"] / max(window.num_timed_steps, 1)
+            record["train/straggler_wait"] = self._look_for_straggler(self.runtime.gather(pace), step_seconds)
         if self.ledger is not None:
             self.ledger.saved(self.saver.saved_step)
             self.ledger.update(step, *self.times())
@@ -516,9 +524,8 @@ class Trainer(Resumable):
             self.reporter.publish(step, record)
         self.window = Window(self.runtime, self.clock, self.feed)
 
-    def _look_for_straggler(self, step_seconds: float) -> float:
+    def _look_for_straggler(self, by_rank: list[float], step_seconds: float) -> float:
         """Names a rank that the others wait for, when it is another than before. Returns the share of a step lost."""
-        by_rank = self.runtime.gather(self.pace.mean_seconds())
         found = find_straggler(by_rank, step_seconds)
         before = self.straggler.rank if self.straggler is not None else None
         if found is not None and found.rank != before and self.runtime.is_main:
@@ -544,7 +551,6 @@ class Trainer(Resumable):
                 self.checkpoints.clean()
                 self.stop_requests.watch_file(self.folder.path)
             self.feed.start(self.sampler, self.progress.step, self.total_steps)
-            self.stop_requests.install()
         if self.ledger is not None:
             self.ledger.begin(self.progress.step, self.runtime.num_ranks, self.times()[2])
         self.first_step = self.progress.step

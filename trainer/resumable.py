@@ -6,12 +6,16 @@ Owns what `trainer.checkpoint` is told. How a checkpoint is written and read is 
 from __future__ import annotations
 
 import logging
+import os
+import socket
+from dataclasses import replace
 
 from torch import nn
 from torch.optim import Optimizer
 
 from trainer.agreement import Decisions
 from trainer.assembly import Assembly
+from trainer.buffers import BufferCopy
 from trainer.checkpoint.compatibility import check_resumable
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import Manifest, Progress
@@ -46,6 +50,7 @@ class Resumable(Assembly):
     optimizer: Optimizer
     ema: Ema | None
     numbers: NumberGuard
+    buffers: BufferCopy
     checkpoints: CheckpointFolder
     saver: Saver
     decisions: Decisions
@@ -92,7 +97,7 @@ class Resumable(Assembly):
 
     def state(self) -> State:
         # Ranks' BatchNorm statistics are their own until the next step, and the planner lets any rank write them.
-        self.runtime.broadcast_buffers(self.bare_model)
+        self.runtime.broadcast(self.buffers.now())
         return self._parts().collect()
 
     # ---- there and back -----------------------------------------------------------------------------------
@@ -120,19 +125,22 @@ class Resumable(Assembly):
 
     def has_time_to_save(self) -> bool:
         """Tells whether a save fits into what is left of `faults.grace`, on the rank that has the least left."""
-        if self.saver.saved_step in (None, self.progress.step):
-            return True
         left = self.config.faults.grace.seconds - self.stop_requests.seconds_ago()
-        if all(self.runtime.gather(self.saver.statistics.longest_seconds <= left)):
+        is_needed = self.saver.saved_step is None
+        fits = is_needed or self.saver.saved_step == self.progress.step or self._longest_save() <= left
+        if all(self.runtime.gather(fits)):  # asked by all: a save that just ends may be known to some ranks only
             return True
         logger.warning(
             "no checkpoint of step %d, that of step %d stands: saves take up to %.1f s, and faults.grace leaves %.1f s",
             self.progress.step,
             self.saver.saved_step,
-            self.saver.statistics.longest_seconds,
+            self._longest_save(),
             max(left, 0.0),
         )
         return False
+
+    def _longest_save(self) -> float:
+        return self.saver.statistics.longest_seconds
 
     def wait_for_the_last_save(self, must_be_there: bool) -> None:
         with self.clock.phase("checkpoint"):
@@ -204,12 +212,15 @@ class Resumable(Assembly):
     def note_bad_steps(self) -> list[Fault]:
         """Writes down which steps are known to be bad, and with which samples; returns them, oldest first."""
         mine = [(bad, self.sampler.share(bad.step)[1]) for bad in self.numbers.found]
-        by_rank = self.runtime.gather(mine)
+        found = self.runtime.gather((mine, socket.gethostname(), os.getpid()))
+        by_rank = [seen for seen, _, _ in found]
         self.numbers.found.clear()
         faults = []
         for step in sorted({bad.step for seen in by_rank for bad, _ in seen}):
-            seen_by = [next((found for found in seen if found[0].step == step), None) for seen in by_rank]
+            seen_by = [next((entry for entry in seen if entry[0].step == step), None) for seen in by_rank]
             fault, record = bad_step_report(seen_by)
+            _, host, pid = found[fault.rank]
+            fault = replace(fault, host=host, pid=pid)
             faults.append(fault)
             if self.reporter is not None:
                 self.reporter.bad_step(fault, record)
@@ -229,5 +240,8 @@ class Resumable(Assembly):
 
     def times(self) -> tuple[dict[str, float], float, int]:
         """Returns what the ledger wants to know of this attempt."""
-        left_out = self.progress.skipped_steps + self.progress.bad_steps
+        # fp16's scaler leaves bad steps out, and counts them among those that it skips.
+        left_out = self.progress.skipped_steps
+        if self.runtime.scaler is None:
+            left_out += self.progress.bad_steps
         return self.clock.split(), self.feed.data_wait_seconds, left_out

@@ -38,7 +38,7 @@ from trainer.parallel import broadcast, choose_shard_size, gradient_norm, prepar
 from trainer.placement import place_this_process
 from trainer.precision import STEP_DTYPES, autocast_on_cpu, check_precision, set_backends
 from trainer.rendezvous import init_method, is_elastic
-from trainer.system import die_with_parent
+from trainer.system import LAUNCHER_VARIABLE, die_with_parent
 
 logger = logging.getLogger("lockstep")
 
@@ -50,7 +50,11 @@ class Runtime:
 
     def __init__(self, config: Config) -> None:
         if is_elastic() and sys.platform == "linux":
-            die_with_parent()  # a killed agent ends nobody, and the next start would find this one in the run folder
+            # A killed agent ends nobody, and the next start would find this one in the run folder.
+            die_with_parent()
+            launcher = os.environ.get(LAUNCHER_VARIABLE, "")
+            if launcher.isdigit() and not psutil.pid_exists(int(launcher)):  # it was killed before that
+                os._exit(1)
         promised = promised_processes()
         _refuse_foreign_settings(config.precision)
         check_precision(config.precision)
@@ -126,19 +130,20 @@ class Runtime:
         """
         if self.is_sharded:
             return prepare_sharded(self.accelerator, model, optimizer, blocks)
-        if self.num_ranks > 1:  # whose buffers `begin_step` exchanges; the setting for it has two names in torch
+        if self.num_ranks > 1:  # whose buffers the loop exchanges; the setting for it has two names in torch
             names = [name for name, _ in model.named_buffers(remove_duplicate=False)]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
         prepared = self.accelerator.prepare(model, optimizer)
         return prepared[0], prepared[1]
 
-    def begin_step(self, model: nn.Module) -> None:
-        """Gives every rank the buffers of rank 0, as DDP would in a step's first forward.
+    def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Gives every rank the tensors of rank 0: a model's buffers at the beginning of a step, as DDP would.
 
-        Not there: whoever measures how long a rank takes to its forward's end would measure the others, too.
+        DDP would do it in the step's first forward; whoever measures how long a rank takes to the end of its forward
+        would then measure the others, too.
         """
         if self.num_ranks > 1:
-            broadcast(list(model.buffers()))
+            broadcast(tensors)
 
     def end_evaluation(self, model: nn.Module) -> None:
         """Brings a sharded model's parameters back into shares, which a forward without backward leaves whole."""
@@ -221,11 +226,6 @@ class Runtime:
         # Apple's GPUs have no float64.
         return value.detach().to(torch.float32 if self.device.type == "mps" else torch.float64)
 
-    def broadcast_buffers(self, model: nn.Module) -> None:
-        """Gives every rank the buffers of rank 0, as DDP does before a training step's forward."""
-        if self.num_ranks > 1:
-            broadcast(list(model.buffers()))
-
     def gather(self, value: T) -> list[T]:
         """Returns every rank's object, in rank order, on every rank."""
         if self.num_ranks == 1:
@@ -306,7 +306,8 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 def _leaves_out_on_device(optimizer: torch.optim.Optimizer) -> bool:
     inner = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's
     # At the first step SGD takes memory for its momentum that it then does not fill.
-    return bool(getattr(inner, "_step_supports_amp_scaling", False)) and bool(inner.state)
+    is_filled = bool(inner.state) or not any(group.get("momentum") for group in inner.param_groups)
+    return is_filled and bool(getattr(inner, "_step_supports_amp_scaling", False))
 
 
 def step_unless(optimizer: torch.optim.Optimizer, unless: torch.Tensor) -> None:
@@ -376,11 +377,11 @@ def explained_model_errors() -> Iterator[None]:
             message = (
                 "the model views its input as flat, but images come in channels_last memory: use flatten or reshape"
             )
-            raise UserError(f"{message} there; {one_line(error)}", path="model", agreed=True) from error
+            raise UserError(f"{message} there; {one_line(error)}", path="model") from error
         if "find_unused_parameters" not in str(error):
             raise
         message = "the last step left parameters unused (without a gradient); if the model is meant so, set it to true"
-        raise UserError(message, path="parallel.find_unused_parameters", agreed=True) from error
+        raise UserError(message, path="parallel.find_unused_parameters") from error
 
 
 def seed_everything(seed: int) -> None:

@@ -8,6 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
+LAUNCHER_VARIABLE = "LOCKSTEP_LAUNCHER"  # id of our launcher's process, which tells the exit codes of its ranks apart
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PR_SET_CHILD_SUBREAPER = 36
 

@@ -119,7 +119,7 @@ def test_buffers_come_back_where_they_are_to() -> None:
     model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(2))
     buffers = list(model.buffers())
     before = [buffer.clone() for buffer in buffers]
-    copy = BufferCopy(buffers)
+    copy = BufferCopy(model)
     copy.keep()
     changed = [buffer.add_(1).clone() for buffer in buffers]
     copy.put_back(torch.tensor(False))
@@ -217,7 +217,9 @@ def test_stop_saves_nothing_of_it(
     (record,) = bad_steps(tmp_path / "run")
     assert record["step"] == 8
     (first,) = (tmp_path / "run" / "faults").glob("attempt-*/first.json")
-    assert json.loads(first.read_text())["restart"] is False
+    fault = json.loads(first.read_text())
+    assert (fault["restart"], fault["step"], fault["kind"]) == (False, 8, "numbers")
+    assert fault["samples"] == record["samples"]
 
 
 def test_stop_without_gradients_says_what_it_does_not_know(

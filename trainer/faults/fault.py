@@ -77,8 +77,12 @@ def fault_folder(run_dir: Path, attempt: int) -> Path:
 
 def next_attempt(run_dir: Path, number: int) -> int:
     """Returns a number of an attempt that no earlier one has left files under: `number`, or one more than theirs."""
-    names = (folder.name.rpartition("-")[2] for folder in run_dir.glob("faults/attempt-*"))
-    return max([number, *(int(name) + 1 for name in names if name.isdigit())])
+    return max([number, *(_number(folder) + 1 for folder in run_dir.glob("faults/attempt-*"))])
+
+
+def _number(folder: Path) -> int:
+    name = folder.name.rpartition("-")[2]
+    return int(name) if name.isdigit() else -1
 
 
 def write_first(folder: Path, fault: Fault) -> bool:
@@ -88,12 +92,17 @@ def write_first(folder: Path, fault: Fault) -> bool:
         OSError: it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    file = folder / FIRST
+    if file.exists():
+        return False
     staged = folder / f".{FIRST}.{fault.rank}.{os.getpid()}"
     staged.write_text(fault.to_json() + "\n", encoding="utf-8")
     try:
-        os.link(staged, folder / FIRST)  # which fails where the file exists
+        os.link(staged, file)  # which fails where the file exists
     except FileExistsError:
         return False
+    except OSError:  # a file system without hard links: two ranks at once may both write it
+        os.replace(staged, file)
     finally:
         with suppress(OSError):
             staged.unlink()
@@ -102,7 +111,7 @@ def write_first(folder: Path, fault: Fault) -> bool:
 
 def read_first(run_dir: Path, since: float = 0.0) -> Fault | None:
     """Returns the fault that ended the newest attempt that has one, if it is not older than `since`."""
-    for folder in sorted(run_dir.glob("faults/attempt-*"), reverse=True):
+    for folder in sorted(run_dir.glob("faults/attempt-*"), key=_number, reverse=True):
         try:
             fault = Fault.from_json((folder / FIRST).read_bytes())
         except (OSError, ValueError):
@@ -116,6 +125,7 @@ def is_lost_peer(error: BaseException) -> bool:
     from torch import distributed as dist  # late: errors of a config are shown without torch
 
     text = str(error)
-    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Read error", "Write error")
+    gloo = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Read error", "Write error")
+    nccl = ("remote process exited", "ncclRemoteError", "communicator was aborted", "collective operation timeout")
     is_collective = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text)
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and is_collective and any(part in text for part in lost)
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and is_collective and any(part in text for part in (*gloo, *nccl))

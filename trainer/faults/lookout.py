@@ -76,7 +76,8 @@ class Lookout:
             batch: what it works on.
             is_first: whether this is the first step, which may take longer.
         """
-        allowance = 0.0 if place == "building" else _FIRST_STEP if is_first else 1.0
+        takes_longer = is_first or place == "restoring a checkpoint"
+        allowance = 0.0 if place == "building" else _FIRST_STEP if takes_longer else 1.0
         self.watch.at(place, step, () if batch is None else batch.sample_ids.numpy(), allowance)
         if self.injector is not None:
             self.injector.at(place, step)

@@ -147,7 +147,7 @@ class Watch:
         """
         stacks = capture_stacks()
         error = sys.exception()
-        if fault.place is None:
+        if fault.step is None:  # a fault that knows its step knows its samples, too
             place, step, samples = self.place()
             fault = replace(fault, place=place, step=step, samples=samples)
         self._has_failed = True

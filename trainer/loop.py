@@ -168,8 +168,6 @@ class Trainer(Resumable):
         loss_sum, num_samples = self._zero_loss(), 0
         for i, batch in enumerate(self._batches(step)):
             self._micro_batch = i
-            if i == 0 and step == self.first_step and self.runtime.rebuilds_buckets:
-                self.warm_up(batch)
             with self.runtime.accumulate(self.model, batch.is_last):
                 loss = self.loss_sum(batch)
                 if self.injector is not None:
@@ -199,18 +197,6 @@ class Trainer(Resumable):
             self.saver.prepare(self.state())
         check_compiled_buffers(self.compiled_blocks)  # looks after the first step only
         return True
-
-    def warm_up(self, batch: MicroBatch) -> None:
-        """Runs a first forward and backward in vain, and leaves no trace of them but in DDP.
-
-        After its first backward DDP lays out anew the buckets in which gradients are exchanged, and in which order the
-        gradients of more than two ranks are added depends on their place there. Without this the first step of an
-        attempt would differ in its last bits from the same step of a run that was not interrupted.
-        """
-        undo = self._undo()
-        with explained_model_errors():
-            self.loss_sum(batch).backward()
-        undo()
 
     def _batches(self, step: int) -> Iterator[MicroBatch]:
         """Yields the micro-batches of a step, and says where this rank is."""

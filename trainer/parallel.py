@@ -212,6 +212,36 @@ def _chunks(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         yield chunk
 
 
+class _TouchesAll(nn.Module):
+    """Stands in for a model: its output depends on every parameter, and its backward gives each a gradient of zero."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        super().__init__()
+        self._touched = list(parameters)  # which are another model's
+
+    def forward(self) -> torch.Tensor:
+        return torch.stack([(parameter.sum() * 0).float() for parameter in self._touched]).sum()
+
+
+def settle_buckets(model: nn.Module) -> None:
+    """Has DDP lay out, now, the buckets in which gradients are exchanged; all ranks call it, before the first step.
+
+    DDP does so after its first backward, by the order in which gradients come, and the order in which the gradients of
+    more than two ranks are added depends on their place there. Left to the first step of each attempt, that step would
+    differ in its last bits from the same step of a run that was not interrupted. So a backward that is not the model's
+    comes first, in which gradients come in the reverse order of the parameters.
+    """
+    bare = model.module
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.module = _TouchesAll(parameters)
+    try:
+        model().backward()
+    finally:
+        model.module = bare
+    for parameter in parameters:
+        parameter.grad = None
+
+
 def gradient_norm(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     """Returns the norm of all gradients together, whole or in shares. Nobody waits for it."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

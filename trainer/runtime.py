@@ -34,7 +34,15 @@ from trainer.data.tuning import cores_of_a_rank
 from trainer.errors import Problem, UserError, one_line
 from trainer.memory.checkpointing import explain_checkpointing_error
 from trainer.memory.sharding import local_part
-from trainer.parallel import broadcast, choose_shard_size, gradient_norm, prepare_sharded, reshard, use_fsdp
+from trainer.parallel import (
+    broadcast,
+    choose_shard_size,
+    gradient_norm,
+    prepare_sharded,
+    reshard,
+    settle_buckets,
+    use_fsdp,
+)
 from trainer.placement import place_this_process
 from trainer.precision import STEP_DTYPES, autocast_on_cpu, check_precision, set_backends
 from trainer.rendezvous import init_method, is_elastic
@@ -55,6 +63,7 @@ class Runtime:
             launcher = os.environ.get(LAUNCHER_VARIABLE, "")
             if launcher.isdigit() and not psutil.pid_exists(int(launcher)):  # it was killed before that
                 os._exit(1)
+        self._config = config.parallel
         promised = promised_processes()
         _refuse_foreign_settings(config.precision)
         check_precision(config.precision)
@@ -94,10 +103,6 @@ class Runtime:
         # Processes that share one copy of parameters, gradients and optimizer state.
         self.shard_size = choose_shard_size(config.parallel, self.gather(self.num_local_ranks))
         self.is_sharded = self.shard_size > 1
-        # Whether DDP changes how it exchanges gradients after its first backward, in a way that changes their sums.
-        self.rebuilds_buckets = (
-            self.num_ranks > 2 and not self.is_sharded and not config.parallel.find_unused_parameters
-        )
         # Whether a training forward is a collective, so that every rank has to run as many as the others.
         self.in_lockstep = self.is_sharded or (config.parallel.sync_batchnorm and self.num_ranks > 1)
         if self.is_sharded:
@@ -133,8 +138,11 @@ class Runtime:
         if self.num_ranks > 1:  # whose buffers the loop exchanges; the setting for it has two names in torch
             names = [name for name, _ in model.named_buffers(remove_duplicate=False)]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
-        prepared = self.accelerator.prepare(model, optimizer)
-        return prepared[0], prepared[1]
+        wrapped, optimizer = self.accelerator.prepare(model, optimizer)
+        # A sum of two gradients is the same in either order. A static graph must see the model itself first.
+        if self.num_ranks > 2 and not self._config.find_unused_parameters and not self._config.static_graph:
+            settle_buckets(wrapped)
+        return wrapped, optimizer
 
     def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
         """Gives every rank the tensors of rank 0: a model's buffers at the beginning of a step, as DDP would.

@@ -65,6 +65,14 @@ def test_gradients_that_carry_a_loss_scale_may_overflow() -> None:
     assert not numbers.wants_gradient_norm
 
 
+def test_a_loss_scaler_is_given_time() -> None:
+    numbers = NumberGuard(read_section(FaultsConfig), 1, ZERO, is_scaled=True)
+    for step in range(60):
+        judge(numbers, step, 1.0 if step == 30 else math.nan)
+        assert numbers.is_alarmed is (20 <= step + 1 < 31 or step >= 50), step
+        numbers.forget()
+
+
 def test_spikes_are_measured_with_the_losses_before_them() -> None:
     numbers = guard(non_finite="skip", spike_factor=3.0)
     assert judge(numbers, 0, 100.0) is False  # nothing to compare with

@@ -22,6 +22,7 @@ from trainer.faults.fault import Fault
 
 _MOST_PENDING = 32  # steps that may be judged late
 _MEMORY = 0.02  # share of a loss in the moving average that spikes are measured with
+_IN_A_ROW = 20  # bad losses under fp16, which is more often than the loss scale can be halved to any avail
 _FEWEST = 20  # losses that an average needs before anything is a spike
 
 
@@ -61,7 +62,8 @@ class NumberGuard:
         config: the `faults` section.
         num_ranks: of all processes, which judge together where that is needed.
         like: a scalar of the type and on the device of the loss sums.
-        is_scaled: gradients carry fp16's loss scale, and overflow now and then as they should: only losses are judged.
+        is_scaled: gradients carry fp16's loss scale, whose scaler leaves out steps that overflow, forward or backward,
+            as some should: gradients are not judged, and the run goes on unless losses are bad many times in a row.
     """
 
     def __init__(self, config: FaultsConfig, num_ranks: int, like: torch.Tensor, is_scaled: bool = False) -> None:
@@ -77,6 +79,7 @@ class NumberGuard:
         """Moving average of the losses of all ranks; of use where `spike_factor` is set."""
         self.num_losses = torch.zeros_like(like)
         """Losses in that average."""
+        self._bad_in_a_row = 0
         self._pending: deque[tuple[int, int, torch.Tensor, torch.cuda.Event | None]] = deque()
         self._memory: list[torch.Tensor] = []
         self.found: list[BadStep] = []
@@ -175,6 +178,9 @@ class NumberGuard:
 
     def _read(self, step: int, num_own: int, values: torch.Tensor) -> None:
         loss_sum, norm, *together = values.tolist()
+        self._bad_in_a_row = 0 if math.isfinite(together[0] if together else loss_sum) else self._bad_in_a_row + 1
+        if self._is_scaled and self.policy != "skip" and 0 < self._bad_in_a_row < _IN_A_ROW:
+            return
         own_loss = loss_sum / num_own if num_own else 0.0
         is_mine = not math.isfinite(loss_sum)
         if together:

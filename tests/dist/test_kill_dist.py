@@ -29,7 +29,7 @@ NORMED = {"name": "vectors_model:Normed", "args": {"dropout": 0.2}}
 MLP = {"name": "mlp", "args": {"in_features": 8, "hidden": [16], "dropout": 0.2}}
 HUGE = {"name": "vectors:Huge", "args": {"length": 600}}
 EMA = {"ema": {"decay": 0.9}}
-MOMENTUM = {"name": "sgd", "lr": 0.01, "args": {"momentum": 0.9}, **EMA}
+MOMENTUM = {"name": "sgd", "lr": 1e-4, "args": {"momentum": 0.9}, **EMA}
 OVERFLOWS = {"precision": "fp16", "data__train": HUGE, "optim": MOMENTUM}
 
 # What differs from `config`, and the number of ranks.

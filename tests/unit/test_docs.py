@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from benchmarks import checkpoint, feed, memory, soak, switches
+from benchmarks import checkpoint, faults, feed, memory, soak, switches
 
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
 TABLES = [
@@ -18,7 +18,9 @@ TABLES = [
     for found in re.findall(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", page.read_text(), re.DOTALL)
 ]
 MAKERS = {
+    "chaos-cpu": faults.chaos_table,
     "checkpoint-cpu": checkpoint.table,
+    "faults-cpu": faults.table,
     "feed-cpu": feed.table,
     "memory-cpu": memory.table,
     "soak-cpu": soak.table,

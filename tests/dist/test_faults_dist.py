@@ -305,7 +305,9 @@ def tell(story: Story, folder: Path) -> Told:
             continue
         when, step = deeds[number]["time"], deeds[number]["step"]
         next_attempt = next((attempt for attempt in attempts if attempt.started > when), None)
-        ended = min([end for end in ends if end > when] + [next_attempt.started if next_attempt else time.time()])
+        # An attempt that ends before its first step leaves no record but its own fault.
+        later = [deed["time"] for deed in deeds.values()] + [attempt.started for attempt in attempts] + ends
+        ended = min(moment for moment in later if moment > when)
         lost = 0
         if next_attempt is not None and story.code == 0:
             lost = max(step - (case.place != "evaluation") - next_attempt.first_step, 0)

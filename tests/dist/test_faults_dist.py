@@ -111,7 +111,7 @@ def stop(name: str, action: str, rank: int, says: str, place: str = "forward", *
 
 LATER = {"after_seconds": 0.1, "step": None}  # not at the first start
 DEATHS = (
-    killed("while starting", 1, "building", options={"step": None}),
+    killed("while starting", 1, "building", blames=False, options={"step": None}),  # before it has reported once
     killed("while loading a batch", 1, "loading a batch"),
     killed("while restoring", 0, "restoring a checkpoint", options=LATER),
     killed("of rank 0, in forward", 0, "forward"),
@@ -140,7 +140,7 @@ DEATHS = (
     hangs("a rank sleeps with Python's lock held", "hang-with-gil", 1, r"rank 1 on \S+, step \d+ \(forward\)"),
     hangs("SIGSTOP", "stop", 1, r"rank 1 on \S+, step \d+"),
     hangs("SIGSTOP of rank 0", "stop", 0, r"rank 0 on \S+, step \d+"),
-    hangs("a loader worker is stopped", "stop-worker", 1, r"rank 1 .*\(loading a batch\).*sample \d+", nightly=True),
+    hangs("a loader worker is stopped", "stop-worker", 1, r"rank 1 on \S+, step \d+ \((loading|evaluation)", nightly=True),
 )
 ON_THREE = (
     killed("in backward, of one of three", 2, "backward"),

@@ -89,6 +89,8 @@ class Lookout:
             yield
         except BaseException as error:
             self.tell(error)
+            if is_lost_peer(error):
+                self.ended_by()  # whoever it was: it is written down before this process ends
             self.close()
             raise
 

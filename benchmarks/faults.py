@@ -23,10 +23,9 @@ _SUITE = Path(__file__).resolve().parent.parent / "tests" / "dist" / "test_fault
 def table(result: Mapping[str, Any]) -> str:
     """Returns the result as a Markdown table."""
     lines = ["| fault | ranks | exit code | seconds | lost |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {case['name']} | {case['ranks']} | {case['code']} | {case['seconds']:.1f} | {case['lost']} |"
-        for case in result["cases"]
-    ]
+    for case in result["cases"]:
+        seconds = "goes on" if case["seconds"] is None else f"{case['seconds']:.1f}"
+        lines.append(f"| {case['name']} | {case['ranks']} | {case['code']} | {seconds} | {case['lost']} |")
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return "\n".join(lines) + f"\n\n{result['hardware']}; {versions}; `{result['command']}`.\n"
 

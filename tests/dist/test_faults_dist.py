@@ -114,7 +114,7 @@ DEATHS = (
     killed("while starting", 1, "building", blames=False, options={"step": None}),  # before it has reported once
     killed("while loading a batch", 1, "loading a batch"),
     killed("while restoring", 0, "restoring a checkpoint", options=LATER),
-    killed("of rank 0, in forward", 0, "forward"),
+    killed("of rank 0, in forward", 0, "forward", nightly=True),
     killed("in an evaluation", 1, "evaluation"),
     killed("while saving", 1, "saving a checkpoint"),
     killed("in the optimizer's step", 1, "optimizer", nightly=True),
@@ -130,7 +130,7 @@ DEATHS = (
     ),
     Case("out of memory", "oom", 1, r"rank 1 on \S+, step \d+ \(backward\): OutOfMemoryError", "backward"),
     Case("os._exit(3)", "exit", 1, "restarting .*rank 1", "forward", nightly=True),
-    Case("a segmentation fault", "segfault", 1, "rank 1 was ended by SIGSEGV", "forward"),
+    Case("a segmentation fault", "segfault", 1, "rank 1 was ended by SIGSEGV", "forward", nightly=True),
     Case("a loader worker is killed", "kill-worker", 1, r"rank 1 .*WorkerDied: loader worker 0"),
     damaged("bits of the newest checkpoint flip, SIGKILL", "corrupt-checkpoint"),
     damaged("a file of it is cut in half, SIGKILL", "truncate-checkpoint", nightly=True),
@@ -148,13 +148,13 @@ ON_THREE = (
     hangs(
         "a rank of three sleeps in an evaluation", "hang", 2, r"rank 2 on \S+, step \d+ \(evaluation\)", "evaluation"
     ),
-    hangs("SIGSTOP, of one of three", "stop", 1, r"rank 1 on \S+, step \d+"),
+    hangs("SIGSTOP, of one of three", "stop", 1, r"rank 1 on \S+, step \d+", nightly=True),
 )
 STOPS = (
     stop("SIGTERM to a rank", "signal:SIGTERM", 0, "SIGTERM on rank 0"),
     stop("SIGINT to a rank", "signal:SIGINT", 1, "SIGINT on rank 1", nightly=True),
-    stop("SIGUSR1 to a rank", "signal:SIGUSR1", 1, "SIGUSR1 on rank 1"),
-    stop("SIGTERM to the launcher", "signal-launcher:SIGTERM", 0, "SIGTERM on rank"),
+    stop("SIGUSR1 to a rank", "signal:SIGUSR1", 1, "SIGUSR1 on rank 1", nightly=True),
+    stop("SIGTERM to the launcher", "signal-launcher:SIGTERM", 0, "SIGTERM on rank", nightly=True),
     stop("SIGUSR1 to the launcher", "signal-launcher:SIGUSR1", 0, "SIGUSR1 on rank"),
     stop("SIGINT to the launcher", "signal-launcher:SIGINT", 0, "SIGINT on rank", nightly=True),
     stop("SIGTERM in an evaluation", "signal:SIGTERM", 1, "SIGTERM on rank 1", "evaluation"),

@@ -29,13 +29,14 @@ import psutil
 import torch
 
 from launch.agent import end_descendants
-from launch.chaos_report import AFTER_STEP, CHAOS, QUIET, Report, Suffered
+from launch.chaos_report import CHAOS, QUIET, Report, Suffered
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.storage import LocalStorage
 from trainer.cli import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USAGE
 from trainer.comparing import checkpoint_differences, logged_differences
 from trainer.config import Config, load_config
 from trainer.errors import UserError, one_line_text
+from trainer.faults.judging import AFTER_STEP, WITHIN_A_STEP
 from trainer.faults.plan import (
     MOST_SECONDS_VALID,
     VARIABLE,
@@ -50,7 +51,7 @@ from trainer.system import adopt_orphans, die_with_parent
 logger = logging.getLogger("lockstep")
 
 _PLAN = "plan.json"  # its presence says that a folder is ours to empty
-_PLACES = ("loading a batch", "forward", "backward", "optimizer", AFTER_STEP)  # in every step
+_PLACES = (*WITHIN_A_STEP, AFTER_STEP)  # in every step
 _LEAST_KEPT = 3  # checkpoints: one of them gets damaged
 _RESTARTS = 100_000
 _POLL_SECONDS = 0.2

@@ -12,10 +12,10 @@ import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from trainer.faults.judging import AFTER_STEP
 from trainer.goodput import PARTS
 
 CHAOS, QUIET = "chaos", "quiet"  # the two runs, and their folders
-AFTER_STEP = "exchange of decisions"  # where the step that is named has been made
 _SHOWN = 10  # differences
 _SAID = {
     "kill": "is killed",

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 from trainer.config import CacheConfig, Config, load_config, read_section, schema_text
 from trainer.errors import UserError, one_line, one_line_text
 from trainer.faults.fault import is_lost_peer
+from trainer.faults.stopping import STOP_SIGNALS
 from trainer.memory.out_of_memory import handle_out_of_memory, is_out_of_memory
 from trainer.system import LAUNCHER_VARIABLE
 
@@ -125,7 +126,7 @@ def leave(code: int) -> NoReturn:
     """Ends the program. A failed rank of several goes at once: tidy shutdown can wait for peers or abort."""
     if code == EXIT_STOPPED:
         # A launcher that sees the first rank go ends the others; they are on their way.
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         is_ours = os.environ.get(LAUNCHER_VARIABLE) == str(os.getppid())
         if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and not is_ours:

@@ -114,11 +114,11 @@ class Trainer(Resumable):
         self.numbers = NumberGuard(
             config.faults,
             runtime.num_ranks,
-            runtime.exact(torch.zeros((), device=runtime.device)),
+            runtime.zero(),
             is_scaled=runtime.scaler is not None,
         )
         self.buffers = BufferCopy(self.bare_model)
-        self.pace = Pace(runtime.device)
+        self.pace = Pace(runtime.device) if runtime.num_ranks > 1 else None  # one that is alone meets nobody
         self.straggler: Straggler | None = None  # at the last report
         self.window = Window(runtime, self.clock, self.feed)
         self._skipped_samples = 0  # that could not be read, on all ranks, at the last report
@@ -162,17 +162,18 @@ class Trainer(Resumable):
             self.buffers.keep()
         undo = self._undo() if self._asks_within(step) else None
         self.runtime.broadcast(self.buffers.now())
-        self.pace.begin_step()
+        if self.pace is not None:
+            self.pace.begin_step()
         # DDP and FSDP average gradients over ranks; this makes the average the mean over the global batch.
         scale = self.runtime.num_ranks / self.plan.step_samples(step)
-        loss_sum, num_samples = self._zero_loss(), 0
+        loss_sum, num_samples = self.runtime.zero(), 0
         for i, batch in enumerate(self._batches(step)):
             self._micro_batch = i
             with self.runtime.accumulate(self.model, batch.is_last):
                 loss = self.loss_sum(batch)
                 if self.injector is not None:
                     loss = self.injector.loss(loss, step + 1)
-                if batch.is_last and not self.runtime.in_lockstep:
+                if self.pace is not None and batch.is_last and not self.runtime.in_lockstep:
                     self.pace.meet()
                 self.at("backward", batch)
                 with explained_model_errors():  # blocks may run again in backward
@@ -206,7 +207,7 @@ class Trainer(Resumable):
             batch = next(batches, None)
             if batch is None:
                 return
-            if i == 0 and self.runtime.in_lockstep:
+            if self.pace is not None and i == 0 and self.runtime.in_lockstep:
                 self.pace.meet()
             self.at("forward", batch)
             if self.injector is not None:
@@ -231,9 +232,6 @@ class Trainer(Resumable):
         if is_left_out is not None:  # the forward has changed BatchNorm's statistics
             self.buffers.put_back(is_left_out)
         return is_left_out
-
-    def _zero_loss(self) -> torch.Tensor:
-        return self.runtime.exact(torch.zeros((), device=self.runtime.device))
 
     def _leave_out(self) -> bool:
         """Lets the batch of this step pass by, and changes nothing but the position."""
@@ -498,10 +496,10 @@ class Trainer(Resumable):
         }
         if window.grad_norm is not None:
             record["train/grad_norm"] = float(window.grad_norm)
-        pace = self.pace.mean_seconds()
-        if self.runtime.num_ranks > 1:
+        if self.pace is not None:
+            by_rank = self.runtime.gather(self.pace.mean_seconds())
             step_seconds = seconds["train"] / max(window.num_timed_steps, 1)
-            record["train/straggler_wait"] = self._look_for_straggler(self.runtime.gather(pace), step_seconds)
+            record["train/straggler_wait"] = self._look_for_straggler(by_rank, step_seconds)
         if self.ledger is not None:
             self.ledger.saved(self.saver.saved_step)
             self.ledger.update(step, *self.times())

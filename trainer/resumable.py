@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -27,6 +29,7 @@ from trainer.data.feed import MicroBatch
 from trainer.ema import Ema
 from trainer.errors import UserError
 from trainer.faults.fault import Fault
+from trainer.faults.judging import WITHIN_A_STEP
 from trainer.faults.lookout import Lookout
 from trainer.faults.numbers import NumberGuard, bad_step_report
 from trainer.faults.stopping import StopRequests
@@ -37,8 +40,6 @@ from trainer.telemetry import Clock
 from trainer.window import Window
 
 logger = logging.getLogger("lockstep")
-
-_WITHIN_A_STEP = ("loading a batch", "forward", "backward", "optimizer")
 
 
 class Resumable(Assembly):
@@ -188,14 +189,11 @@ class Resumable(Assembly):
         own = self._parts().restore(checkpoint, self.runtime.host_group, set_here)
         num_ranks = checkpoint.manifest.num_ranks
         if num_ranks == self.runtime.num_ranks:
-            prefix = "generator."
-            generators = {name.removeprefix(prefix): state for name, state in own.items() if name.startswith(prefix)}
-            restore_generators(generators, self.runtime.device)
+            restore_generators(_under("generator.", own), self.runtime.device)
         else:
             logger.info("written by %d processes, read by %d", num_ranks, self.runtime.num_ranks)
-        self.window.load(own["window.loss_sum"], own["window.num_samples"])
-        prefix = "guard."
-        self.numbers.load({k.removeprefix(prefix): v for k, v in own.items() if k.startswith(prefix)})
+        self.window.load(**_under("window.", own))
+        self.numbers.load(_under("guard.", own))
         progress = checkpoint.manifest.progress
         if progress.best_of != self.best_of:  # values of another metric do not compare
             progress.best_step = progress.best_value = None
@@ -231,7 +229,7 @@ class Resumable(Assembly):
     def at(self, place: str, batch: MicroBatch | None = None) -> None:
         """Says where this rank is."""
         if self.lookout is not None:
-            step = self.progress.step + (place in _WITHIN_A_STEP)
+            step = self.progress.step + (place in WITHIN_A_STEP)
             self.lookout.at(place, step, batch, is_first=self.progress.step == self.first_step)
 
     def beat(self) -> None:
@@ -245,3 +243,8 @@ class Resumable(Assembly):
         if self.runtime.scaler is None:
             left_out += self.progress.bad_steps
         return self.clock.split(), self.feed.data_wait_seconds, left_out
+
+
+def _under(prefix: str, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns what has names that begin so, without that."""
+    return {name.removeprefix(prefix): value for name, value in own.items() if name.startswith(prefix)}

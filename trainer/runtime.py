@@ -234,6 +234,10 @@ class Runtime:
         # Apple's GPUs have no float64.
         return value.detach().to(torch.float32 if self.device.type == "mps" else torch.float64)
 
+    def zero(self) -> torch.Tensor:
+        """Returns a scalar on the device to add up in, as wide as `exact`'s."""
+        return self.exact(torch.zeros((), device=self.device))
+
     def gather(self, value: T) -> list[T]:
         """Returns every rank's object, in rank order, on every rank."""
         if self.num_ranks == 1:

@@ -19,7 +19,7 @@ class Window:
     """
 
     def __init__(self, runtime: Runtime, clock: Clock, feed: DeviceFeed) -> None:
-        self.loss_sum = runtime.exact(torch.zeros((), device=runtime.device))
+        self.loss_sum = runtime.zero()
         self.num_samples = 0
         self.grad_norm: torch.Tensor | None = None
         self._num_left_out = torch.zeros((), dtype=torch.int64, device=runtime.device)

@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from trainer.data.sampler import SampleKey
 from trainer.data.slots import Slot
+from trainer.faults.stopping import STOP_SIGNALS
 from trainer.placement import use_one_thread
 from trainer.system import die_with_parent
 
@@ -42,7 +43,6 @@ logger = logging.getLogger("lockstep")
 
 _IDLE = -1
 _END_SECONDS = 5.0  # what a process may take to end after SIGKILL; in a read of a dead file system it never does
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _CAUSES = {
     signal.SIGKILL: "most likely the system was out of memory: fewer data.workers or data.prefetch_factor",
     signal.SIGBUS: "most likely a file that it had mapped shrank, or memory could not be had",
@@ -416,7 +416,7 @@ def _work(load: Load, slots: list[Slot], board: Slot, number: int, tasks: Connec
 @contextmanager
 def _stop_signals_held_back() -> Iterator[None]:
     """Starts processes with the stop signals blocked: they may come before `_settle_in` has run."""
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
@@ -430,9 +430,9 @@ def _settle_in() -> None:
     # alone decides when to stop and needs its workers until then.
     os.setpgid(0, 0)
     # Inherited by fork, the training process's handler would only set a flag here, and never end the worker.
-    for number in _STOP_SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # which forgets one that has come already
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     use_one_thread()
     if sys.platform == "linux":

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 LOADING = "loading a batch"
 EVALUATION = "evaluation"
 
+WITHIN_A_STEP = (LOADING, "forward", "backward", "optimizer")
+AFTER_STEP = "exchange of decisions"
+
 # Where a rank may be, in the order in which it passes through them in a step.
 PLACES = (
     "building",
     "restoring a checkpoint",
-    LOADING,
-    "forward",
-    "backward",
-    "exchange of decisions",
-    "optimizer",
+    *WITHIN_A_STEP,
+    AFTER_STEP,
     EVALUATION,
     "saving a checkpoint",
     "report",

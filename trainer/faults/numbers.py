@@ -80,7 +80,7 @@ class NumberGuard:
         self.num_losses = torch.zeros_like(like)
         """Losses in that average."""
         self._bad_in_a_row = 0
-        self._pending: deque[tuple[int, int, torch.Tensor, torch.cuda.Event | None]] = deque()
+        self._pending: deque[tuple[int, int, torch.Tensor, torch.cuda.Event]] = deque()
         self._memory: list[torch.Tensor] = []
         self.found: list[BadStep] = []
         """What is known to be wrong since `forget`."""
@@ -144,7 +144,7 @@ class NumberGuard:
         """Reads what has arrived."""
         while self._pending:
             step, num_own, values, event = self._pending[0]
-            if event is not None and not event.query():
+            if not event.query():
                 return
             self._pending.popleft()
             self._read(step, num_own, values)
@@ -152,8 +152,7 @@ class NumberGuard:
     def settle(self) -> None:
         """Waits until the last step is judged: for moments at which the host waits for the device anyway."""
         for _, _, _, event in self._pending:
-            if event is not None:
-                event.synchronize()
+            event.synchronize()
         self._look()
 
     def state(self) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ config, a stop on request and a fault that another start cannot mend end the job
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -24,7 +25,9 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError, RendezvousTimeoutError
 
+from launch.logs import AgentLogs, RankLogs
 from trainer.cli import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USAGE
 from trainer.faults.fault import Fault, read_first
 from trainer.system import LAUNCHER_VARIABLE
@@ -33,6 +36,7 @@ logger = logging.getLogger("lockstep")
 
 _SURVIVOR_SECONDS = 10  # which the ranks that are left get to end by themselves when one has failed
 _STOPPING_SECONDS = 30  # the same when one has stopped on request: they are on their way
+_NEWS_SECONDS = 2.0  # which a signal, or another machine's agent at the next meeting, may come after this one's ranks
 _KILLED = "most likely the system was out of memory, or somebody killed it"
 
 
@@ -44,19 +48,22 @@ class Outcome:
         code: its exit code.
         told_to_stop: whether a signal to the launcher asked for the end.
         error: of the rank that failed first; None where nothing failed, or the ranks have said all.
+        rank: that failed first on this machine, if one did.
     """
 
     code: int
     told_to_stop: bool = False
     error: str | None = None
+    rank: int | None = None
 
 
-def run_agent(command: Sequence[str], run_dir: Path, is_over: Callable[[], object]) -> Outcome:
+def run_agent(command: Sequence[str], run_dir: Path, logs: RankLogs, is_over: Callable[[], object]) -> Outcome:
     """Runs `torchrun ...` or `accelerate launch ...` in this process, until its job has ended for good.
 
     Args:
         command: the launcher's command line.
         run_dir: of the run, where ranks write down their faults.
+        logs: what becomes of the ranks' output.
         is_over: called after a failure; what is true ends the job, whatever restarts are left.
     """
     # The agent's reports of failed workers repeat what the workers said. Each of its loggers has a level.
@@ -66,18 +73,21 @@ def run_agent(command: Sequence[str], run_dir: Path, is_over: Callable[[], objec
     job = _Job(run_dir, is_over)
     os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
     try:
-        with _our_agent(job):
+        with _our_agent(job, logs):
             _launch(command)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        return Outcome(_exit_code(codes), error=job.explain(codes))
+        return Outcome(_exit_code(codes), error=job.explain(codes), rank=job.first_rank(codes))
     except SignalException as request:
         code = EXIT_STOPPED if job.is_between else _exit_code_of_stopped(job.codes, request.sigval)
         return Outcome(code, told_to_stop=True)
     except KeyboardInterrupt:  # before there was a rank
         return Outcome(EXIT_FAILED, told_to_stop=True)
+    except RendezvousError as error:
+        return Outcome(EXIT_FAILED, error=job.explain_parting(error))
     finally:
         end_descendants()
+        logs.close()
     return Outcome(EXIT_FINISHED)
 
 
@@ -125,14 +135,46 @@ class _Job:
         fault = self._fault()
         if fault is not None and fault.kind != "lost":
             return str(fault)
-        # A rank that dies of a signal leaves no word, and its peers fail as they lose it: it is the reason.
-        first = self.first or codes
-        rank = min(first, key=lambda rank: (first[rank] >= 0, first[rank] == -signal.SIGTERM, rank))
-        if fault is not None and first.get(fault.rank, 0) < 0:  # survivors may die of signals, too
-            rank = fault.rank
+        rank, first = self.first_rank(codes), self.first or codes
         if first[rank] < 0:
             return explain_signal(f"rank {rank}", -first[rank])
         return str(fault) if fault is not None else f"rank {rank} failed, and said why"
+
+    def is_own_failure(self, codes: Mapping[int, int]) -> bool:
+        """Tells whether a rank on this machine has failed by itself, and not because of a request or of others."""
+        code = _exit_code(codes)
+        if code != EXIT_FAILED:
+            return code != EXIT_STOPPED
+        fault = self._fault()
+        return fault is None or fault.rank in codes
+
+    def was_stopped_by_signal(self) -> bool:
+        """Tells whether the ranks have stopped because of a signal to one of them, and not of the file STOP."""
+        try:
+            reason = json.loads((self._run_dir / "summary.json").read_text())["stopped_by"]
+        except (OSError, ValueError, KeyError):
+            return False
+        return str(reason).startswith("SIG")
+
+    def first_rank(self, codes: Mapping[int, int]) -> int:
+        """Returns the rank on this machine that failed first."""
+        first = self.first or codes
+        fault = self._fault()
+        if fault is not None and first.get(fault.rank, 0) != 0:  # survivors may die of signals, too
+            return fault.rank
+        # A rank that dies of a signal leaves no word, and its peers fail as they lose it: it is the reason.
+        return min(first, key=lambda rank: (first[rank] >= 0, first[rank] == -signal.SIGTERM, rank))
+
+    def explain_parting(self, error: RendezvousError) -> str:
+        """Returns in one line why this machine could not meet the others, or not any more."""
+        fault = self._fault()
+        if fault is not None and not fault.restart:  # for which another machine's agent has ended the job
+            return str(fault)
+        if isinstance(error, RendezvousClosedError):
+            return "another machine has ended the job, and said why"
+        if isinstance(error, RendezvousTimeoutError):
+            return "not enough machines came to the rendezvous in time; did the others start, and can they reach it?"
+        return "the first machine, where the others meet, cannot be reached (any more)"
 
     def _fault(self) -> Fault | None:
         return read_first(self._run_dir, since=self.started)
@@ -144,8 +186,8 @@ class _Agent(LocalElasticAgent):
     torch's documentation names the methods that are overridden here as those by which an agent is adapted.
     """
 
-    def __init__(self, job: _Job, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, job: _Job, logs: RankLogs, **options: Any) -> None:
+        super().__init__(**{**options, "logs_specs": AgentLogs(logs)})
         self._job = job
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
@@ -165,6 +207,11 @@ class _Agent(LocalElasticAgent):
         result = super()._monitor_workers(worker_group)
         if result.state == WorkerState.FAILED:
             codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
+            if not self._job.is_own_failure(codes) and self._others_go_on(codes):
+                self._job.is_between = True
+                logger.info("restarting: the machines of this job have changed")
+                self._restart_workers(worker_group)
+                return RunResult(state=WorkerState.HEALTHY)
             if self._job.is_final(codes):
                 raise ChildFailedError(name=worker_group.spec.get_entrypoint_name(), failures=result.failures)
             if self._remaining_restarts > 0:
@@ -173,6 +220,24 @@ class _Agent(LocalElasticAgent):
                 self._job.is_between = True
                 logger.info("restarting (%d of %d): %s", number, worker_group.spec.max_restarts, error)
         return result
+
+    def _others_go_on(self, codes: Mapping[int, int]) -> bool:
+        """Tells whether this machine's ranks have ended because others left or came, and the job continues.
+
+        Where somebody comes, or another machine's ranks have failed, agents stop their ranks and wait for all others
+        at the next meeting. A machine that is told to leave stops all ranks, which may come here before the news.
+        """
+        spec = self._worker_group.spec
+        settings = getattr(spec.rdzv_handler, "settings", None)  # one machine alone meets nobody
+        if settings is None or settings.max_nodes == 1:
+            return False
+        end = time.monotonic() + _NEWS_SECONDS
+        while spec.rdzv_handler.num_nodes_waiting() == 0:
+            if time.monotonic() > end:
+                is_elastic = settings.min_nodes < self._worker_group.group_world_size
+                return is_elastic and _exit_code(codes) == EXIT_STOPPED and self._job.was_stopped_by_signal()
+            time.sleep(0.1)  # a signal to this agent ends the wait
+        return True
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         super()._shutdown(death_sig, timeout)
@@ -183,10 +248,10 @@ class _Agent(LocalElasticAgent):
 
 
 @contextmanager
-def _our_agent(job: _Job) -> Iterator[None]:
+def _our_agent(job: _Job, logs: RankLogs) -> Iterator[None]:
     """Has torchrun and accelerate make our agent: they offer no other way to choose one."""
     theirs = launcher.LocalElasticAgent
-    launcher.LocalElasticAgent = partial(_Agent, job)  # type: ignore[misc, assignment]
+    launcher.LocalElasticAgent = partial(_Agent, job, logs)  # type: ignore[misc, assignment]
     try:
         yield
     finally:

@@ -11,10 +11,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.cli import EXIT_FINISHED, add_config_arguments, run_command
-from trainer.config import load_config
+from trainer.config import Config, load_config
 from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from launch.starting import LaunchPlan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,13 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "target",
-        choices=["local", "plan", "chaos"],
-        help="local: this machine, on all its GPUs or CPU processes; plan: start nothing, predict the memory it takes; "
-        "chaos: break a copy of the job for some minutes, and see whether it comes out the same",
+        choices=["local", "agent", "plan", "chaos"],
+        help="local: this machine, on all its GPUs or CPU processes; agent: this machine's part of a job on several, "
+        "which the other targets run there; plan: start nothing, predict the memory it takes; chaos: break a copy of "
+        "the job for some minutes, and see whether it comes out the same",
     )
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="--config FILE [section.key=value ...]")
     options = parser.parse_args(arguments)
-    target = {"local": _local, "plan": _plan, "chaos": _chaos}[options.target]
+    target = {"local": _local, "agent": _agent, "plan": _plan, "chaos": _chaos}[options.target]
     return run_command(lambda: target(options.rest), log_to_stderr=options.target != "local")
 
 
@@ -65,23 +70,73 @@ def _plan(arguments: Sequence[str]) -> int:
 
 def _local(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch local", description="Start a job on this machine.")
+    options, config = _read(parser, arguments, has_nodes=False)
+    from launch import local, starting  # import torch
+
+    plan = local.plan(["--config", options.config, *options.overrides], config)
+    if options.dry_run:
+        return _show(plan)
+    return starting.run(plan, config)
+
+
+def _agent(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch agent",
+        description="Start this machine's part of a job on several. The same command on each, but for --node-rank.",
+    )
+    parser.add_argument(
+        "--node-rank", type=int, required=True, metavar="R", help="0 where machines meet, then 1, 2, ..."
+    )
+    parser.add_argument(
+        "--rendezvous", required=True, metavar="HOST[:PORT]", help="where they meet: machine 0, as the others reach it"
+    )
+    parser.add_argument("--job", required=True, metavar="NAME", help="the same on all machines, new for every start")
+    parser.add_argument("--address", metavar="IP", help="of this machine, as the others reach it (default: found out)")
+    parser.add_argument(
+        "--leash", action="store_true", help="end when stdin does; a line with a signal's name there is obeyed"
+    )
+    options, config = _read(parser, arguments)
+    host, _, number = options.rendezvous.rpartition(":")
+    if not number.isdigit():
+        host, number = options.rendezvous, ""
+    from launch import node, starting  # import torch
+
+    port = int(number or config.launch.port or node.DEFAULT_PORT)
+    place = node.Place(options.node_rank, host.strip("[]"), port, options.job, options.address)
+    plan = node.plan(place, ["--config", options.config, *options.overrides], config)
+    if options.dry_run:
+        return _show(plan)
+    return node.run_on_leash(plan, config) if options.leash else starting.run(plan, config)
+
+
+def _show(plan: LaunchPlan) -> int:
+    variables = [f"{name}={value}" for name, value in plan.environment.items()]
+    sys.stdout.write(shlex.join([*variables, *plan.command]) + "\n")
+    return EXIT_FINISHED
+
+
+def _read(
+    parser: argparse.ArgumentParser, arguments: Sequence[str], has_nodes: bool = True
+) -> tuple[argparse.Namespace, Config]:
+    """Adds the options that all targets have, reads them, and lays them on the config as overrides."""
     add_config_arguments(parser)
     parser.add_argument(
-        "--processes", type=int, metavar="N", help="processes to start; default: one per GPU, or one on the CPU"
+        "--processes",
+        type=int,
+        metavar="P",
+        help="on each machine (default: launch.processes, else one per GPU, or one on the CPU)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the command and start nothing")
+    if has_nodes:
+        parser.add_argument(
+            "--nodes", metavar="N", help="machines, such as 4, or 1:4 for at least 1 (default: launch.nodes)"
+        )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be started, and start nothing")
     options = parser.parse_intermixed_args(arguments)
-    if options.processes is not None and options.processes < 1:
-        parser.error(f"--processes must be at least 1 (got {options.processes})")
-    config = load_config(options.config, options.overrides)
-    from launch import local  # imports torch
-
-    plan = local.plan(options.processes, ["--config", options.config, *options.overrides], config)
-    if options.dry_run:
-        variables = [f"{name}={value}" for name, value in plan.environment.items()]
-        sys.stdout.write(shlex.join([*variables, *plan.command]) + "\n")
-        return EXIT_FINISHED
-    return local.run(plan, config)
+    if options.processes is not None:
+        options.overrides.append(f"launch.processes={options.processes}")
+    if has_nodes and options.nodes is not None:
+        options.overrides.append(f"launch.nodes={options.nodes}")
+    return options, load_config(options.config, options.overrides)
 
 
 def _chaos(arguments: Sequence[str]) -> int:

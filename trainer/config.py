@@ -15,8 +15,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     PrivateAttr,
     ValidationError,
@@ -25,6 +23,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from trainer import yaml_source
+from trainer.config_launch import LaunchConfig
 from trainer.config_values import (
     Amount,
     Bool,
@@ -36,23 +35,17 @@ from trainer.config_values import (
     MemoryAmount,
     MicroBatchSize,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Ratio,
     Seconds,
+    Section,
     TimeSpan,
     Workers,
 )
 from trainer.errors import Problem, UserError, nearest
 
 Precision = Literal["no", "bf16", "fp16", "fp8"]
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -520,14 +513,6 @@ class FaultsConfig(Section):
         TimeSpan(30.0),
         description="Time between a request to stop and the end, such as the cluster gives. Where saves have taken "
         "longer than what is left of it, no checkpoint is written, and the newest one stands.",
-    )
-
-
-class LaunchConfig(Section):
-    """How `python -m launch` starts and restarts a job."""
-
-    max_restarts: NonNegativeInt = Field(
-        0, description="Start a job that failed again so many times, from its last checkpoint, by itself."
     )
 
 

@@ -1,6 +1,6 @@
-"""The types of single values in a config: intervals, amounts of memory, strict numbers.
+"""What sections of a config are made of: their base, and the types of single values (intervals, amounts, numbers).
 
-Imports no torch. The sections that are made of them are `trainer.config`.
+Imports no torch. The sections themselves are `trainer.config` and `trainer.config_launch`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,15 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
 from trainer.units import parse_bytes
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,42 @@ Seconds = Annotated[
                 {"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*(second|sec|s|minute|min|hour|h)s?\s*$"},
             ]
         }
+    ),
+]
+
+
+@dataclass(frozen=True)
+class NodeRange:
+    """How many machines a job runs on: at least and at most so many."""
+
+    least: int
+    most: int
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether machines may leave and join while the job runs."""
+        return self.least < self.most
+
+    def __str__(self) -> str:
+        return f"{self.least}:{self.most}" if self.is_elastic else str(self.least)
+
+    @classmethod
+    def parse(cls, value: object) -> NodeRange:
+        """Reads `4` or `1:4`; raises ValueError on anything else."""
+        if isinstance(value, cls):
+            return value
+        match = None if isinstance(value, bool | float) else re.fullmatch(r"\s*(\d+)\s*(?::\s*(\d+)\s*)?", str(value))
+        if match is None or not 1 <= int(match[1]) <= int(match[2] or match[1]):
+            raise ValueError(f"write a number of machines such as 4, or a range such as '1:4' (got {value!r})")
+        return cls(int(match[1]), int(match[2] or match[1]))
+
+
+Nodes = Annotated[
+    NodeRange,
+    BeforeValidator(NodeRange.parse),
+    PlainSerializer(lambda n: str(n) if n.is_elastic else n.least, return_type=int | str),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": r"^\s*\d+\s*(:\s*\d+\s*)?$"}]}
     ),
 ]
 

@@ -101,7 +101,7 @@ def test_what_is_started(write_config: WriteConfig, monkeypatch: pytest.MonkeyPa
     def command(processes: int, gpus: int, **changes: Any) -> tuple[str, dict[str, str]]:
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpus > 0)
         monkeypatch.setattr(torch.accelerator, "device_count", lambda: gpus)
-        plan = local.plan(processes, ["--config", "x.yaml"], config_of(write_config, **changes))
+        plan = local.plan(["--config", "x.yaml"], config_of(write_config, launch__processes=processes, **changes))
         return " ".join(plan.command), plan.environment
 
     text, variables = command(1, 0)

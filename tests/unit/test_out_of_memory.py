@@ -20,7 +20,7 @@ from run_results import weights
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from launch import local
+from launch import starting
 from trainer.config import Config, load_config
 from trainer.data.sampler import BatchPlan
 from trainer.memory import out_of_memory
@@ -451,11 +451,11 @@ def test_the_record_is_ignored_with_stop(train: Train, write_config: WriteConfig
 
 @pytest.fixture
 def _own_children(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "end_descendants", lambda: None)  # they would be pytest's
+    monkeypatch.setattr(starting, "end_descendants", lambda: None)  # they would be pytest's
 
 
-def child(code: str) -> local.LaunchPlan:
-    return local.LaunchPlan([sys.executable, "-c", code])
+def child(code: str) -> starting.LaunchPlan:
+    return starting.LaunchPlan([sys.executable, "-c", code])
 
 
 @pytest.mark.usefixtures("_own_children")
@@ -471,7 +471,7 @@ def child(code: str) -> local.LaunchPlan:
 )
 def test_exit_codes_of_one_shrinking_process(code: str, expected: int, write_config: WriteConfig) -> None:
     before = signal.getsignal(signal.SIGINT)
-    assert local.run(child(code), shrinking(write_config)) == expected
+    assert starting.run(child(code), shrinking(write_config)) == expected
     assert signal.getsignal(signal.SIGINT) == before
 
 
@@ -497,10 +497,10 @@ def test_starting_again_ends_when_nothing_is_left_to_shrink(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     config = shrinking(write_config)
     config.run_dir.mkdir()
-    plan = local.LaunchPlan([sys.executable, "-c", HALVES, str(config.run_dir)])
-    assert local.run(plan, config) == 1
+    plan = starting.LaunchPlan([sys.executable, "-c", HALVES, str(config.run_dir)])
+    assert starting.run(plan, config) == 1
     assert (config.run_dir / "starts").read_text() == "xxxx"  # 8, 4, 2, 1
-    assert local.run(plan, config) == 1  # the record of before is no reason
+    assert starting.run(plan, config) == 1  # the record of before is no reason
     assert (config.run_dir / "starts").read_text() == "xxxxx"
 
 
@@ -509,7 +509,7 @@ def test_no_start_where_a_run_may_not_be_resumed(write_config: WriteConfig, monk
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     config = shrinking(write_config, checkpoint={"resume": "never"})
     (config.run_dir / "checkpoints" / "step-00000005").mkdir(parents=True)
-    assert local.run(local.LaunchPlan([sys.executable, "-c", HALVES, str(config.run_dir)]), config) == 1
+    assert starting.run(starting.LaunchPlan([sys.executable, "-c", HALVES, str(config.run_dir)]), config) == 1
     assert (config.run_dir / "starts").read_text() == "x"
 
 
@@ -528,7 +528,7 @@ def test_no_start_after_a_signal(write_config: WriteConfig, monkeypatch: pytest.
 
     thread = threading.Thread(target=stop)
     thread.start()
-    plan = local.LaunchPlan([sys.executable, "-c", code % str(ready) + HALVES, str(config.run_dir)])
-    assert local.run(plan, config) == 1
+    plan = starting.LaunchPlan([sys.executable, "-c", code % str(ready) + HALVES, str(config.run_dir)])
+    assert starting.run(plan, config) == 1
     thread.join()
     assert (config.run_dir / "starts").read_text() == "x"

@@ -35,6 +35,7 @@ from trainer.faults.stacks import (
     format_stacks,
     within,
 )
+from trainer.faults.wire import SILENT_SECONDS
 
 logger = logging.getLogger("lockstep")
 
@@ -308,6 +309,9 @@ class Watch:
             # A rank 0 that was silent was ended by a neighbour who has found that out a moment before this one.
             is_hang = rank == 0 and self._hang_seconds is not None and age > SILENT_TICKS * self._tick
             self._deaths[rank] = _Death(monotonic() + _GRACE, "hang" if is_hang else "lost", message, standing.report)
+        elif how == "silent":
+            message = f"its machine has not answered for {SILENT_SECONDS} s: it is down, or was cut off"
+            self._deaths[rank] = _Death(monotonic() + _GRACE, "lost", message, standing.report)
         else:
             logger.warning("the connection of rank %d to rank 0's watch broke: it is not watched any more", rank)
 

@@ -5,6 +5,7 @@ Nothing that arrives is trusted before a token has come, and nothing is ever unp
 
 from __future__ import annotations
 
+import errno
 import hmac
 import json
 import logging
@@ -27,6 +28,10 @@ _CONNECT_SECONDS = 2.0  # for each address
 _ANSWER_SECONDS = 20.0  # rank 0 may be busy in native code that holds Python's lock
 
 # Loader workers are forked; with a copy of a connection one of them would keep it open when its rank is killed.
+SILENT_SECONDS = 20  # of a machine, after which a connection to it is lost
+
+_UNREACHABLE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
+
 _open: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 
@@ -43,8 +48,9 @@ if hasattr(os, "register_at_fork"):
 class Peer:
     """A connection to another rank's watch.
 
-    `ended` says how it ended: `closed` when the other side's process closed it or went, `broken` when the network may
-    be to blame or what came was no JSON object, and None as long as it is good.
+    `ended` says how it ended: `closed` when the other side's process closed it or went, `silent` when its machine has
+    not answered for SILENT_SECONDS, `broken` when the network may be to blame or what came was no JSON object, and None
+    as long as it is good.
     """
 
     def __init__(self, connection: socket.socket, address: str = "") -> None:
@@ -52,6 +58,7 @@ class Peer:
         connection.setblocking(False)
         with suppress(OSError):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _notice_silence(connection)
         self.socket = connection
         self.address = address
         self.ended: str | None = None
@@ -84,8 +91,8 @@ class Peer:
                 break
             except (ConnectionResetError, BrokenPipeError):
                 self.ended = "closed"
-            except OSError:
-                self.ended = "broken"
+            except OSError as error:
+                self.ended = "silent" if error.errno in _UNREACHABLE else "broken"
             else:
                 self._received += data
                 if not data:
@@ -107,6 +114,23 @@ class Peer:
         """Closes the connection; what is not sent yet is lost."""
         _open.discard(self.socket)
         self.socket.close()
+
+
+def _notice_silence(connection: socket.socket) -> None:
+    """Has the kernel end a connection to a machine that was cut off or lost power: nobody there closes it.
+
+    A process that is stopped or busy does not matter: its kernel answers.
+    """
+    seconds = SILENT_SECONDS
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (  # keep-alives are for a connection on which nothing is sent, the last one for all others
+        ("TCP_KEEPIDLE", seconds // 4),
+        ("TCP_KEEPINTVL", seconds // 4),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", 1000 * seconds),
+    ):
+        if hasattr(socket, name):  # Linux has them all
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def line(message: Mapping[str, Any]) -> bytes:

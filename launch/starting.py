@@ -1,0 +1,162 @@
+"""A command line that starts processes of `train.py` on this machine, and running it to its end.
+
+torchrun and `accelerate launch` run inside this process (`launch.agent`), so that their outcome becomes our exit code
+and nothing they started outlives them. With `launch.max_restarts` torch's agent starts a failed job again; with
+`memory.on_oom: shrink` a job that ran out of memory is started again from here. What the command line is, the targets
+decide: `launch.local` for this machine alone, `launch.node` for one of several.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from launch.agent import Outcome, end_descendants, explain_signal, run_agent
+from launch.logs import RankLogs
+from trainer.checkpoint.folder import open_folder
+from trainer.cli import EXIT_FAILED
+from trainer.config import Config
+from trainer.errors import UserError
+from trainer.memory.shrink import Shrink, read_shrink
+from trainer.system import die_with_parent
+
+logger = logging.getLogger("lockstep")
+
+TRAIN_SCRIPT = str(Path(__file__).resolve().parent.parent / "train.py")
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")  # passed on to the ranks
+_SHUTDOWN_SECONDS = 30  # which ranks have after a signal before they are killed, at least
+_SHUTDOWN_MARGIN = 15  # beyond faults.grace
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """A command line, as a person could type it."""
+
+    command: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def again(self, number: int) -> LaunchPlan:
+        """Returns the same for a later start of the job: agents cannot meet again under a name that was closed."""
+        command = list(self.command)
+        if "--rdzv-id" in command:
+            command[command.index("--rdzv-id") + 1] += f".{number}"
+        return replace(self, command=command)
+
+
+def count_gpus() -> int:
+    """Returns how many GPUs, or other accelerators, are visible here."""
+    return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+
+
+def count_processes(wanted: int | None, num_gpus: int) -> int:
+    """Returns how many processes to start here.
+
+    Args:
+        wanted: None for one per GPU, or one where there is no GPU.
+        num_gpus: on this machine.
+
+    Raises:
+        UserError: there are fewer GPUs than processes.
+    """
+    if wanted and num_gpus and wanted > num_gpus:
+        raise UserError(f"{wanted} processes: this machine has {num_gpus} GPUs")
+    return wanted or num_gpus or 1
+
+
+def shutdown_seconds(config: Config) -> int:
+    """Returns what ranks have after a signal before they are killed."""
+    return max(_SHUTDOWN_SECONDS, math.ceil(config.faults.grace.seconds) + _SHUTDOWN_MARGIN)
+
+
+def agent_variables(config: Config, num_processes: int, num_gpus: int) -> dict[str, str]:
+    """Returns the variables of an agent that starts so many processes; accelerate has no options for these."""
+    variables = {
+        "PET_SIGNALS_TO_HANDLE": ",".join(SIGNALS),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(shutdown_seconds(config)),
+    }
+    if not num_gpus:
+        threads = max(1, len(os.sched_getaffinity(0)) // num_processes)
+        variables["ACCELERATE_USE_CPU"] = "true"
+        variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
+    return {**variables, **config.launch.environment}
+
+
+def run(plan: LaunchPlan, config: Config) -> int:
+    """Runs a plan to its end and returns the exit code of the training.
+
+    With `memory.on_oom: shrink` the plan runs again as long as it fails for want of memory and has left a smaller
+    micro-batch than before, which ends at the latest when a micro-batch is one sample.
+    """
+    os.environ.update(plan.environment)
+    logs = RankLogs(config.run_dir)
+    for number in itertools.count():
+        before = read_shrink(config.run_dir)
+        command = plan.again(number).command if number else plan.command
+        if command[0] == sys.executable:
+            outcome = _run_child(command, logs)
+        else:
+            outcome = run_agent(command, config.run_dir, logs, is_over=partial(_shrunk, config, before))
+        record = _shrunk(config, before)
+        if outcome.code != EXIT_FAILED or outcome.told_to_stop or record is None:
+            break
+        if config.checkpoint.resume == "never" and open_folder(config).steps():
+            logger.info("not started again, as checkpoint.resume is never")
+            break
+        logger.info(
+            "rank %d ran out of memory at step %d: starting again with train.micro_batch_size %d instead of %d",
+            record.rank,
+            record.step,
+            record.micro_batch_size,
+            record.was,
+        )
+    if outcome.rank is not None and outcome.code == EXIT_FAILED:
+        logs.show_end(outcome.rank)
+    if outcome.error is not None:
+        sys.stderr.write(f"error: {outcome.error}\n")
+    return outcome.code
+
+
+def _shrunk(config: Config, before: Shrink | None) -> Shrink | None:
+    """Returns the smaller micro-batch that a job which began with `before` has left for the next one, if any."""
+    record = read_shrink(config.run_dir) if config.memory.on_oom == "shrink" else None
+    return record if record is not None and record.follows(before) else None
+
+
+def _run_child(command: Sequence[str], logs: RankLogs) -> Outcome:
+    """Runs one process, as torchrun does: in a session of its own, with the stop signals passed on."""
+    process: subprocess.Popen[bytes] | None = None
+    received: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if process is not None:
+            process.send_signal(number)
+
+    previous = {number: signal.signal(number, pass_on) for number in map(signal.Signals.__getitem__, SIGNALS)}
+    output = logs.open(rank=0)
+    try:
+        orphan = die_with_parent if sys.platform == "linux" else None
+        with open(output.stdout, "wb") as stdout, open(output.stderr, "wb") as stderr:
+            process = subprocess.Popen(command, stdout=stdout, stderr=stderr, start_new_session=True, preexec_fn=orphan)
+        for number in received:  # while it was being started
+            process.send_signal(number)
+        code = process.wait()
+    finally:
+        end_descendants()
+        logs.close()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    error = explain_signal("the training", -code) if code < 0 else None
+    return Outcome(code if code >= 0 else EXIT_FAILED, told_to_stop=bool(received), error=error)

@@ -131,7 +131,7 @@ def test_dry_run_shows_all_of_it(write_config: WriteConfig, capsys: pytest.Captu
     assert shown.startswith("PET_SIGNALS_TO_HANDLE=SIGTERM,")
     assert " TORCH_ELASTIC_SHUTDOWN_TIMEOUT=45 ACCELERATE_USE_CPU=true OMP_NUM_THREADS=" in shown
     assert " torchrun --standalone --nproc-per-node 2 --max-restarts 3 " in shown
-    assert shown.endswith(f"train.py --config {arguments[1]} launch.max_restarts=3\n")
+    assert shown.endswith(f"train.py --config {arguments[1]} launch.max_restarts=3 launch.processes=2\n")
 
 
 def test_a_used_store_has_a_fresh_part() -> None:

@@ -123,9 +123,8 @@ def devices() -> tuple[str, ...]:
         return ()
     kind = torch.accelerator.current_accelerator()
     assert kind is not None
-    module = getattr(torch, kind.type, None)
-    count = torch.accelerator.device_count()
-    return tuple(module.get_device_name(i) if hasattr(module, "get_device_name") else kind.type for i in range(count))
+    name = getattr(getattr(torch, kind.type, None), "get_device_name", lambda index: kind.type)
+    return tuple(str(name(index)) for index in range(torch.accelerator.device_count()))
 
 
 def addresses(interface: str | None = None) -> list[str]:

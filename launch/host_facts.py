@@ -206,9 +206,9 @@ def _bind(port: int | None) -> socket.socket:
     for number in candidates:
         try:
             return socket.create_server(("", number), family=family, dualstack_ipv6=family == socket.AF_INET6)
-        except OSError:
+        except OSError as error:
             if number == candidates[-1]:
-                raise
+                raise OSError(error.errno, os.strerror(error.errno or 0)) from None
     raise AssertionError
 
 

@@ -28,15 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "target",
-        choices=["local", "agent", "plan", "chaos"],
-        help="local: this machine, on all its GPUs or CPU processes; agent: this machine's part of a job on several, "
-        "which the other targets run there; plan: start nothing, predict the memory it takes; chaos: break a copy of "
+        choices=["local", "kubernetes", "agent", "plan", "chaos"],
+        help="local: this machine, on all its GPUs or CPU processes; kubernetes: write manifests for kubectl; agent: "
+        "this machine's part of a job on several, which the other targets run there; plan: start nothing, predict the memory it takes; chaos: break a copy of "
         "the job for some minutes, and see whether it comes out the same",
     )
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="--config FILE [section.key=value ...]")
     options = parser.parse_args(arguments)
-    target = {"local": _local, "agent": _agent, "plan": _plan, "chaos": _chaos}[options.target]
-    return run_command(lambda: target(options.rest), log_to_stderr=options.target != "local")
+    targets = {"local": _local, "kubernetes": _kubernetes, "agent": _agent, "plan": _plan, "chaos": _chaos}
+    return run_command(lambda: targets[options.target](options.rest), log_to_stderr=options.target != "local")
 
 
 def _plan(arguments: Sequence[str]) -> int:
@@ -79,6 +79,28 @@ def _local(arguments: Sequence[str]) -> int:
     return starting.run(plan, config)
 
 
+def _kubernetes(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch kubernetes",
+        description="Write the manifests of a job, for `kubectl apply -f -`. Nothing is started or asked here.",
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write them there (default: standard output)")
+    options, config = _read(parser, arguments)
+    from launch import kubernetes  # imports torch
+
+    try:
+        text = kubernetes.render(config)
+        if options.output is None:
+            sys.stdout.write(text)
+        else:
+            options.output.write_text(text)
+    except UserError as error:
+        raise UserError(*map(config.locate, error.problems)) from None
+    except OSError as error:
+        raise UserError(f"--output {options.output}: {error.strerror or error}") from None
+    return EXIT_FINISHED
+
+
 def _agent(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m launch agent",
@@ -92,8 +114,14 @@ def _agent(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--job", required=True, metavar="NAME", help="the same on all machines, new for every start")
     parser.add_argument("--address", metavar="IP", help="of this machine, as the others reach it (default: found out)")
-    parser.add_argument(
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument(
         "--leash", action="store_true", help="end when stdin does; a line with a signal's name there is obeyed"
+    )
+    kinds.add_argument(
+        "--replaceable",
+        action="store_true",
+        help="whoever starts this machine starts it again: exit code 75, not 1, where another one has failed",
     )
     options, config = _read(parser, arguments)
     host, _, number = options.rendezvous.rpartition(":")
@@ -106,6 +134,8 @@ def _agent(arguments: Sequence[str]) -> int:
     plan = node.plan(place, ["--config", options.config, *options.overrides], config)
     if options.dry_run:
         return _show(plan)
+    if options.replaceable:
+        return node.run_replaceable(plan, place, config)
     return node.run_on_leash(plan, config) if options.leash else starting.run(plan, config)
 
 

@@ -30,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "target",
         choices=["local", "kubernetes", "agent", "plan", "chaos"],
         help="local: this machine, on all its GPUs or CPU processes; kubernetes: write manifests for kubectl; agent: "
-        "this machine's part of a job on several, which the other targets run there; plan: start nothing, predict the memory it takes; chaos: break a copy of "
-        "the job for some minutes, and see whether it comes out the same",
+        "this machine's part of a job on several, which the other targets run there; plan: start nothing, predict the "
+        "memory it takes; chaos: break a copy of the job for some minutes, and see whether it comes out the same",
     )
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="--config FILE [section.key=value ...]")
     options = parser.parse_args(arguments)

@@ -109,8 +109,8 @@ def _problems(config: Config) -> list[Problem]:
     is_own_disk = settings.volume_claim is None and "://" not in (config.checkpoint.dir or "")
     folder = config.checkpoint.dir or str(config.run_dir)
     if is_own_disk and not folder.startswith("/"):
-        message = f"is missing: {folder} would be on each pod's own disk, and gone with it; or set checkpoint.dir"
-        found.append(Problem(f"{message} to a URL such as s3://bucket/run", f"{prefix}.volume_claim"))
+        message = f"is missing: {folder} would be gone with its pod; or save elsewhere, as checkpoint.dir: s3://..."
+        found.append(Problem(message, f"{prefix}.volume_claim"))
     processes, gpus = config.launch.processes, settings.gpus_per_node
     if processes and gpus and processes > gpus:
         found.append(Problem(f"{processes} processes: each pod has {gpus} GPUs", "launch.processes"))
@@ -121,7 +121,9 @@ def _problems(config: Config) -> list[Problem]:
     reserved = set(_OWN_VARIABLES) | (set(_TORCH_VARIABLES) if settings.kind == "trainjob" else set())
     for name in sorted(reserved & set(config.launch.environment)):
         found.append(Problem(f"{name} is set by the job itself", "launch.environment"))
-    if settings.kind == "trainjob" and settings.runtime is not None:
+    if settings.kind == "job" and settings.runtime is not None:
+        found.append(Problem("has no effect with kind: job", f"{prefix}.runtime"))
+    elif settings.runtime is not None:
         reason = f"a TrainJob cannot say so of the runtime '{settings.runtime}'; leave out {prefix}.runtime"
         if settings.secrets:
             found.append(Problem(reason, f"{prefix}.secrets"))
@@ -133,13 +135,15 @@ def _problems(config: Config) -> list[Problem]:
 
 
 def _warn(config: Config) -> None:
+    """Says what will be lost with a pod, where that may be meant."""
     settings = config.launch.kubernetes
-    run_dir = PurePosixPath(config.run_dir)
-    if settings.volume_claim is None:
-        where = "on each pod's own disk, and gone with it" if not run_dir.is_absolute() else "not on a volume of ours"
-        logger.warning("launch.kubernetes.volume_claim is not set: the run folder, %s, is %s", run_dir, where)
-    elif run_dir.is_absolute() and not run_dir.is_relative_to(settings.mount_path):
-        logger.warning("run.dir: %s is not below launch.kubernetes.mount_path, %s", run_dir, settings.mount_path)
+    for key, text in (("run.dir", str(config.run_dir)), ("checkpoint.dir", config.checkpoint.dir)):
+        if text is None or "://" in text:
+            continue
+        if settings.volume_claim is None:
+            logger.warning("%s: %s is gone with its pod, unless the pod has a volume there of its own", key, text)
+        elif text.startswith("/") and not PurePosixPath(text).is_relative_to(settings.mount_path):
+            logger.warning("%s: %s is not below launch.kubernetes.mount_path, %s", key, text, settings.mount_path)
 
 
 def _config_map(config: Config, name: str) -> Manifest:

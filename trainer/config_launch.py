@@ -37,18 +37,15 @@ def _variables(value: object) -> object:
 
 Variables = Annotated[dict[str, str], BeforeValidator(_variables)]
 
-_LABEL_KEY = r"([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
 
 
 def _labels(value: object) -> object:
     if isinstance(value, dict):
         for name, text in value.items():
-            if re.fullmatch(_LABEL_KEY, str(name)) is None:
+            if re.fullmatch(rf"([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?{_LABEL}", str(name)) is None:
                 raise ValueError(f"'{name}' cannot be the name of a label")
-            if (
-                isinstance(text, bool)
-                or re.fullmatch(r"([A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?)?", str(text)) is None
-            ):
+            if isinstance(text, bool) or re.fullmatch(rf"({_LABEL})?", str(text)) is None:
                 raise ValueError(f"{name} cannot be {text!r}; write quotes around text")
         return {str(name): str(text) for name, text in value.items()}
     return value

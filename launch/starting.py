@@ -85,11 +85,17 @@ def agent_variables(config: Config, num_processes: int, num_gpus: int) -> dict[s
     return {**variables, **config.launch.environment}
 
 
-def run(plan: LaunchPlan, config: Config) -> int:
+def run(plan: LaunchPlan, config: Config, code_of_others: int = EXIT_FAILED) -> int:
     """Runs a plan to its end and returns the exit code of the training.
 
     With `memory.on_oom: shrink` the plan runs again as long as it fails for want of memory and has left a smaller
     micro-batch than before, which ends at the latest when a micro-batch is one sample.
+
+    Args:
+        plan: what to run.
+        config: of the run.
+        code_of_others: the exit code where another machine has failed, or this one was told to stop too early or too
+            late to do so in order.
     """
     os.environ.update(plan.environment)
     logs = RankLogs(config.run_dir)
@@ -117,6 +123,8 @@ def run(plan: LaunchPlan, config: Config) -> int:
         logs.show_end(outcome.rank)
     if outcome.error is not None:
         sys.stderr.write(f"error: {outcome.error}\n")
+    if outcome.code == EXIT_FAILED and (outcome.told_to_stop or not outcome.is_own):
+        return code_of_others
     return outcome.code
 
 

@@ -29,9 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "target",
         choices=["local", "slurm", "agent", "plan", "chaos"],
-        help="local: this machine, on all its GPUs or CPU processes; slurm: a Slurm cluster; agent: this machine's part of "
-        "a job on several, which the other targets run there; plan: start nothing, predict the memory it takes; chaos: break a copy of "
-        "the job for some minutes, and see whether it comes out the same",
+        help="local: this machine, on all its GPUs or CPU processes; slurm: a Slurm cluster; agent: this machine's "
+        "part of a job on several, which the other targets run there; plan: start nothing, predict the memory it "
+        "takes; chaos: break a copy of the job for some minutes, and see whether it comes out the same",
     )
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="--config FILE [section.key=value ...]")
     options = parser.parse_args(arguments)

@@ -12,8 +12,8 @@ from trainer.config import Config
 from trainer.errors import UserError, nearest
 
 _SECONDS = 60  # after which Slurm is taken not to answer
-_ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY")
-_ENDED += ("PREEMPTED", "REVOKED", "TIMEOUT")
+_ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"}
+_ENDED |= {"PREEMPTED", "REVOKED", "TIMEOUT"}
 
 # Why a job waits that will never run as it is: the config key, and what to say. `...PerJob` limits follow their name.
 _NEVER = {

@@ -327,7 +327,8 @@ trap 'signals=$((signals + 1)); [ -z "$step" ] || kill -s TERM "$step" 2>/dev/nu
 
 _BEFORE = """\
 said() { sed -n "s/^  \\"$1\\": \\"\\{0,1\\}\\([^\\",]*\\).*/\\1/p" "$run_dir/summary.json" 2>/dev/null; }
-summary_before=$(cksum <"$run_dir/summary.json" 2>/dev/null)
+sum_up() { cat "$run_dir/summary.json" 2>/dev/null | cksum; }
+summary_before=$(sum_up)
 status_before=$(said status) step_before=$(said step)
 """
 
@@ -343,7 +344,7 @@ done
 
 # How the run has ended it says itself: of agents that end differently srun knows only the highest code.
 status=""
-[ "$summary_before" = "$(cksum <"$run_dir/summary.json" 2>/dev/null)" ] || status=$(said status)
+[ "$summary_before" = "$(sum_up)" ] || status=$(said status)
 case "$status:$code" in
     finished:*) code=0 ;;
     stopped:*) code=75 ;;

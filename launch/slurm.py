@@ -38,6 +38,7 @@ logger = logging.getLogger("lockstep")
 
 _SCRIPT, _SCRIPT_HERE = "slurm.sh", "slurm-here.sh"
 _FIRST_LOOK_SECONDS = 4.0  # in which Slurm says of most jobs whether they can run at all
+_VAGUE = ("None", "", "PartitionConfig")  # reasons to wait that Slurm makes clearer in a moment
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 
@@ -153,17 +154,16 @@ def _first_look(submission: Submission, config: Config) -> str:
     end = time.monotonic() + _FIRST_LOOK_SECONDS
     while True:
         records = slurm_jobs.find(submission.job)
-        for record in records:
-            if record.waits and (problem := slurm_jobs.never_runs(record, config)) is not None:
-                slurm_jobs.call("scancel", submission.job)
-                raise problem
-        undecided = [record for record in records if record.waits and record.reason in ("None", "")]
-        if not undecided or time.monotonic() > end:
+        waiting = [record for record in records if record.waits]
+        if all(record.reason not in _VAGUE for record in waiting) or time.monotonic() > end:
             break
         time.sleep(0.3)
-    for record in records[:1]:
-        if record.waits and not undecided:
-            logger.info("job %s waits: %s", record.job, slurm_jobs.explain_wait(record))
+    for record in waiting:
+        if (problem := slurm_jobs.never_runs(record, config)) is not None:
+            slurm_jobs.call("scancel", submission.job)
+            raise problem
+    if waiting:
+        logger.info("job %s waits: %s", waiting[0].job, slurm_jobs.explain_wait(waiting[0]))
     return records[0].output if records else "(see scontrol show job)"
 
 

@@ -19,6 +19,7 @@ _ENDED |= {"PREEMPTED", "REVOKED", "TIMEOUT"}
 _NEVER = {
     "PartitionTimeLimit": ("launch.slurm.time", "is more than the partition allows"),
     "PartitionNodeLimit": ("launch.nodes", "is more, or fewer, than the partition allows"),
+    "PartitionConfig": ("launch.slurm", "is beyond what the partition allows"),
     "BadConstraints": ("launch.slurm.constraint", "no nodes of this cluster are such"),
     "AccountNotAllowed": ("launch.slurm.account", "may not use the partition"),
     "InvalidAccount": ("launch.slurm.account", "is not an account here"),
@@ -201,6 +202,9 @@ def refusal(stderr: str, config: Config) -> UserError:
         return UserError(text, path="launch.slurm.partition")
     if "configuration is not available" in text or "Node count" in text or "processors" in text:
         return _impossible(text, config)
+    for name, value in slurm.extra.items():
+        if f"--{name} " in text or (name in ("nodelist", "exclude") and "node name" in text):
+            return UserError(f"{value}: {text}", path=f"launch.slurm.extra.{name}")
     for pattern, key in _REFUSALS:
         if re.search(pattern, text, re.IGNORECASE):
             value = _value(config, key)
@@ -268,7 +272,8 @@ def _impossible(text: str, config: Config) -> UserError:
         for key in ("launch.nodes", *(f"launch.slurm.{name}" for name in _REQUEST))
         if (value := _value(config, key)) is not None
     ]
-    return UserError(f"{text}: no {where} can give {', '.join(asked)} together", path="launch.slurm")
+    has = _limits(config, "launch.slurm.gpus_per_node")
+    return UserError(f"{text}: no node of {where} can give {', '.join(asked)}{has}", path="launch.slurm")
 
 
 _REQUEST: Sequence[str] = ("gpus_per_node", "cpus_per_node", "memory_per_node", "constraint", "time")
@@ -276,13 +281,23 @@ _REQUEST: Sequence[str] = ("gpus_per_node", "cpus_per_node", "memory_per_node", 
 
 def _limits(config: Config, key: str) -> str:
     """Returns what the cluster has, where that helps."""
-    partition = _value(config, "launch.slurm.partition")
-    where = ["-p", str(partition)] if partition else []
-    kind = {"launch.slurm.time": "%l", "launch.slurm.constraint": "%f", "launch.slurm.gpus_per_node": "%G"}.get(key)
+    kind = _SHOWN.get(key)
     if kind is None:
         return ""
-    has = sorted(set(call("sinfo", "-h", *where, "-o", kind).stdout.split()))
-    return f"; it has: {', '.join(has)}" if has else ""
+    wanted = str(_value(config, "launch.slurm.partition") or "")
+    answer = call("sinfo", "-h", "-o", f"%P|{kind}", *(["-p", wanted] if wanted else []))
+    rows = [line.partition("|") for line in answer.stdout.splitlines()]
+    found = sorted({f"{name.rstrip('*')}: {value}" for name, _, value in rows if wanted or name.endswith("*")})
+    return f"; the cluster has {', '.join(found)}" if found else ""
+
+
+# How sinfo shows what there is of what a key asks for.
+_SHOWN = {
+    "launch.nodes": "%D nodes, %s for a job",
+    "launch.slurm.time": "time limit %l",
+    "launch.slurm.constraint": "features %f",
+    "launch.slurm.gpus_per_node": "%G",
+}
 
 
 def _value(config: Config, key: str) -> object:

@@ -360,6 +360,7 @@ again="" is_told_to_leave=""
 scontrol show job -o "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]' && is_told_to_leave=yes
 if [ "$code" = 75 ] && [ "$asked" != USR2 ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
     case "$status:$(said stopped_by)" in
+        stopped:*STOP*) ;;
         stopped:SIG*)
             if [ "$status_before" = stopped ] && [ "$(said step)" = "$step_before" ] && [ -z "$is_told_to_leave" ]; then
                 echo "not started again: it has not made a step before it was asked to stop" >&2

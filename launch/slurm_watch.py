@@ -323,10 +323,9 @@ def _last_step(folder: Path) -> int | None:
 
 def _exit_code(record: Record, folder: Path) -> int:
     """Returns the exit code of the training of a job that has ended."""
-    if record.exit_code in (EXIT_FINISHED, EXIT_USAGE, EXIT_STOPPED):
-        # Of what Slurm ends by force it knows no code.
-        return record.exit_code if record.state in ("COMPLETED", "FAILED") else _code_of(read_summary(folder))
-    return EXIT_FAILED
+    if record.state not in ("COMPLETED", "FAILED") or record.exit_code is None:  # Slurm has ended the script
+        return _code_of(read_summary(folder))
+    return record.exit_code if record.exit_code in (EXIT_FINISHED, EXIT_USAGE, EXIT_STOPPED) else EXIT_FAILED
 
 
 def _code_of(summary: dict[str, Any]) -> int:

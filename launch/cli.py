@@ -118,6 +118,37 @@ def _kubernetes(arguments: Sequence[str]) -> int:
     return EXIT_FINISHED
 
 
+def _slurm(arguments: Sequence[str]) -> int:
+    if arguments[:1] in (["status"], ["cancel"]):
+        return _slurm_job(arguments)
+    parser = argparse.ArgumentParser(
+        prog="python -m launch slurm",
+        description="Submit a job to Slurm, or run it in the allocation that this is typed in.",
+        epilog="`python -m launch slurm status RUN_DIR` shows the state of a run's job; `python -m launch slurm cancel "
+        "RUN_DIR` stops it with a checkpoint and takes it out of Slurm",
+    )
+    watched = parser.add_mutually_exclusive_group()
+    watched.add_argument(
+        "--follow", action="store_true", help="show the job's output until it ends; the exit code is the training's"
+    )
+    watched.add_argument("--wait", action="store_true", help="the same, silently")
+    options, config = _read(parser, arguments)
+    from launch import slurm
+
+    given = {"dry_run": options.dry_run, "follow": options.follow, "wait": options.wait}
+    return slurm.run(config, options.config, options.overrides, **given)
+
+
+def _slurm_job(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m launch slurm")
+    parser.add_argument("action", choices=["status", "cancel"])
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run folder, such as runs/digits")
+    options = parser.parse_args(arguments)
+    from launch import slurm_watch
+
+    return {"status": slurm_watch.status, "cancel": slurm_watch.cancel}[options.action](options.run_dir)
+
+
 def _agent(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m launch agent",
@@ -232,6 +263,7 @@ def _chaos(arguments: Sequence[str]) -> int:
 _TARGETS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "local": (_local, "this machine, on all its GPUs or CPU processes"),
     "hosts": (_hosts, "several machines, over ssh"),
+    "slurm": (_slurm, "a batch job on a Slurm cluster, or in the allocation that this is typed in"),
     "kubernetes": (_kubernetes, "write manifests for kubectl"),
     "agent": (_agent, "this machine's part of a job on several, which the other targets run there"),
     "plan": (_plan, "start nothing, predict the memory it takes"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import torch
-from conftest import SUPPORT, Outcome, Train, WriteConfig
+from conftest import REPOSITORY, SUPPORT, Outcome, Train, WriteConfig
 from launching import Job, alive, environment
 from run_results import checkpoint, records, summary, tensors
 
@@ -133,8 +133,8 @@ class TrainServer:
         self._process.kill()
         self._process.communicate()
 
-    def train(self, *arguments: str | Path, ranks: int = 1, **variables: str) -> Outcome:
-        """Runs `train.py` with these arguments to its end, on so many ranks and without a launcher.
+    def train(self, *arguments: str | Path, ranks: int = 1, folder: Path = REPOSITORY, **variables: str) -> Outcome:
+        """Runs `train.py` with these arguments to its end, in this folder, on so many ranks and without a launcher.
 
         Returns:
             The code of the rank that ended worst (a negative one is the signal that it died of), and what all said.
@@ -143,6 +143,7 @@ class TrainServer:
         for file in (out, err):
             file.unlink(missing_ok=True)
         request = {"arguments": [str(a) for a in arguments], "ranks": ranks, "out": str(out), "err": str(err)}
+        request["folder"] = str(folder)
         request["variables"] = variables
         assert self._process.stdin is not None
         assert self._process.stdout is not None

@@ -21,9 +21,9 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from conftest import tiny_config
+from conftest import NIGHTLY, tiny_config
 from launching import Job, alive
-from resuming import assert_same_end
+from resuming import TrainServer, assert_same_end
 from run_results import summary
 
 from trainer.faults.fault import FIRST, Fault
@@ -33,7 +33,7 @@ from trainer.goodput import read_attempts
 pytestmark = pytest.mark.timeout(1800)  # a story is told in the first of its tests
 
 SAVED_EVERY, EVALUATED_EVERY, APART, HANG_SECONDS = 4, 6, 6, 4
-NIGHTLY = bool(os.environ.get("LOCKSTEP_NIGHTLY") or os.environ.get("LOCKSTEP_FAULTS_JSON"))
+WHOLE = NIGHTLY or "LOCKSTEP_FAULTS_JSON" in os.environ
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Story:
     @property
     def told(self) -> tuple[Case, ...]:
         """The cases of today."""
-        return tuple(case for case in self.cases if NIGHTLY or not case.nightly)
+        return tuple(case for case in self.cases if WHOLE or not case.nightly)
 
 
 def killed(name: str, rank: int, place: str, **more: Any) -> Case:
@@ -140,7 +140,9 @@ DEATHS = (
     hangs("a rank sleeps with Python's lock held", "hang-with-gil", 1, r"rank 1 on \S+, step \d+ \(forward\)"),
     hangs("SIGSTOP", "stop", 1, r"rank 1 on \S+, step \d+"),
     hangs("SIGSTOP of rank 0", "stop", 0, r"rank 0 on \S+, step \d+"),
-    hangs("a loader worker is stopped", "stop-worker", 1, r"rank 1 on \S+, step \d+ \((loading|evaluation)", nightly=True),
+    hangs(
+        "a loader worker is stopped", "stop-worker", 1, r"rank 1 on \S+, step \d+ \((loading|evaluation)", nightly=True
+    ),
 )
 ON_THREE = (
     killed("in backward, of one of three", 2, "backward"),
@@ -377,15 +379,18 @@ def test_fault(
 
 @pytest.mark.parametrize("story", STORIES, ids=lambda story: story.name)
 def test_the_end_is_that_of_a_run_in_peace(
-    story: Story, stories: dict[str, tuple[Told, Path]], tmp_path_factory: pytest.TempPathFactory
+    story: Story,
+    stories: dict[str, tuple[Told, Path]],
+    server: TrainServer,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     told, folder = story_told(story, stories, tmp_path_factory)
     assert told.end == "", told.output
     assert summary(folder / "run")["status"] == "finished", told.output
     if not story.same:
         return
-    code, output, _ = launch(config_file(story, folder, "quiet"), story.ranks)
-    assert code == 0, output
+    quiet = server.train("--config", config_file(story, folder, "quiet"), ranks=story.ranks)
+    assert quiet.code == 0, quiet.out + quiet.err
     aside = [path.name for path in (folder / "run" / "checkpoints").glob("damaged-*")]
     assert len(aside) == sum(case.action.endswith(("-checkpoint", "-checkpoint-file")) for case in story.told)
     assert_same_end(folder / "run", folder / "quiet", told.output, aside)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,6 @@ BY_HAND = {
     "optim": {"name": "vectors_model:LeavingOut", "lr": 0.01, "args": {"step_left_out": 6}},
 }
 FSDP = {"parallel": {"strategy": "fsdp"}, "memory": {"blocks": ["layers.0", "layers.4"]}}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainServer]:
-    with TrainServer(tmp_path_factory.mktemp("server")) as running:
-        yield running
 
 
 def with_nan(server: TrainServer, config: Path, run: Path, **event: Any) -> Outcome:

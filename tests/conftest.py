@@ -15,6 +15,9 @@ import yaml
 if TYPE_CHECKING:
     from resuming import TrainServer
 
+# Several threads for numbers as few as these only wait for one another. Whatever is launched has as many as by default.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SUPPORT = Path(__file__).resolve().parent / "support"
 TIERS = ("unit", "dist", "cluster", "gpu")

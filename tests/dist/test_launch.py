@@ -191,6 +191,7 @@ def test_workers_of_a_failed_job_do_not_outlive_it(write_config: WriteConfig, tm
     assert alive(list(family.values()), within=3) == []
 
 
+@nightly  # as the stops of test_faults_dist.py
 def test_interrupted_on_two_ranks_equals_uninterrupted(write_config: WriteConfig, tmp_path: Path) -> None:
     """SIGTERM in mid-epoch, then the same command again: bit for bit the same, with workers, dropout, BatchNorm."""
     changes = {

@@ -45,7 +45,7 @@ def test_object_store_of_several_processes(
     with s3_server(bucket) as variables:
         file = write_config(checkpoint={**there, "dir": f"s3://{bucket}/run"})
         for epochs in (1, 2):
-            done = server.train("--config", file, f"train.epochs={epochs}", ranks=2, **variables)
+            done = server.train("--config", file, f"train.epochs={epochs}", ranks=2, variables=variables)
             assert done.code == 0, done.out + done.err
         assert "continuing from step 5" in done.out
         for key, value in variables.items():

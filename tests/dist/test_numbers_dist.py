@@ -26,7 +26,7 @@ def with_nan(server: TrainServer, config: Path, run: Path, **event: Any) -> Outc
     """Trains on two ranks, with NaN in a sample of rank 1's."""
     plan = run.with_name("plan.json")
     write_plan(plan, run, [Event("nan", rank=1, **event)])
-    return server.train("--config", config, ranks=2, **{VARIABLE: str(plan)})
+    return server.train("--config", config, ranks=2, variables={VARIABLE: str(plan)})
 
 
 @pytest.mark.parametrize("strategy", [{}, FSDP], ids=["ddp", "fsdp"])

@@ -75,12 +75,12 @@ def test_wandb_is_one_run_however_many_ranks_and_restarts(
 ) -> None:
     settings = {"project": "a-project", "tags": ["t1", "t2"], "group": "g", "notes": "n"}
     tracking = {"trackers": ["wandb"], "wandb": settings}
-    home = str(tmp_path / "empty")
-    Path(home).mkdir()
-    first = server.train("--config", write_config(tracking=tracking), ranks=2, HOME=home)
+    home = {"HOME": str(tmp_path / "empty")}
+    Path(home["HOME"]).mkdir()
+    first = server.train("--config", write_config(tracking=tracking), ranks=2, variables=home)
     assert first.code == 0, first.err
     assert first.out.count("wandb: offline, as no API key was found") == 1
-    second = server.train("--config", write_config(tracking=tracking, train__epochs=3), ranks=2, HOME=home)
+    second = server.train("--config", write_config(tracking=tracking, train__epochs=3), ranks=2, variables=home)
     assert second.code == 0, second.err
 
     files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
@@ -104,7 +104,7 @@ def test_wandb_online_without_a_network_goes_offline(
     (tmp_path / "home").mkdir()
     tracking = {"trackers": ["wandb"], "wandb": {"mode": "online"}}
     variables = {"HOME": str(tmp_path / "home"), "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "k" * 40}
-    done = server.train("--config", write_config(tracking=tracking), **variables)
+    done = server.train("--config", write_config(tracking=tracking), variables=variables)
     assert done.code == 0, done.err
     assert "wandb: offline, as 127.0.0.1 cannot be reached" in done.out
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 1
@@ -119,7 +119,7 @@ def test_wandb_online_without_a_key_goes_offline(
     threading.Thread(target=empty.serve_forever, daemon=True).start()
     tracking = {"trackers": ["wandb"], "wandb": {"mode": "online"}}
     variables = {"HOME": str(tmp_path / "home"), "WANDB_BASE_URL": f"http://127.0.0.1:{empty.server_port}"}
-    done = server.train("--config", write_config(tracking=tracking), **variables)
+    done = server.train("--config", write_config(tracking=tracking), variables=variables)
     empty.shutdown()
     empty.server_close()
     assert done.code == 0, done.err
@@ -130,7 +130,7 @@ def test_wandb_online_without_a_key_goes_offline(
 def test_wandb_mode_of_the_environment_is_checked(
     server: TrainServer, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    done = server.train("--config", write_config(tracking={"trackers": ["wandb"]}), WANDB_MODE="foo")
+    done = server.train("--config", write_config(tracking={"trackers": ["wandb"]}), variables={"WANDB_MODE": "foo"})
     assert done.code == 2
     assert done.err == "error: WANDB_MODE=foo in the environment; it must be online, offline or disabled\n"
 

@@ -275,7 +275,7 @@ def launch(config: Path, ranks: int, **variables: str) -> tuple[int, str, list[s
     return job.end(), job.output(), alive(list(family.values()), within=5)
 
 
-def tell(story: Story, folder: Path) -> Told:
+def tell(story: Story, folder: Path, server: TrainServer) -> Told:
     """Has a job go through a story."""
     config, plan, run = config_file(story, folder, "run"), folder / "plan.json", folder / "run"
     planned = events(story)
@@ -328,9 +328,9 @@ def tell(story: Story, folder: Path) -> Told:
             "lost": lost,
         }
     if story.code in (1, 2, 75):
-        code, said, _ = launch(config_file(story, folder, "run"), story.ranks)
-        told.output += said
-        told.end = "" if code == 0 else f"the next start ends with {code}"
+        done = server.train("--config", config_file(story, folder, "run"), ranks=story.ranks)
+        told.output += done.out + done.err
+        told.end = "" if done.code == 0 else f"the next start ends with {done.code}"
     return told
 
 
@@ -343,22 +343,28 @@ def blamed(run: Path, rank: int, since: float, until: float) -> bool:
     return False
 
 
+class Stories:
+    """What came of each story, and where; told when asked for."""
+
+    def __init__(self, server: TrainServer, factory: pytest.TempPathFactory) -> None:
+        self.server = server
+        self.factory = factory
+        self.told: dict[str, tuple[Told, Path]] = {}
+
+    def __getitem__(self, story: Story) -> tuple[Told, Path]:
+        if story.name not in self.told:
+            folder = self.factory.mktemp(story.name.replace(" ", "-").replace("'", ""))
+            self.told[story.name] = tell(story, folder, self.server), folder
+        return self.told[story.name]
+
+
 @pytest.fixture(scope="module")
-def stories(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Told, Path]]]:
-    told: dict[str, tuple[Told, Path]] = {}
-    yield told
+def stories(server: TrainServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stories]:
+    stories = Stories(server, tmp_path_factory)
+    yield stories
     if file := os.environ.get("LOCKSTEP_FAULTS_JSON"):
-        found = [figures for story, _ in told.values() for figures in story.figures.values()]
+        found = [figures for story, _ in stories.told.values() for figures in story.figures.values()]
         Path(file).write_text(json.dumps({"cases": found}, indent=2) + "\n")
-
-
-def story_told(
-    story: Story, stories: dict[str, tuple[Told, Path]], factory: pytest.TempPathFactory
-) -> tuple[Told, Path]:
-    if story.name not in stories:
-        folder = factory.mktemp(story.name.replace(" ", "-").replace("'", ""))
-        stories[story.name] = tell(story, folder), folder
-    return stories[story.name]
 
 
 ALL = [pytest.param(story, case, id=case.name) for story in STORIES for case in story.told]
@@ -370,21 +376,14 @@ def test_there_are_enough() -> None:
 
 
 @pytest.mark.parametrize(("story", "case"), ALL)
-def test_fault(
-    story: Story, case: Case, stories: dict[str, tuple[Told, Path]], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    told, _ = story_told(story, stories, tmp_path_factory)
+def test_fault(story: Story, case: Case, stories: Stories) -> None:
+    told, _ = stories[story]
     assert told.problems[case.name] == [], told.output
 
 
 @pytest.mark.parametrize("story", STORIES, ids=lambda story: story.name)
-def test_the_end_is_that_of_a_run_in_peace(
-    story: Story,
-    stories: dict[str, tuple[Told, Path]],
-    server: TrainServer,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    told, folder = story_told(story, stories, tmp_path_factory)
+def test_the_end_is_that_of_a_run_in_peace(story: Story, stories: Stories, server: TrainServer) -> None:
+    told, folder = stories[story]
     assert told.end == "", told.output
     assert summary(folder / "run")["status"] == "finished", told.output
     if not story.same:

@@ -89,8 +89,8 @@ def test_killed_at_random_instants_equals_undisturbed(
         time.sleep(later)
         what = kill(job, whole, choice)
         told.append(f"{what} at step {last_step(run)} ({step} + {later:.3f} s)")
-    job = Job(command, tmp_path, OMP_NUM_THREADS="1")
-    assert job.end() == 0, "\n".join([*told, job.output()])
+    done = server.train("--config", tmp_path / "run.yaml", ranks=ranks)
+    assert done.code == 0, "\n".join([*told, done.out, done.err])
     assert_same_end(run, quiet, "; ".join(told))
 
 

@@ -56,7 +56,9 @@ def test_other_launchers(launcher: list[str], processes: int, write_config: Writ
     assert summary(tmp_path / "run")["num_processes"] == processes
 
 
-@pytest.mark.parametrize("flags", [["--cpu", "--num_processes", "2"], ["--cpu", "--num_processes=2"]])
+@pytest.mark.parametrize(
+    "flags", [["--cpu", "--num_processes", "2"], pytest.param(["--cpu", "--num_processes=2"], marks=nightly)]
+)
 def test_a_launcher_that_starts_too_few_is_refused(flags: list[str], write_config: WriteConfig, tmp_path: Path) -> None:
     config = str(write_config())
     done = run([str(BIN / "accelerate"), "launch", *flags, TRAIN, "--config", config, "run.seed=1"], tmp_path)

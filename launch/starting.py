@@ -25,7 +25,6 @@ import torch
 from launch.agent import Outcome, end_descendants, explain_signal, run_agent
 from launch.logs import RankLogs
 from launch.stopping import SIGNALS, shutdown_seconds
-from trainer.checkpoint.folder import open_folder
 from trainer.cli import EXIT_FAILED, EXIT_USAGE
 from trainer.config import Config
 from trainer.errors import UserError
@@ -109,9 +108,12 @@ def run(plan: LaunchPlan, config: Config, code_of_others: int = EXIT_FAILED) -> 
         record = _shrunk(config, before)
         if outcome.code != EXIT_FAILED or outcome.told_to_stop or record is None:
             break
-        if config.checkpoint.resume == "never" and open_folder(config).steps():
-            logger.info("not started again, as checkpoint.resume is never")
-            break
+        if config.checkpoint.resume == "never":
+            from trainer.checkpoint.folder import open_folder  # late: a second of imports that no launcher needs
+
+            if open_folder(config).steps():
+                logger.info("not started again, as checkpoint.resume is never")
+                break
         logger.info(
             "rank %d ran out of memory at step %d: starting again with train.micro_batch_size %d instead of %d",
             record.rank,

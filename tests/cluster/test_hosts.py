@@ -178,7 +178,7 @@ def test_a_stop_and_going_on(number: signal.Signals, hosts: Hosts, write_config:
     assert summary(tmp_path / "run")["status"] == "stopped"
     assert left(hosts) == []
     if number == signal.SIGTERM:
-        job = launch(hosts, config, ["host1", "host2"], "data.train.args.seconds=0.0")
+        job = launch(hosts, config, ["host1", "host2"])
         assert job.end() == 0, job.output()
         assert "continuing from step" in job.output()
 

@@ -26,7 +26,7 @@ from launch.agent import Outcome, end_descendants, explain_signal, run_agent
 from launch.logs import RankLogs
 from launch.stopping import SIGNALS, shutdown_seconds
 from trainer.checkpoint.folder import open_folder
-from trainer.cli import EXIT_FAILED
+from trainer.cli import EXIT_FAILED, EXIT_USAGE
 from trainer.config import Config
 from trainer.errors import UserError
 from trainer.memory.shrink import Shrink, read_shrink
@@ -113,7 +113,7 @@ def run(plan: LaunchPlan, config: Config) -> int:
             record.micro_batch_size,
             record.was,
         )
-    if outcome.rank is not None and outcome.code == EXIT_FAILED:
+    if outcome.rank is not None and outcome.code in (EXIT_FAILED, EXIT_USAGE):
         logs.show_end(outcome.rank)
     if outcome.error is not None:
         sys.stderr.write(f"error: {outcome.error}\n")

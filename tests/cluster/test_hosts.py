@@ -235,7 +235,7 @@ def test_the_first_host_is_lost(how: str, hosts: Hosts, write_config: WriteConfi
 def test_a_job_of_a_fixed_size_waits_for_a_lost_host(hosts: Hosts, write_config: WriteConfig) -> None:
     config = steady(write_config, steps=300, launch__max_restarts=1)
     job = launch(hosts, config, ["host1", "host2"])
-    reached(job, 10)
+    reached(job, 30)
     hosts.unplug(2)
     job.wait_for(lambda output: "waiting 300 s for host2" in output)
     hosts.plug(2)
@@ -265,6 +265,17 @@ def test_a_launcher_that_is_killed_leaves_nothing(hosts: Hosts, write_config: Wr
         assert time.monotonic() < end, left(hosts)
         time.sleep(0.5)
     assert summary(tmp_path / "run")["status"] == "stopped"
+
+
+@NIGHTLY
+def test_a_host_that_is_not_needed_need_not_be_there(hosts: Hosts, write_config: WriteConfig, tmp_path: Path) -> None:
+    job = launch(hosts, write_config(), ["host9", "host1", "host2", "host3"], "--nodes", "1:3")
+    assert job.end() == 0, job.output()
+    assert "using host9, host1, host2; not host3" in job.output()
+    assert "host9: cannot be reached: " in job.output()
+    assert "host1 | device     2 x cpu" in job.output()
+    assert summary(tmp_path / "run")["status"] == "finished"
+    assert left(hosts) == []
 
 
 @NIGHTLY

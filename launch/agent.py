@@ -118,7 +118,7 @@ class _Job:
     def __init__(self, run_dir: Path, is_over: Callable[[], object]) -> None:
         self.is_over = is_over
         self.started = time.time()  # the ranks of now
-        self.is_between = False  # whether ranks have failed and are to be started again
+        self.is_between = True  # whether there are no ranks, and are to be: at first, and after some have failed
         # Exit codes by rank; a negative one is the signal that it died of.
         self.first: dict[int, int] = {}  # of the ranks that had failed before the agent ended the others
         self.codes: dict[int, int] = {}  # of all, once the agent has ended them

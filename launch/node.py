@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import psutil
@@ -101,6 +102,8 @@ def run_on_leash(plan: LaunchPlan, config: Config) -> int:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)  # the ranks have no input
     os.close(null)
+    for name in SIGNALS:  # until torch's agent has its own handlers
+        signal.signal(signal.Signals[name], lambda number, frame: sys.exit(EXIT_STOPPED))
     threading.Thread(target=_obey, args=(leash, shutdown_seconds(config)), name="leash", daemon=True).start()
     return run(plan, config)
 
@@ -198,7 +201,8 @@ def _obey(leash: int, grace: float) -> None:
         for line in lines:
             if (name := line.decode(errors="replace").strip()) in SIGNALS:
                 os.kill(os.getpid(), signal.Signals[name])
-    sys.stderr.write("the launcher is gone: stopping\n")
+    with suppress(OSError):  # so is whoever read this
+        sys.stderr.write("the launcher is gone: stopping\n")
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(grace + 10)
     for child in psutil.Process().children(recursive=True):

@@ -165,15 +165,17 @@ class _Job:
         fault = self._fault()
         if fault is not None and first.get(fault.rank, 0) != 0:  # survivors may die of signals, too
             return fault.rank
+        if EXIT_USAGE in first.values():
+            return min(rank for rank, code in first.items() if code == EXIT_USAGE)
         # A rank that dies of a signal leaves no word, and its peers fail as they lose it: it is the reason.
         return min(first, key=lambda rank: (first[rank] >= 0, first[rank] == -signal.SIGTERM, rank))
 
     def explain_parting(self, error: RendezvousError) -> str:
         """Returns in one line why this machine could not meet the others, or not any more."""
-        fault = self._fault()
-        if fault is not None and not fault.restart:  # for which another machine's agent has ended the job
+        fault, is_closed = self._fault(), isinstance(error, RendezvousClosedError)
+        if fault is not None and (is_closed or not fault.restart):  # for which another machine's agent ended the job
             return str(fault)
-        if isinstance(error, RendezvousClosedError):
+        if is_closed:
             return "another machine has ended the job, and said why"
         if isinstance(error, RendezvousTimeoutError):
             return "not enough machines came to the rendezvous in time; did the others start, and can they reach it?"

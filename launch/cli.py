@@ -6,10 +6,11 @@ The config is read and checked here, before anything is started, so that a mista
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,20 +24,19 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Starts a job and returns the exit code of the training: 0, 2, 75 or 1, as `train.py`."""
+    width = max(map(len, _TARGETS)) + 2
     parser = argparse.ArgumentParser(
-        prog="python -m launch", description="Start training jobs. `python -m launch TARGET --help` tells more."
+        prog="python -m launch",
+        description="Start training jobs.\n\ntargets:\n"
+        + "\n".join(f"  {name:<{width}}{purpose}" for name, (_, purpose) in _TARGETS.items()),
+        epilog="`python -m launch TARGET --help` tells more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "target",
-        choices=["local", "kubernetes", "agent", "plan", "chaos"],
-        help="local: this machine, on all its GPUs or CPU processes; kubernetes: write manifests for kubectl; agent: "
-        "this machine's part of a job on several, which the other targets run there; plan: start nothing, predict the "
-        "memory it takes; chaos: break a copy of the job for some minutes, and see whether it comes out the same",
-    )
+    parser.add_argument("target", choices=list(_TARGETS), metavar="TARGET", help="one of the above")
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="--config FILE [section.key=value ...]")
     options = parser.parse_args(arguments)
-    targets = {"local": _local, "kubernetes": _kubernetes, "agent": _agent, "plan": _plan, "chaos": _chaos}
-    return run_command(lambda: targets[options.target](options.rest), log_to_stderr=options.target != "local")
+    target = _TARGETS[options.target][0]
+    return run_command(lambda: target(options.rest), log_to_stderr=options.target != "local")
 
 
 def _plan(arguments: Sequence[str]) -> int:
@@ -79,6 +79,23 @@ def _local(arguments: Sequence[str]) -> int:
     return starting.run(plan, config)
 
 
+def _hosts(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch hosts",
+        description="Start a job on machines that ssh reaches without a password, after checks on all of them.",
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--hosts", metavar="A,B,C", help="as ssh takes them (default: launch.hosts.names)")
+    which.add_argument("--hostfile", metavar="F", help="a host per line (default: launch.hosts.hostfile)")
+    options, config = _read(parser, arguments)
+    from launch import hosts
+
+    names = None if options.hosts is None else [name.strip() for name in options.hosts.split(",") if name.strip()]
+    names = hosts.choose_names(names, options.hostfile, config)
+    launch = hosts.HostsLaunch(names, options.config, options.overrides, config)
+    return launch.show() if options.dry_run else launch.run()
+
+
 def _kubernetes(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m launch kubernetes",
@@ -99,6 +116,37 @@ def _kubernetes(arguments: Sequence[str]) -> int:
     except OSError as error:
         raise UserError(f"--output {options.output}: {error.strerror or error}") from None
     return EXIT_FINISHED
+
+
+def _slurm(arguments: Sequence[str]) -> int:
+    if arguments[:1] in (["status"], ["cancel"]):
+        return _slurm_job(arguments)
+    parser = argparse.ArgumentParser(
+        prog="python -m launch slurm",
+        description="Submit a job to Slurm, or run it in the allocation that this is typed in.",
+        epilog="`python -m launch slurm status RUN_DIR` shows the state of a run's job; `python -m launch slurm cancel "
+        "RUN_DIR` stops it with a checkpoint and takes it out of Slurm",
+    )
+    watched = parser.add_mutually_exclusive_group()
+    watched.add_argument(
+        "--follow", action="store_true", help="show the job's output until it ends; the exit code is the training's"
+    )
+    watched.add_argument("--wait", action="store_true", help="the same, silently")
+    options, config = _read(parser, arguments)
+    from launch import slurm
+
+    given = {"dry_run": options.dry_run, "follow": options.follow, "wait": options.wait}
+    return slurm.run(config, options.config, options.overrides, **given)
+
+
+def _slurm_job(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m launch slurm")
+    parser.add_argument("action", choices=["status", "cancel"])
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run folder, such as runs/digits")
+    options = parser.parse_args(arguments)
+    from launch import slurm_watch
+
+    return {"status": slurm_watch.status, "cancel": slurm_watch.cancel}[options.action](options.run_dir)
 
 
 def _agent(arguments: Sequence[str]) -> int:
@@ -166,7 +214,7 @@ def _read(
         options.overrides.append(f"launch.processes={options.processes}")
     if has_nodes and options.nodes is not None:
         options.overrides.append(f"launch.nodes={options.nodes}")
-    return options, load_config(options.config, options.overrides)
+    return options, load_config(options.config, options.overrides).of_trial(os.environ)
 
 
 def _chaos(arguments: Sequence[str]) -> int:
@@ -210,3 +258,14 @@ def _chaos(arguments: Sequence[str]) -> int:
         hang_timeout=options.hang_timeout,
     )
     return chaos.run(settings, options.json)
+
+
+_TARGETS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "local": (_local, "this machine, on all its GPUs or CPU processes"),
+    "hosts": (_hosts, "several machines, over ssh"),
+    "slurm": (_slurm, "a batch job on a Slurm cluster, or in the allocation that this is typed in"),
+    "kubernetes": (_kubernetes, "write manifests for kubectl"),
+    "agent": (_agent, "this machine's part of a job on several, which the other targets run there"),
+    "plan": (_plan, "start nothing, predict the memory it takes"),
+    "chaos": (_chaos, "break a copy of the job for some minutes, and see whether it comes out the same"),
+}

@@ -9,7 +9,6 @@ decide: `launch.local` for this machine alone, `launch.node` for one of several.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import subprocess
@@ -24,8 +23,8 @@ import torch
 
 from launch.agent import Outcome, end_descendants, explain_signal, run_agent
 from launch.logs import RankLogs
-from trainer.checkpoint.folder import open_folder
-from trainer.cli import EXIT_FAILED
+from launch.stopping import SIGNALS, shutdown_seconds
+from trainer.cli import EXIT_FAILED, EXIT_USAGE
 from trainer.config import Config
 from trainer.errors import UserError
 from trainer.memory.shrink import Shrink, read_shrink
@@ -34,9 +33,6 @@ from trainer.system import die_with_parent
 logger = logging.getLogger("lockstep")
 
 TRAIN_SCRIPT = str(Path(__file__).resolve().parent.parent / "train.py")
-SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")  # passed on to the ranks
-_SHUTDOWN_SECONDS = 30  # which ranks have after a signal before they are killed, at least
-_SHUTDOWN_MARGIN = 15  # beyond faults.grace
 
 
 @dataclass(frozen=True)
@@ -77,11 +73,6 @@ def count_processes(wanted: int | None, num_gpus: int) -> int:
     return wanted or num_gpus or 1
 
 
-def shutdown_seconds(config: Config) -> int:
-    """Returns what ranks have after a signal before they are killed."""
-    return max(_SHUTDOWN_SECONDS, math.ceil(config.faults.grace.seconds) + _SHUTDOWN_MARGIN)
-
-
 def agent_variables(config: Config, num_processes: int, num_gpus: int) -> dict[str, str]:
     """Returns the variables of an agent that starts so many processes; accelerate has no options for these."""
     variables = {
@@ -119,9 +110,12 @@ def run(plan: LaunchPlan, config: Config, code_of_others: int = EXIT_FAILED) -> 
         record = _shrunk(config, before)
         if outcome.code != EXIT_FAILED or outcome.told_to_stop or record is None:
             break
-        if config.checkpoint.resume == "never" and open_folder(config).steps():
-            logger.info("not started again, as checkpoint.resume is never")
-            break
+        if config.checkpoint.resume == "never":
+            from trainer.checkpoint.folder import open_folder  # late: a second of imports that no launcher needs
+
+            if open_folder(config).steps():
+                logger.info("not started again, as checkpoint.resume is never")
+                break
         logger.info(
             "rank %d ran out of memory at step %d: starting again with train.micro_batch_size %d instead of %d",
             record.rank,
@@ -129,7 +123,7 @@ def run(plan: LaunchPlan, config: Config, code_of_others: int = EXIT_FAILED) -> 
             record.micro_batch_size,
             record.was,
         )
-    if outcome.rank is not None and outcome.code == EXIT_FAILED:
+    if outcome.rank is not None and outcome.code in (EXIT_FAILED, EXIT_USAGE):
         logs.show_end(outcome.rank)
     if outcome.error is not None:
         sys.stderr.write(f"error: {outcome.error}\n")

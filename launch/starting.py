@@ -8,7 +8,6 @@ decide: `launch.local` for this machine alone, `launch.node` for one of several.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import signal
@@ -43,11 +42,14 @@ class LaunchPlan:
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
 
-    def again(self, number: int) -> LaunchPlan:
-        """Returns the same for a later start of the job: agents cannot meet again under a name that was closed."""
+    def after(self, record: Shrink) -> LaunchPlan:
+        """Returns the same for a start after a shrink: agents cannot meet again under a name that was closed.
+
+        The new name is the same on all machines, also on one that has been replaced in the meantime.
+        """
         command = list(self.command)
         if "--rdzv-id" in command:
-            command[command.index("--rdzv-id") + 1] += f".{number}"
+            command[command.index("--rdzv-id") + 1] += f".{record.time:.0f}"
         return replace(self, command=command)
 
 
@@ -98,9 +100,9 @@ def run(plan: LaunchPlan, config: Config, code_of_others: int = EXIT_FAILED) -> 
     """
     os.environ.update(plan.environment)
     logs = RankLogs(config.run_dir)
-    for number in itertools.count():
-        before = read_shrink(config.run_dir)
-        command = plan.again(number).command if number else plan.command
+    while True:
+        before = read_shrink(config.run_dir) if config.memory.on_oom == "shrink" else None
+        command = plan.command if before is None else plan.after(before).command
         if command[0] == sys.executable:
             outcome = _run_child(command, logs)
         else:

@@ -83,6 +83,7 @@ class JobController:
     uid: str = field(default_factory=lambda: str(uuid.uuid4()))
     pods: dict[int, Pod] = field(default_factory=dict)
     history: list[Ended] = field(default_factory=list)
+    unschedulable: set[int] = field(default_factory=set)  # indexes whose pods are pending
     failed: int = 0
     state: str = "Running"
 
@@ -109,7 +110,7 @@ class JobController:
         succeeded = {ended.index for ended in self.history if ended.code == 0}
         if self.state == "Running":
             for index in range(self.spec["completions"]):
-                if index not in self.pods and index not in succeeded:
+                if index not in self.pods and index not in succeeded | self.unschedulable:
                     self._start(index)
         else:
             self.end()

@@ -49,10 +49,10 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path / "volume" / "runs" / "tiny"
 
 
-def long(seconds: float = 0.01) -> dict[str, Any]:
+def long(seconds: float, epochs: int) -> dict[str, Any]:
     """Returns changes with which a run takes a while."""
     data = {"name": "slow:Steady", "args": {"length": 60, "seconds": seconds}}
-    return {"data__train": data, "train__epochs": 24, "launch__max_restarts": 3}
+    return {"data__train": data, "train__epochs": epochs, "launch__max_restarts": 3}
 
 
 def go_on(job: JobController, run_dir: Path) -> None:
@@ -81,7 +81,7 @@ def test_a_train_job(start: Start, run_dir: Path) -> None:
 
 def test_pods_that_are_replaced(start: Start, run_dir: Path) -> None:
     """One is told to stop; then the first one, where they meet, is killed. Only that one counts as failed."""
-    job = start(launch__kubernetes__max_pod_failures=1, **long())
+    job = start(launch__kubernetes__max_pod_failures=1, **long(0.01, 16))
     go_on(job, run_dir)
     job.pods[1].signal(signal.SIGTERM)
     job.wait_for(lambda: len(job.history) == 2)
@@ -98,21 +98,24 @@ def test_pods_that_are_replaced(start: Start, run_dir: Path) -> None:
 
 def test_a_pod_leaves_and_comes(start: Start, run_dir: Path) -> None:
     """The other one goes on without it, and with the one that takes its place under the same name of the job."""
-    job = start("1:2", **long(seconds=0.04))
+    job = start("1:2", **long(0.04, 24))
     go_on(job, run_dir)
-    job.pods[1].is_disrupted = True  # its node is lost
+    job.unschedulable.add(1)
+    job.pods[1].is_disrupted = True  # its node is lost, and there is no other
     job.pods[1].signal(signal.SIGKILL)
+    job.wait_for(lambda: job.codes(1) == [137])
     go_on(job, run_dir)
+    job.unschedulable.clear()
     assert job.wait() == "Complete", job.report()
     assert job.codes(0) in ([], [0]), job.report()
-    assert job.codes(1)[0] == 137, job.report()
     assert job.failed == 0
     attempts = json.loads((run_dir / "attempts.json").read_text())
-    assert status(run_dir) == ("finished", 2), attempts
+    assert [attempt["num_processes"] for attempt in attempts] == [2, 1, 2], job.report()
+    assert status(run_dir) == ("finished", 2)
 
 
 def test_a_bad_config_ends_the_job_at_once(start: Start) -> None:
     job = start(data__train={"name": "slow:MissingOnRank1", "args": {"length": 60}})
     assert job.wait() == "Failed"
     assert [ended.action for ended in job.history] == ["FailJob"], job.report()
-    assert "error: data.train: no such mount" in job.report()
+    assert "data.train: rank 1: no such mount" in job.report()

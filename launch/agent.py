@@ -167,10 +167,10 @@ class _Job:
 
     def explain_parting(self, error: RendezvousError) -> str:
         """Returns in one line why this machine could not meet the others, or not any more."""
-        fault = self._fault()
-        if fault is not None and not fault.restart:  # for which another machine's agent has ended the job
+        fault, is_closed = self._fault(), isinstance(error, RendezvousClosedError)
+        if fault is not None and (is_closed or not fault.restart):  # for which another machine's agent ended the job
             return str(fault)
-        if isinstance(error, RendezvousClosedError):
+        if is_closed:
             return "another machine has ended the job, and said why"
         if isinstance(error, RendezvousTimeoutError):
             return "not enough machines came to the rendezvous in time; did the others start, and can they reach it?"

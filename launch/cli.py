@@ -6,6 +6,7 @@ The config is read and checked here, before anything is started, so that a mista
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -136,7 +137,7 @@ def _read(
         options.overrides.append(f"launch.processes={options.processes}")
     if has_nodes and options.nodes is not None:
         options.overrides.append(f"launch.nodes={options.nodes}")
-    return options, load_config(options.config, options.overrides)
+    return options, load_config(options.config, options.overrides).of_trial(os.environ)
 
 
 def _chaos(arguments: Sequence[str]) -> int:

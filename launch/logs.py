@@ -42,6 +42,13 @@ class RankLogs:
     def __init__(self, run_dir: Path) -> None:
         self.folder = run_dir / "logs"
         self._outputs: dict[int, Output] = {}
+        self._errors: tempfile.TemporaryDirectory[str] | None = None
+
+    def error_folder(self) -> str:
+        """Returns a folder for the files in which torch passes on errors, until `close`."""
+        if self._errors is None:
+            self._errors = tempfile.TemporaryDirectory(prefix="lockstep-")
+        return self._errors.name
 
     def open(self, rank: int) -> Output:
         """Returns where the next process of a rank writes."""
@@ -54,6 +61,9 @@ class RankLogs:
         """Takes what is left in the pipes; what was kept of errors can still be shown."""
         for output in self._outputs.values():
             output.close()
+        if self._errors is not None:
+            self._errors.cleanup()
+            self._errors = None
 
     def show_end(self, rank: int) -> None:
         """Shows the last traceback of a rank on the terminal, if it was not shown there when it came."""
@@ -75,8 +85,7 @@ class AgentLogs(DefaultLogsSpecs):
 
     def __init__(self, logs: RankLogs) -> None:
         self._logs = logs
-        self._folder = tempfile.TemporaryDirectory(prefix="lockstep-")  # of the files in which torch passes on errors
-        super().__init__(self._folder.name)
+        super().__init__(logs.error_folder())
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         """Returns where each local rank writes. Its global rank is among its variables."""

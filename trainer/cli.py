@@ -144,7 +144,7 @@ def _rank() -> int:
 
 def _train(options: argparse.Namespace) -> int:
     try:
-        config = load_config(options.config, options.overrides)
+        config = load_config(options.config, options.overrides).of_trial(os.environ)
     except UserError:
         if _rank() == 0:  # every rank reads the same file; one of them says what is wrong with it
             raise

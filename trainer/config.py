@@ -579,6 +579,18 @@ class Config(Section):
         """Whether the micro-batch, or what is recomputed in backward, is to be found out."""
         return self.train.micro_batch_size == "auto" or self.memory.checkpointing == "auto"
 
+    def of_trial(self, environment: Mapping[str, str]) -> Config:
+        """Returns the config of the trial of a W&B sweep that `wandb agent` has started, if it has: a run of its own.
+
+        All trials of a sweep share a config file, whose run folder one of them would continue for another.
+        """
+        trial = environment.get("WANDB_RUN_ID") if environment.get("WANDB_SWEEP_ID") else None
+        if not trial or self.run.name.endswith(f"-{trial}"):
+            return self
+        folder = None if self.run.dir is None else f"{self.run.dir.rstrip('/')}-{trial}"
+        run = self.run.model_copy(update={"name": f"{self.run.name}-{trial}", "dir": folder})
+        return self.model_copy(update={"run": run})
+
     def locate(self, problem: Problem) -> Problem:
         """Adds to a problem the file and line where its dotted path was written."""
         if problem.origin or not problem.path:

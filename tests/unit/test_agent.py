@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import threading
@@ -14,6 +15,12 @@ import pytest
 import torch
 from conftest import WriteConfig
 from torch.distributed import HashStore, Store
+from torch.distributed.elastic.rendezvous.api import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousError,
+    RendezvousTimeoutError,
+)
 
 from launch import agent, local
 from launch.cli import main
@@ -93,6 +100,60 @@ def test_the_fault_that_was_written_down(kind: str, restart: bool, tmp_path: Pat
     assert younger.explain({0: 1}) == "rank 0 failed, and said why"
 
 
+@pytest.mark.parametrize(
+    ("codes", "rank_of_fault", "expected"),
+    [
+        ({0: 75, 1: 75}, None, False),
+        ({0: 75, 1: TERM}, None, False),
+        ({0: 2, 1: 1}, None, True),
+        ({0: 1, 1: 1}, 1, True),
+        ({0: 1, 1: 1}, 2, False),  # on another machine
+        ({0: KILL, 1: 1}, None, True),
+    ],
+)
+def test_whose_failure_it_is(codes: dict[int, int], rank_of_fault: int | None, expected: bool, tmp_path: Path) -> None:
+    made = job(tmp_path)
+    made.started -= 1
+    if rank_of_fault is not None:
+        write_first(fault_folder(tmp_path, 1), Fault(rank_of_fault, "error", "so it was"))
+    assert made.is_own_failure(codes) == expected
+
+
+@pytest.mark.parametrize(
+    ("summary", "expected"),
+    [
+        (None, False),
+        ("{", False),
+        ({"stopped_by": None}, False),
+        ({"stopped_by": "the file STOP on rank 0"}, False),
+        ({"stopped_by": "SIGTERM on rank 3"}, True),
+    ],
+)
+def test_a_machine_that_leaves_is_told_by_a_signal(summary: object, expected: bool, tmp_path: Path) -> None:
+    if summary is not None:
+        (tmp_path / "summary.json").write_text(summary if isinstance(summary, str) else json.dumps(summary))
+    assert job(tmp_path).was_stopped_by_signal() == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RendezvousClosedError(), "another machine has ended the job, and said why"),
+        (RendezvousTimeoutError(), "not enough machines came to the rendezvous in time"),
+        (RendezvousConnectionError(), "the first machine, where the others meet, cannot be reached"),
+    ],
+)
+def test_why_a_machine_is_alone(error: RendezvousError, expected: str, tmp_path: Path) -> None:
+    made = job(tmp_path)
+    made.started -= 1
+    assert made.explain_parting(error).startswith(expected)
+    for number, restart in enumerate((True, False)):
+        fault = Fault(5, "error", "so it was", step=7, restart=restart)
+        write_first(fault_folder(tmp_path, number), fault)
+        known = not restart or isinstance(error, RendezvousClosedError)
+        assert made.explain_parting(error).startswith(str(fault) if known else expected)
+
+
 def config_of(write_config: WriteConfig, **changes: Any) -> Config:
     return load_config(str(write_config(**changes)), [])
 
@@ -131,7 +192,7 @@ def test_dry_run_shows_all_of_it(write_config: WriteConfig, capsys: pytest.Captu
     assert shown.startswith("PET_SIGNALS_TO_HANDLE=SIGTERM,")
     assert " TORCH_ELASTIC_SHUTDOWN_TIMEOUT=45 ACCELERATE_USE_CPU=true OMP_NUM_THREADS=" in shown
     assert " torchrun --standalone --nproc-per-node 2 --max-restarts 3 " in shown
-    assert shown.endswith(f"train.py --config {arguments[1]} launch.max_restarts=3\n")
+    assert shown.endswith(f"train.py --config {arguments[1]} launch.max_restarts=3 launch.processes=2\n")
 
 
 def test_a_used_store_has_a_fresh_part() -> None:

@@ -47,7 +47,7 @@ def test_train_answers_without_torch(arguments: list[str], code: int, shown: str
         ("launch", ["local", "--help"], 0, "--processes"),
         ("launch", ["locl"], 2, "invalid choice: 'locl'"),
         ("launch", ["local", "--config", CONFIG, "optim.lr=x"], 2, "error: command line: optim.lr: must be a valid"),
-        ("launch", ["local", "--config", CONFIG, "--processes", "0"], 2, "at least 1"),
+        ("launch", ["local", "--config", CONFIG, "--processes", "0"], 2, "command line: launch.processes: must be"),
     ],
 )
 def test_modules_answer_without_torch(module: str, arguments: list[str], code: int, shown: str) -> None:
@@ -83,5 +83,5 @@ def test_dry_run_prints_a_line_that_can_be_typed() -> None:
     assert done.stdout == (
         "PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=45 "
         "ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 "
-        f"{REPOSITORY / 'train.py'} --config {CONFIG} 'optim.args={{betas: [0.8, 0.9]}}'\n"
+        f"{REPOSITORY / 'train.py'} --config {CONFIG} 'optim.args={{betas: [0.8, 0.9]}}' launch.processes=2\n"
     )

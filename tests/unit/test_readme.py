@@ -24,7 +24,7 @@ def test_configs_load(text: str, tmp_path: Path) -> None:
 
 
 def test_there_are_configs() -> None:
-    assert len(CONFIGS) == 5
+    assert len(CONFIGS) == 6
 
 
 def test_make_targets_exist() -> None:

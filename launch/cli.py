@@ -29,15 +29,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "target",
-        choices=["local", "agent", "plan", "chaos"],
+        choices=["local", "agent", "doctor", "plan", "chaos"],
         help="local: this machine, on all its GPUs or CPU processes; agent: this machine's part of a job on several, "
         "which the other targets run there; plan: start nothing, predict the memory it takes; chaos: break a copy of "
         "the job for some minutes, and see whether it comes out the same",
     )
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="--config FILE [section.key=value ...]")
     options = parser.parse_args(arguments)
-    target = {"local": _local, "agent": _agent, "plan": _plan, "chaos": _chaos}[options.target]
+    target = {"local": _local, "agent": _agent, "doctor": _doctor, "plan": _plan, "chaos": _chaos}[options.target]
     return run_command(lambda: target(options.rest), log_to_stderr=options.target != "local")
+
+
+def _doctor(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch doctor",
+        description="Look for what would end a run or make it slow, on every rank that it would have: versions, "
+        "devices, limits, speed of devices, links and disks. Without a config, what needs none.",
+        epilog="exit codes: 0 nothing fails, 1 something does, 2 bad config or usage",
+    )
+    from launch.doctor.agreed import BARE, DEFAULT_TIMEOUT, default_json
+
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="for all numbers (default: doctor.json in the run folder)"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=DEFAULT_TIMEOUT,
+        metavar="SECONDS",
+        help=f"for one check, and for a rank to come (default: {DEFAULT_TIMEOUT:.0f})",
+    )
+    options, config = _read(parser, arguments, has_nodes=False, default_config=str(BARE))
+    if options.timeout <= 0:
+        parser.error(f"--timeout must be more than 0 (got {options.timeout:g})")
+    from launch.doctor import start  # imports torch
+
+    file = options.json or default_json(options.config, config)
+    ours = ["--json", str(file), "--timeout", f"{options.timeout:g}"]
+    plan = start.plan_here([*ours, "--config", options.config, *options.overrides], config)
+    return _show(plan) if options.dry_run else start.run(plan)
 
 
 def _plan(arguments: Sequence[str]) -> int:
@@ -117,10 +147,13 @@ def _show(plan: LaunchPlan) -> int:
 
 
 def _read(
-    parser: argparse.ArgumentParser, arguments: Sequence[str], has_nodes: bool = True
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str],
+    has_nodes: bool = True,
+    default_config: str | None = None,
 ) -> tuple[argparse.Namespace, Config]:
     """Adds the options that all targets have, reads them, and lays them on the config as overrides."""
-    add_config_arguments(parser)
+    add_config_arguments(parser, default_config)
     parser.add_argument(
         "--processes",
         type=int,

@@ -82,7 +82,9 @@ def judge_devices(readings: Sequence[Reading]) -> Judgement:
         if down and len(down) < len(ports):
             findings.append(Finding(Verdict.WARN, f"{host}: {', '.join(down)} is not active", "look at ibstat there"))
     counts = [Reading(r.place, {"ports": len(r.values["infiniband"])}) for r in readings]
-    findings += odd_ones(counts, "ports", "NCCL takes sockets where a machine has none", Verdict.WARN, "InfiniBand ports:")
+    findings += odd_ones(
+        counts, "ports", "NCCL takes sockets where a machine has none", Verdict.WARN, "InfiniBand ports:"
+    )
     for reading in readings:
         links = reading.values["nvlinks"] or []
         usual = max((n for n in links if n is not None), default=0)
@@ -267,8 +269,12 @@ def judge_copies(readings: Sequence[Reading]) -> Judgement:
     findings = []
     for name in ("pinned", "pageable"):
         for place, found in find_slow({r.place: r.values[f"{name}_gb_s"] for r in readings}, TRANSFER).items():
-            message = f"{place}: {name} host memory comes at {found.rate:.1f} GB/s, {found.percent}% less than to its peers"
+            message = (
+                f"{place}: {name} host memory comes at {found.rate:.1f} GB/s, {found.percent}% less than to its peers"
+            )
             verdict = found.verdict if name == "pinned" else Verdict.WARN
             findings.append(Finding(verdict, message, "its PCIe link (nvidia-smi -q -d PCIE), and parallel.pin_cores"))
-    rates = {name: span([r.values[f"{name}_gb_s"] for r in readings], "{:.1f}".format) for name in ("pinned", "pageable")}
+    rates = {
+        name: span([r.values[f"{name}_gb_s"] for r in readings], "{:.1f}".format) for name in ("pinned", "pageable")
+    }
     return Judgement(f"{rates['pinned']} GB/s pinned, {rates['pageable']} GB/s pageable", tuple(findings))

@@ -148,7 +148,9 @@ def judge_reading(readings: Sequence[Reading]) -> Judgement:
         seen = [place for place, values in here if values["exists"]]
         for place, values in here:
             if not values["exists"] and (seen or values["needed"]):
-                message = f"{place.host}: {path}: there is no '{text}'" + (f", and {seen[0].host} has it" if seen else "")
+                message = f"{place.host}: {path}: there is no '{text}'" + (
+                    f", and {seen[0].host} has it" if seen else ""
+                )
                 findings.append(Finding(Verdict.FAIL, message, "mount it, or copy it there"))
             elif "error" in values:
                 message = f"{place.host}: {path}: {values['error']}"
@@ -161,7 +163,9 @@ def judge_reading(readings: Sequence[Reading]) -> Judgement:
         for place, rate in rates.items():
             if rate < _SLOW_READ and place not in slow:
                 message = f"{place.host}: {path}: {_speed(rate)}"
-                findings.append(Finding(Verdict.WARN, message, "the feed will wait for it; data.cache packs small files"))
+                findings.append(
+                    Finding(Verdict.WARN, message, "the feed will wait for it; data.cache packs small files")
+                )
         if not seen:
             summaries.append(f"'{text}' is not there yet")
         elif rates:
@@ -210,7 +214,10 @@ def try_writing(root: str, num_bytes: int = _CHECKPOINT_BYTES) -> Values:
         storage.publish(staged, "trial", b"{}")
         published = time.perf_counter()
         back = bytearray(1 << 20)
-        if storage.read("trial", "data", num_bytes - len(back), memoryview(back)) != len(back) or back != data[-len(back) :]:
+        if (
+            storage.read("trial", "data", num_bytes - len(back), memoryview(back)) != len(back)
+            or back != data[-len(back) :]
+        ):
             raise OSError(f"'{root}' does not give back what was written")
         storage.remove("trial")
         staged = None
@@ -234,7 +241,9 @@ def judge_writing(readings: Sequence[Reading]) -> Judgement:
         values, host = reading.values, reading.place.host
         if "error" in values:
             message = f"{host}: no checkpoint can be written to '{values['location']}': {values['error']}"
-            findings.append(Finding(Verdict.FAIL, message, "run.dir or checkpoint.dir says where; see who may write there"))
+            findings.append(
+                Finding(Verdict.FAIL, message, "run.dir or checkpoint.dir says where; see who may write there")
+            )
         if values["free"] is not None and values["free"] < _LOW_SPACE:
             verdict = Verdict.FAIL if values["free"] < _NO_SPACE else Verdict.WARN
             message = f"{host}: {format_bytes(values['free'])} free in '{values['location']}'"
@@ -249,7 +258,9 @@ def judge_writing(readings: Sequence[Reading]) -> Judgement:
     if not rates:
         return Judgement("", tuple(findings))
     publish = max(r.values.get("publish_seconds", 0.0) for r in readings)
-    text = f"{span(list(rates.values()), _speed)} to '{readings[0].values['location']}', {1e3 * publish:.0f} ms to publish"
+    text = (
+        f"{span(list(rates.values()), _speed)} to '{readings[0].values['location']}', {1e3 * publish:.0f} ms to publish"
+    )
     return Judgement(text, tuple(findings))
 
 

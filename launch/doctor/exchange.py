@@ -102,6 +102,7 @@ def measure_clock(situation: Situation) -> Values:
 def judge_clock(readings: Sequence[Reading]) -> Judgement:
     """Wants clocks to be together: logs, file times and certificates rely on them."""
     findings = []
+    readings = [reading for reading in readings if reading.place.is_first]
     for reading in readings:
         ahead, tolerance = reading.values["ahead"], reading.values["tolerance"]
         if abs(ahead) > min(_CLOCK_WARN, tolerance):
@@ -188,15 +189,20 @@ def rounds_of(pairs: Sequence[tuple[int, int]], places: Sequence[Place]) -> list
 def measure_pairs(situation: Situation) -> Values:
     """Returns bandwidth and latency from this rank to others."""
     rank, found = situation.place.rank, []
+    by_rank = {place.rank: place for place in situation.places}
     for chosen in rounds_of(pairs_of(situation.places), situation.places):
         for sender, receiver in chosen:
             if rank in (sender, receiver):
                 situation.now(f"rank {sender} sends to rank {receiver}")
-                result = _send(situation, receiver) if rank == sender else _receive(situation, sender)
-                found += [result] if result is not None else []
+                if rank == receiver:
+                    _receive(situation, sender)
+                    continue
+                to = by_rank[receiver]
+                is_inside = to.node == situation.place.node
+                found.append({"to": str(to), "rank": receiver, "is_inside": is_inside, **_send(situation, receiver)})
         situation.now("the end of a round of pairs")
         dist.barrier()
-    return {"to": found}
+    return {"pairs": found}
 
 
 def _send(situation: Situation, receiver: int) -> Values:
@@ -207,7 +213,7 @@ def _send(situation: Situation, receiver: int) -> Values:
         if seconds > _QUICK:
             break
     dist.send(torch.zeros(1, dtype=torch.int64), receiver)
-    return {"rank": receiver, "bytes": size, "seconds": seconds, "bytes_per_s": size / seconds, "round_trip": latency}
+    return {"bytes": size, "seconds": seconds, "bytes_per_s": size / seconds, "round_trip": latency}
 
 
 def _one_way(situation: Situation, receiver: int, size: int) -> float:
@@ -237,31 +243,29 @@ def _receive(situation: Situation, sender: int) -> None:
 
 def judge_pairs(readings: Sequence[Reading]) -> Judgement:
     """Compares pairs on one machine with each other, and pairs of machines with each other."""
-    place = {reading.place.rank: reading.place for reading in readings}
-    inside: dict[tuple[int, int], float] = {}
-    between: dict[tuple[int, int], float] = {}
+    inside: dict[str, float] = {}
+    between: dict[str, float] = {}
     for reading in readings:
-        for result in reading.values["to"]:
-            pair = (reading.place.rank, result["rank"])
-            is_inside = place[pair[0]].node == place[pair[1]].node
-            (inside if is_inside else between)[pair] = result["bytes_per_s"]
+        for pair in reading.values["pairs"]:
+            (inside if pair["is_inside"] else between)[f"{reading.place} -> {pair['to']}"] = pair["bytes_per_s"]
     findings = []
-    for rates in (inside, between):
-        slow = find_slow(rates, TRANSFER)
-        for (sender, receiver), found in sorted(slow.items(), key=lambda item: item[1].rate):
-            pair_text = f"{place[sender]} -> {place[receiver]}"
-            message = f"{pair_text}: {_speed(found.rate)}, {found.percent}% less than its peers' {_speed(found.peers)}"
-            hint = "cable, switch port and interface of these two" if rates is between else "nvidia-smi topo -m there"
-            findings.append(Finding(found.verdict, message, hint))
-        if rates is between:
-            for (sender, receiver), rate in rates.items():
-                if rate < _SLOW_LINK and (sender, receiver) not in slow:
-                    message = f"{place[sender]} -> {place[receiver]}: {_speed(rate)}; gradients will wait for that"
-                    findings.append(Finding(Verdict.WARN, message, "launch.interface chooses another network"))
-    texts = []
-    for name, rates in (("on a machine", inside), ("between machines", between)):
-        if rates:
-            texts.append(f"{len(rates)} {name} at {span(list(rates.values()), _speed)}")
+    for rates, hint in (
+        (inside, "nvidia-smi topo -m there, and what else runs on these cores"),
+        (between, "cable, switch port and interface of these two machines"),
+    ):
+        for pair_text, found in sorted(find_slow(rates, TRANSFER).items(), key=lambda item: item[1].rate):
+            less = f"{found.percent}% less than its peers' {_speed(found.peers)}"
+            findings.append(Finding(found.verdict, f"{pair_text}: {_speed(found.rate)}, {less}", hint))
+    slow = find_slow(between, TRANSFER)
+    for pair_text, rate in between.items():
+        if rate < _SLOW_LINK and pair_text not in slow:
+            message = f"{pair_text}: {_speed(rate)}; gradients will wait for that"
+            findings.append(Finding(Verdict.WARN, message, "launch.interface chooses another network"))
+    texts = [
+        f"{len(rates)} {where} at {span(list(rates.values()), _speed)}"
+        for where, rates in (("on a machine", inside), ("between machines", between))
+        if rates
+    ]
     return Judgement(", ".join(texts), tuple(findings))
 
 

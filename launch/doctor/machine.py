@@ -18,14 +18,13 @@ import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 
 from launch.doctor import nvml
 from launch.doctor.situation import Situation
-from launch.doctor.verdicts import Finding, Judgement, Reading, Skip, Values, Verdict, group, odd_ones, span
+from launch.doctor.verdicts import Finding, Judgement, Reading, Skip, Values, Verdict, odd_ones, span
 from trainer.data.tuning import cores_of_a_rank
 from trainer.units import format_bytes
 
@@ -175,12 +174,13 @@ def judge_shared_memory(readings: Sequence[Reading]) -> Judgement:
     findings = []
     for reading in readings:
         values, host = reading.values, reading.place.host
-        hint = "remove old files there, or give the container more (docker run --shm-size, launch.kubernetes.shared_memory)"
+        hint = "remove old files there, or give the container more: --shm-size, launch.kubernetes.shared_memory"
         if "error" in values:
             message = f"{host}: /dev/shm cannot be used: {values['error']} ({format_bytes(values['free'])} free)"
             findings.append(Finding(Verdict.FAIL, message, hint))
         elif values["free"] < values["wanted"]:
-            message = f"{host}: {format_bytes(values['free'])} free in /dev/shm; NCCL may want {format_bytes(values['wanted'])}"
+            free, wanted = format_bytes(values["free"]), format_bytes(values["wanted"])
+            message = f"{host}: {free} free in /dev/shm; NCCL may want {wanted}"
             findings.append(Finding(Verdict.WARN, message, hint))
     return Judgement(f"{span([r.values['free'] for r in readings], format_bytes)} free in /dev/shm", tuple(findings))
 
@@ -220,7 +220,7 @@ def judge_cores(readings: Sequence[Reading]) -> Judgement:
     values = readings[0].values
     nodes = f", {values['numa_nodes']} NUMA node{'s' * (values['numa_nodes'] > 1)}" if values["numa_nodes"] else ""
     text = span([r.values["cores"] for r in readings], "{:.0f}".format)
-    return Judgement(f"{text} for {values['ranks']} ranks{nodes}, load {values['load']:g}", tuple(findings))
+    return Judgement(f"{text} for {values['ranks']} rank{'s' * (values['ranks'] > 1)}{nodes}, load {values['load']:g}", tuple(findings))
 
 
 def measure_memory(situation: Situation) -> Values:
@@ -304,9 +304,9 @@ def measure_wandb(situation: Situation) -> Values:
     mode = tracking.wandb.mode or os.environ.get("WANDB_MODE")
     if mode in ("offline", "disabled"):
         raise Skip(f"W&B is {mode} in this run")
-    from trainer.tracking import wandb_server
+    from trainer.tracking import has_wandb_key, wandb_server  # import wandb
 
-    server, has_key = wandb_server()
+    server, has_key = wandb_server(), has_wandb_key()
     if not has_key and mode is None:
         raise Skip("no W&B key here: the run is kept offline, and can be uploaded later")
     values: Values = {"server": server, "has_key": has_key, "error": None}
@@ -331,5 +331,3 @@ def judge_wandb(readings: Sequence[Reading]) -> Judgement:
             message = f"{host}: no W&B key, and tracking.wandb.mode is online"
             findings.append(Finding(Verdict.WARN, message, "wandb login, or WANDB_API_KEY"))
     return Judgement(f"{readings[0].values['server']} answers", tuple(findings))
-
-

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore
+from torch.distributed import PrefixStore, Store, TCPStore
 
 _LOOK_SECONDS = 0.5
+_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.001, 0.05
 _LEAVING_SECONDS = 10.0
 
 
@@ -110,16 +111,15 @@ class Meeting:
                     waiting.remove(rank)
         return [rank for rank in range(self.num_ranks) if rank not in self.missing]
 
-    def _has(self, keys: Iterable[str], seconds: float = 0.0) -> bool:
+    def _has(self, keys: Sequence[str], seconds: float = 0.0) -> bool:
+        """Tells whether all keys are there, or come in so many seconds."""
         assert self._store is not None
-        if not seconds:
-            return bool(self._store.check(list(keys)))
-        try:
-            self._store.wait(list(keys), timedelta(seconds=seconds))
-        except DistStoreError as error:
-            if "timeout" not in str(error).lower() and "timed out" not in str(error).lower():
-                raise
-            return False
+        end, pause = time.monotonic() + seconds, _POLL_SECONDS
+        while not self._store.check(list(keys)):  # not `wait`, whose time-outs torch logs
+            if time.monotonic() > end:
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_POLL_SECONDS)
         return True
 
     def _progress(self, rank: int) -> str | None:

@@ -64,9 +64,7 @@ def read(device: torch.device) -> Values:
         "sm_clock_mhz": ask(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
         "max_sm_clock_mhz": ask(nvml.nvmlDeviceGetMaxClockInfo, nvml.NVML_CLOCK_SM),
         "temperature": ask(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
-        "slowdown_temperature": ask(
-            nvml.nvmlDeviceGetTemperatureThreshold, nvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN
-        ),
+        "slowdown_temperature": ask(nvml.nvmlDeviceGetTemperatureThreshold, nvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN),
         "power_w": _scaled(ask(nvml.nvmlDeviceGetPowerUsage), 1e-3),
         "power_limit_w": _scaled(ask(nvml.nvmlDeviceGetEnforcedPowerLimit), 1e-3),
         "reasons": None if reasons is None else [text for bit, text in REASONS.items() if reasons & bit],

@@ -7,11 +7,11 @@ the process ends without waiting for its threads.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,11 +23,11 @@ if __name__ == "__main__":
 import torch
 from torch.distributed import DistError
 
+from launch.doctor.agreed import FOLDER_VARIABLE, is_bare, verdict_file
 from launch.doctor.checks import CHECKS
 from launch.doctor.meeting import Meeting
 from launch.doctor.report import Line, Report, judge, judge_ranks
 from launch.doctor.situation import Check, Situation, take
-from launch.doctor.start import FOLDER_VARIABLE, is_bare, verdict_file
 from launch.doctor.verdicts import Place, Reading, Verdict
 from trainer.cli import EXIT_FAILED, EXIT_FINISHED, add_config_arguments
 from trainer.config import load_config
@@ -72,10 +72,15 @@ def _check_all(meeting: Meeting, options: argparse.Namespace, checks: Sequence[C
         meeting=meeting,
         patience=options.timeout,
     )
-    own = {check.name: take(check, situation) for check in checks if check.concerns(place)}
+    own = {}
+    for check in checks:
+        situation.now(check.name)
+        if check.is_together:
+            meeting.gather(f"before {check.name}")  # also those that have nothing to measure
+        if check.concerns(place):
+            own[check.name] = take(check, situation)
     situation.now("handing in")
     everything = meeting.collect("readings", own)
-    situation.clean()
     code = None
     if meeting.rank == 0:
         facts = {
@@ -86,17 +91,16 @@ def _check_all(meeting: Meeting, options: argparse.Namespace, checks: Sequence[C
             "num_ranks": meeting.num_ranks,
         }
         report = Report(list(places.values()), facts)
-        report.lines.append(
-            Line("ranks", judge_ranks(meeting.num_ranks, places, meeting.missing, meeting.patience))
-        )
+        report.lines.append(Line("ranks", judge_ranks(meeting.num_ranks, places, meeting.missing, meeting.patience)))
         for check in checks:
             readings = tuple(Reading(places[r], v[check.name]) for r, v in everything.items() if check.name in v)
             report.lines.append(Line(check.name, judge(check, readings), readings))
         code = EXIT_FAILED if report.verdict == Verdict.FAIL else EXIT_FINISHED
         _show(report, options.json)
+        if folder := os.environ.get(FOLDER_VARIABLE):
+            verdict_file(Path(folder)).write_text(str(code))
     code = meeting.from_main("verdict", code)
-    if folder := os.environ.get(FOLDER_VARIABLE):
-        verdict_file(Path(folder), meeting.rank).write_text(json.dumps(code))
+    situation.clean()
     meeting.leave()
     # With the exit code of a failure the agent ends those that did not come to the end.
     return EXIT_FAILED if meeting.missing or code is None else EXIT_FINISHED
@@ -116,12 +120,17 @@ def _show(report: Report, file: Path) -> None:
     sys.stderr.flush()
 
 
-def leave(code: Any) -> NoReturn:
-    """Ends the process, whatever threads wait for."""
+def run_and_leave(**options: Any) -> NoReturn:
+    """Runs `main` and ends the process, whatever its threads still wait for."""
+    try:
+        code = main(**options)
+    except Exception:
+        traceback.print_exc()
+        code = EXIT_FAILED
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 if __name__ == "__main__":
-    leave(main())
+    run_and_leave()

@@ -1,4 +1,4 @@
-"""Where a check is made: this rank among the others, its device and the config, and time limits around what may stall."""
+"""Where a check is made: this rank among the others, its device and the config; and a time limit around each."""
 
 from __future__ import annotations
 
@@ -128,11 +128,6 @@ def take(check: Check, situation: Situation) -> Values:
         except Exception as error:  # whatever a driver, a file system or a library says
             box.append({PROBLEM: one_line_text(error)[:300], "at": situation.doing})
 
-    situation.now(check.name)
-    if check.is_together and situation.num_ranks > 1:
-        situation.meeting.gather(f"before {check.name}")
-        if check.is_exchange and situation.meeting.missing:
-            return {SKIPPED: f"rank {min(situation.meeting.missing)} did not come"}
     # A file system or a collective that does not answer cannot be interrupted, but it can be left behind.
     thread = threading.Thread(target=measure, name=check.name, daemon=True)
     thread.start()

@@ -162,6 +162,8 @@ class _Job:
         fault = self._fault()
         if fault is not None and first.get(fault.rank, 0) != 0:  # survivors may die of signals, too
             return fault.rank
+        if EXIT_USAGE in first.values():
+            return min(rank for rank, code in first.items() if code == EXIT_USAGE)
         # A rank that dies of a signal leaves no word, and its peers fail as they lose it: it is the reason.
         return min(first, key=lambda rank: (first[rank] >= 0, first[rank] == -signal.SIGTERM, rank))
 

@@ -29,14 +29,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "target",
-        choices=["local", "agent", "doctor", "plan", "chaos"],
-        help="local: this machine, on all its GPUs or CPU processes; agent: this machine's part of a job on several, "
-        "which the other targets run there; plan: start nothing, predict the memory it takes; chaos: break a copy of "
-        "the job for some minutes, and see whether it comes out the same",
+        choices=["local", "hosts", "agent", "doctor", "plan", "chaos"],
+        help="local: this machine, on all its GPUs or CPU processes; hosts: several machines, over ssh; agent: this "
+        "machine's part of a job on several, which the other targets run there; doctor: what is wrong with the "
+        "machines, before a run; plan: start nothing, predict the memory it takes; chaos: break a copy of the job for "
+        "some minutes, and see whether it comes out the same",
     )
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="--config FILE [section.key=value ...]")
     options = parser.parse_args(arguments)
-    target = {"local": _local, "agent": _agent, "doctor": _doctor, "plan": _plan, "chaos": _chaos}[options.target]
+    targets = {"local": _local, "hosts": _hosts, "agent": _agent, "doctor": _doctor, "plan": _plan, "chaos": _chaos}
+    target = targets[options.target]
     return run_command(lambda: target(options.rest), log_to_stderr=options.target != "local")
 
 
@@ -108,6 +110,23 @@ def _local(arguments: Sequence[str]) -> int:
     if options.dry_run:
         return _show(plan)
     return starting.run(plan, config)
+
+
+def _hosts(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch hosts",
+        description="Start a job on machines that ssh reaches without a password, after checks on all of them.",
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--hosts", metavar="A,B,C", help="as ssh takes them (default: launch.hosts.names)")
+    which.add_argument("--hostfile", metavar="F", help="a host per line (default: launch.hosts.hostfile)")
+    options, config = _read(parser, arguments)
+    from launch import hosts
+
+    names = None if options.hosts is None else [name.strip() for name in options.hosts.split(",") if name.strip()]
+    names = hosts.choose_names(names, options.hostfile, config)
+    launch = hosts.HostsLaunch(names, options.config, options.overrides, config)
+    return launch.show() if options.dry_run else launch.run()
 
 
 def _agent(arguments: Sequence[str]) -> int:

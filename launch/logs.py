@@ -29,6 +29,7 @@ _CHUNK = 1 << 16
 _KEPT_LINES = 400  # of a rank's errors, to be shown when it was the first to fail
 _SHOWN_LINES = 25  # where there is no traceback among them
 _DRAIN_SECONDS = 2.0  # for what is still in the pipes when the ranks have ended
+_PROBLEM = b"error: "  # a line that says all, of a user's mistake
 _TRACEBACK = b"Traceback (most recent call last):"
 
 
@@ -66,18 +67,19 @@ class RankLogs:
             self._errors = None
 
     def show_end(self, rank: int) -> None:
-        """Shows the last traceback of a rank on the terminal, if it was not shown there when it came."""
+        """Shows why a rank has ended on the terminal, if it was not shown there when it came."""
         output = self._outputs.get(rank)
         if output is None or output.is_shown:
             return
         lines = list(output.errors)
         starts = [i for i, line in enumerate(lines) if line.startswith(_TRACEBACK)]
         lines = lines[starts[-1] :] if starts else lines[-_SHOWN_LINES:]
-        if lines:
-            sys.stderr.write(f"rank {rank} on {socket.gethostname()} failed first; {output.file}:\n")
-            sys.stderr.flush()
-            sys.stderr.buffer.write(b"".join(lines))
-            sys.stderr.flush()
+        if lines and not all(line.startswith(_PROBLEM) for line in lines):
+            head = f"rank {rank} on {socket.gethostname()} failed first; {output.file}:\n"
+            lines.insert(0, head.encode())
+        sys.stderr.flush()
+        sys.stderr.buffer.write(b"".join(lines))
+        sys.stderr.flush()
 
 
 class AgentLogs(DefaultLogsSpecs):

@@ -19,16 +19,8 @@ from dataclasses import dataclass
 
 import psutil
 
-from launch.starting import (
-    SIGNALS,
-    TRAIN_SCRIPT,
-    LaunchPlan,
-    agent_variables,
-    count_gpus,
-    count_processes,
-    run,
-    shutdown_seconds,
-)
+from launch.starting import TRAIN_SCRIPT, LaunchPlan, agent_variables, count_gpus, count_processes, run
+from launch.stopping import SIGNALS, shutdown_seconds
 from trainer.config import Config
 from trainer.errors import UserError
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import os
 import signal
 import subprocess
@@ -25,8 +24,9 @@ import torch
 
 from launch.agent import Outcome, end_descendants, explain_signal, run_agent
 from launch.logs import RankLogs
+from launch.stopping import SIGNALS, shutdown_seconds
 from trainer.checkpoint.folder import open_folder
-from trainer.cli import EXIT_FAILED
+from trainer.cli import EXIT_FAILED, EXIT_USAGE
 from trainer.config import Config
 from trainer.errors import UserError
 from trainer.memory.shrink import Shrink, read_shrink
@@ -35,9 +35,6 @@ from trainer.system import die_with_parent
 logger = logging.getLogger("lockstep")
 
 TRAIN_SCRIPT = str(Path(__file__).resolve().parent.parent / "train.py")
-SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")  # passed on to the ranks
-_SHUTDOWN_SECONDS = 30  # which ranks have after a signal before they are killed, at least
-_SHUTDOWN_MARGIN = 15  # beyond faults.grace
 
 
 @dataclass(frozen=True)
@@ -73,11 +70,6 @@ def count_processes(wanted: int | None, num_gpus: int) -> int:
     if wanted and num_gpus and wanted > num_gpus:
         raise UserError(f"{wanted} processes: this machine has {num_gpus} GPUs")
     return wanted or num_gpus or 1
-
-
-def shutdown_seconds(config: Config) -> int:
-    """Returns what ranks have after a signal before they are killed."""
-    return max(_SHUTDOWN_SECONDS, math.ceil(config.faults.grace.seconds) + _SHUTDOWN_MARGIN)
 
 
 def agent_variables(config: Config, num_processes: int, num_gpus: int) -> dict[str, str]:
@@ -145,7 +137,7 @@ def _run_once(command: Sequence[str], run_dir: Path, logs: RankLogs, is_over: Ca
 
 
 def _show_failure(outcome: Outcome, logs: RankLogs) -> None:
-    if outcome.rank is not None and outcome.code == EXIT_FAILED:
+    if outcome.rank is not None and outcome.code in (EXIT_FAILED, EXIT_USAGE):
         logs.show_end(outcome.rank)
     if outcome.error is not None:
         sys.stderr.write(f"error: {outcome.error}\n")

@@ -53,6 +53,11 @@ class HostsConfig(Section):
     ssh_options: tuple[Text, ...] = Field((), description="Arguments for every `ssh`, such as `-F` and a file.")
     setup: tuple[Text, ...] = Field((), description="Lines of bash before Python, such as `source /opt/env.sh`.")
     clock_tolerance: Seconds = Field(TimeSpan(5.0), description="How far apart the hosts' clocks may be.")
+    return_timeout: Seconds = Field(
+        TimeSpan(300.0),
+        description="How long a job that has restarts left waits for lost hosts that it needs. A host that it does not "
+        "need is tried as long as it runs.",
+    )
 
 
 def _slurm_time(value: object) -> object:

@@ -93,6 +93,14 @@ def test_the_last_lines_stand_in_for_a_traceback(tmp_path: Path, capfd: pytest.C
     assert capfd.readouterr().err.splitlines()[1:] == [f"line {i}" for i in range(75, 100)]
 
 
+def test_a_mistake_of_the_user_is_a_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    logs = RankLogs(tmp_path)
+    write(logs.open(1), "import sys; print('error: data.train: no such mount', file=sys.stderr)")
+    logs.close()
+    logs.show_end(1)
+    assert capfd.readouterr().err == "error: data.train: no such mount\n"
+
+
 def test_a_folder_that_cannot_be_written_stops_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

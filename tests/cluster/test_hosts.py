@@ -1,0 +1,229 @@
+"""`python -m launch hosts` over real sshd: two and three hosts train; hosts leave, come back and fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from cluster_machines import Hosts, end_jobs
+from conftest import REPOSITORY, SUPPORT, Train, WriteConfig
+from launching import Job
+from run_results import losses, summary
+
+from trainer.faults.plan import VARIABLE, Event, write_plan
+
+NIGHTLY = pytest.mark.skipif("LOCKSTEP_NIGHTLY" not in os.environ, reason="LOCKSTEP_NIGHTLY=1 runs it")
+LOST_SECONDS = 60  # within which a job that cannot go on says so
+STEPS = 150
+
+
+def overrides(hosts: Hosts) -> list[str]:
+    """Returns how the hosts are reached, and that no GPU is seen there."""
+    options = json.dumps(["-F", str(hosts.ssh_config)])
+    return [f"launch.hosts.ssh_options={options}", 'launch.hosts.setup=["export CUDA_VISIBLE_DEVICES="]']
+
+
+def launch(hosts: Hosts, config: Path, names: Sequence[str], *options: str) -> Job:
+    """Starts a job on these hosts, from outside of them, and notes when each line of its output came."""
+    arguments = ["--config", str(config), "--hosts", ",".join(names), *options, *overrides(hosts)]
+    hosts.jobs.append(Job([sys.executable, "-m", "launch", "hosts", *arguments], config.parent))
+    return hosts.jobs[-1]
+
+
+def steady(write_config: WriteConfig, steps: int = STEPS, seconds: float = 0.002, **changes: Any) -> Path:
+    """A run whose steps take about 12 times `seconds`, however many ranks there are, and that saves often."""
+    return write_config(
+        **{
+            "data__train": {"name": "slow:Steady", "args": {"length": 4800, "seconds": seconds}},
+            "train": {"steps": steps, "batch_size": 12},
+            "model__args__dropout": 0.0,  # which depends on the ranks
+            "eval": {"every": "9999 epochs"},
+            "checkpoint": {"every": 10},
+            "log": {"every": 10},
+            "launch__environment": {"OMP_NUM_THREADS": "1"},
+            **changes,
+        }
+    )
+
+
+def left(hosts: Hosts) -> list[str]:
+    """Returns what still runs on the hosts."""
+    found = []
+    for process in [process for i in hosts.numbers for process in hosts.processes(i)]:
+        with suppress(psutil.NoSuchProcess):
+            found.append(" ".join(process.cmdline()))
+    return found
+
+
+def last_line(job: Job) -> str:
+    return job.output().splitlines()[-1]
+
+
+def reached(job: Job, step: int, times: int = 1) -> None:
+    """Waits until the job has reported that step, or a later one, so often."""
+
+    def seen(output: str) -> bool:
+        return sum(int(number) >= step for number in re.findall(r"\| step (\d+)/", output)) >= times
+
+    job.wait_for(seen)
+
+
+def waits_for(job: Job, text: str) -> float:
+    """Waits until the job has said something, and returns how long that took."""
+    begun = time.monotonic()
+    job.wait_for(lambda output: text in output)
+    return time.monotonic() - begun
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=NIGHTLY)])
+def test_hosts_train_as_one_process_does(
+    count: int, hosts: Hosts, write_config: WriteConfig, train: Train, tmp_path: Path
+) -> None:
+    config = write_config(model__args__dropout=0.0, train={"epochs": 3, "batch_size": 12})
+    assert train("--config", config, f"run.dir={tmp_path / 'alone'}").code == 0
+    job = launch(hosts, config, hosts.names[:count], "--processes", "1")
+    assert job.end() == 0, job.output()
+    assert f"host1 | device     {count} x cpu" in job.output()
+    assert "host2 | step" not in job.output()
+    assert summary(tmp_path / "run")["status"] == "finished"
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
+    assert "on host2" in (tmp_path / "run" / "logs" / "rank-1.log").read_text()
+    assert left(hosts) == []
+
+
+def test_everything_that_is_wrong_is_said_at_once(hosts: Hosts, write_config: WriteConfig, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    for name in ("launch", "trainer"):
+        shutil.copytree(REPOSITORY / name, other / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "train.py", other)
+    (other / "trainer" / "loop.py").write_text("# another one")
+    late = "import runpy, sys, time; now = time.time; time.time = lambda: now() - 90; del sys.argv[0]"
+    late += "; sys.argv[0:1] = []; runpy.run_module('launch.host_facts', run_name='__main__')"
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/bin/bash
+case $(hostname) in
+  host2) exec {sys.executable} -c "{late}" ;;
+  host3) cd {other}; PYTHONPATH={other}:{SUPPORT} exec {sys.executable} "$@" ;;
+esac
+exec {sys.executable} "$@"
+"""
+    )
+    python.chmod(0o755)
+    config = write_config(run__dir=str(hosts.local / "run"), launch__hosts__python=str(python))
+    job = launch(hosts, config, [*hosts.names, "host9"])
+    assert job.end() == 2, job.output()
+    lines = job.output().splitlines()
+    assert all(line.startswith("error: host") for line in lines), lines
+    found = "\n".join(lines)
+    assert re.search(r"error: host2: its clock is (89|90)\.\d s behind the others", found)
+    assert "error: host3: other code than here: trainer/loop.py" in found
+    assert f"error: host2: {hosts.local}/run is not shared: a file that host1 wrote is not seen" in found
+    assert f"error: host3: {hosts.local}/run is not shared" in found
+    assert "error: host9: cannot be reached: ssh: Could not resolve hostname host9" in found
+    assert len(lines) == 5
+    assert left(hosts) == []
+
+
+def test_a_port_that_is_taken_or_out_of_reach(hosts: Hosts, write_config: WriteConfig, tmp_path: Path) -> None:
+    space = f"lockstep{hosts.slot}-host2"
+    block = ["ip", "-n", space, "route", "add", "unreachable", f"{hosts.address(1)}/32"]
+    subprocess.run(block, check=True)
+    try:
+        job = launch(hosts, write_config(), ["host1", "host2"])
+        assert job.end() == 2, job.output()
+    finally:
+        subprocess.run([*block[:4], "del", *block[5:]], check=True)
+    assert re.search(rf"error: host2: cannot connect to host1 at port \d+: {hosts.address(1)}: ", job.output())
+
+    listen = "import socket; s = socket.create_server(('', 29400)); print('listening', flush=True); s.accept()"
+    listener = hosts.popen(1, [sys.executable, "-c", listen], tmp_path)
+    listener.wait_for(lambda output: "listening" in output)
+    job = launch(hosts, write_config(launch__port=29400), ["host1", "host2"])
+    assert job.end() == 2, job.output()
+    assert job.output() == "error: host1: Address already in use (launch.port 29400)\n"
+    end_jobs(hosts.jobs)
+
+
+def test_a_crash_is_shown_with_its_host(hosts: Hosts, write_config: WriteConfig, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    write_plan(plan, tmp_path / "run", [Event("raise", rank=1, step=20)], 600)
+    variables = {"OMP_NUM_THREADS": "1", VARIABLE: str(plan)}
+    job = launch(hosts, steady(write_config, launch__environment=variables), ["host1", "host2"])
+    assert job.end() == 1, job.output()
+    assert "host2 | Traceback (most recent call last):" in job.output()
+    assert re.match(r"error: rank 1 on host2, step 20 .*: RuntimeError: ", last_line(job)), job.output()
+    assert left(hosts) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=NIGHTLY), signal.SIGUSR1])
+def test_a_stop_and_going_on(number: signal.Signals, hosts: Hosts, write_config: WriteConfig, tmp_path: Path) -> None:
+    config = steady(write_config, steps=60, seconds=0.02)
+    job = launch(hosts, config, ["host1", "host2"])
+    reached(job, 10)
+    job.signal(number, group=number == signal.SIGINT)
+    assert job.end() == 75, job.output()
+    assert summary(tmp_path / "run")["status"] == "stopped"
+    assert left(hosts) == []
+    if number == signal.SIGTERM:
+        job = launch(hosts, config, ["host1", "host2"], "data.train.args.seconds=0.0")
+        assert job.end() == 0, job.output()
+        assert "continuing from step" in job.output()
+
+
+def test_a_lost_host_ends_a_job_of_a_fixed_size(hosts: Hosts, write_config: WriteConfig) -> None:
+    job = launch(hosts, steady(write_config, steps=5000), ["host1", "host2"])
+    reached(job, 10)
+    hosts.unplug(2)
+    unplugged = time.monotonic()
+    assert job.end() == 1, job.output()
+    assert time.monotonic() - unplugged < LOST_SECONDS
+    assert last_line(job).startswith("error: host2 was lost: "), job.output()
+    hosts.plug(2)
+    end = time.monotonic() + LOST_SECONDS
+    while left(hosts):
+        assert time.monotonic() < end, left(hosts)
+        time.sleep(0.5)
+
+
+def test_others_go_on_without_a_lost_host_and_take_it_back(
+    hosts: Hosts, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    config = steady(write_config, steps=5000, launch__max_restarts=5)
+    job = launch(hosts, config, hosts.names, "--nodes", "1:3")
+    job.wait_for(lambda output: "3 x cpu" in output)
+    reached(job, 10)
+    hosts.unplug(3)
+    job.wait_for(lambda output: "host3 is lost" in output)
+    job.wait_for(lambda output: "2 x cpu" in output.partition("3 x cpu")[2])
+    hosts.plug(3)
+    job.wait_for(lambda output: "host3 answers again: it joins" in output)
+    job.wait_for(lambda output: "3 x cpu" in output.rpartition("host3 answers again")[2])
+    (tmp_path / "run" / "STOP").touch()
+    assert job.end() == 75, job.output()
+    assert left(hosts) == []
+
+
+def test_the_first_host_is_lost(hosts: Hosts, write_config: WriteConfig, tmp_path: Path) -> None:
+    config = steady(write_config, steps=5000, launch__max_restarts=2)
+    job = launch(hosts, config, hosts.names, "--nodes", "1:3")
+    reached(job, 10)
+    hosts.unplug(1)
+    job.wait_for(lambda output: "starting again (1 of 2): host1 was lost" in output)
+    job.wait_for(lambda output: "host2 | device     2 x cpu" in output)
+    job.signal(signal.SIGTERM)
+    assert job.end() == 75, job.output()
+    assert summary(tmp_path / "run")["status"] == "stopped"
+    assert "host1 does not answer" in job.output()

@@ -11,6 +11,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from launch.starting import LaunchPlan
 
 
+_JOIN_MARGIN = 60  # seconds that starting Python may take on one machine more than on another
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Starts a job and returns the exit code of the training: 0, 2, 75 or 1, as `train.py`."""
     parser = argparse.ArgumentParser(
@@ -29,15 +33,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "target",
-        choices=["local", "hosts", "agent", "doctor", "plan", "chaos"],
-        help="local: this machine, on all its GPUs or CPU processes; hosts: several machines, over ssh; agent: this "
-        "machine's part of a job on several, which the other targets run there; doctor: what is wrong with the "
-        "machines, before a run; plan: start nothing, predict the memory it takes; chaos: break a copy of the job for "
-        "some minutes, and see whether it comes out the same",
+        choices=["local", "hosts", "slurm", "agent", "doctor", "plan", "chaos"],
+        help="local: this machine, on all its GPUs or CPU processes; hosts: several machines, over ssh; slurm: a Slurm "
+        "cluster; agent: this machine's part of a job on several, which the other targets run there; doctor: what is "
+        "wrong with the machines, before a run; plan: start nothing, predict the memory it takes; chaos: break a copy "
+        "of the job for some minutes, and see whether it comes out the same",
     )
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="--config FILE [section.key=value ...]")
     options = parser.parse_args(arguments)
-    targets = {"local": _local, "hosts": _hosts, "agent": _agent, "doctor": _doctor, "plan": _plan, "chaos": _chaos}
+    targets = {
+        "local": _local,
+        "hosts": _hosts,
+        "slurm": _slurm,
+        "agent": _agent,
+        "doctor": _doctor,
+        "plan": _plan,
+        "chaos": _chaos,
+    }
     target = targets[options.target]
     return run_command(lambda: target(options.rest), log_to_stderr=options.target != "local")
 
@@ -49,27 +61,28 @@ def _doctor(arguments: Sequence[str]) -> int:
         "devices, limits, speed of devices, links and disks. Without a config, what needs none.",
         epilog="exit codes: 0 nothing fails, 1 something does, 2 bad config or usage",
     )
-    from launch.doctor.agreed import BARE, DEFAULT_TIMEOUT, default_json
+    from launch.doctor.agreed import BARE, Request, add_arguments
 
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="for all numbers (default: doctor.json in the run folder)"
-    )
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=DEFAULT_TIMEOUT,
-        metavar="SECONDS",
-        help=f"for one check, and for a rank to come (default: {DEFAULT_TIMEOUT:.0f})",
-    )
-    options, config = _read(parser, arguments, has_nodes=False, default_config=str(BARE))
+    add_arguments(parser)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--hosts", metavar="A,B,C", help="on these, as ssh takes them (default: on this machine)")
+    which.add_argument("--hostfile", metavar="F", help="on these, a host per line")
+    which.add_argument("--slurm", action="store_true", help="in this Slurm allocation, or in one that is asked for")
+    options, config = _read(parser, arguments, default_config=str(BARE))
+    is_here = options.hosts is None and options.hostfile is None and not options.slurm
+    if is_here and options.nodes is not None:
+        parser.error("--nodes needs --hosts, --hostfile or --slurm")
     if options.timeout <= 0:
         parser.error(f"--timeout must be more than 0 (got {options.timeout:g})")
-    from launch.doctor import start  # imports torch
+    request = Request(options.config, tuple(options.overrides), config, options.timeout, options.json)
+    from launch.doctor import start
 
-    file = options.json or default_json(options.config, config)
-    ours = ["--json", str(file), "--timeout", f"{options.timeout:g}"]
-    plan = start.plan_here([*ours, "--config", options.config, *options.overrides], config)
-    return _show(plan) if options.dry_run else start.run(plan)
+    if options.slurm:
+        return start.on_slurm(request, arguments, options.dry_run)
+    if not is_here:
+        return start.on_hosts(request, _names(options.hosts), options.hostfile, options.dry_run)
+    plan = start.plan_here(request)
+    return _show(plan) if options.dry_run else start.run(plan, config)
 
 
 def _plan(arguments: Sequence[str]) -> int:
@@ -123,10 +136,44 @@ def _hosts(arguments: Sequence[str]) -> int:
     options, config = _read(parser, arguments)
     from launch import hosts
 
-    names = None if options.hosts is None else [name.strip() for name in options.hosts.split(",") if name.strip()]
-    names = hosts.choose_names(names, options.hostfile, config)
+    names = hosts.choose_names(_names(options.hosts), options.hostfile, config)
     launch = hosts.HostsLaunch(names, options.config, options.overrides, config)
     return launch.show() if options.dry_run else launch.run()
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _slurm(arguments: Sequence[str]) -> int:
+    if arguments[:1] in (["status"], ["cancel"]):
+        return _slurm_job(arguments)
+    parser = argparse.ArgumentParser(
+        prog="python -m launch slurm",
+        description="Submit a job to Slurm, or run it in the allocation that this is typed in.",
+        epilog="`python -m launch slurm status RUN_DIR` shows the state of a run's job; `python -m launch slurm cancel "
+        "RUN_DIR` stops it with a checkpoint and takes it out of Slurm",
+    )
+    watched = parser.add_mutually_exclusive_group()
+    watched.add_argument(
+        "--follow", action="store_true", help="show the job's output until it ends; the exit code is the training's"
+    )
+    watched.add_argument("--wait", action="store_true", help="the same, silently")
+    options, config = _read(parser, arguments)
+    from launch import slurm
+
+    given = {"dry_run": options.dry_run, "follow": options.follow, "wait": options.wait}
+    return slurm.run(config, options.config, options.overrides, **given)
+
+
+def _slurm_job(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m launch slurm")
+    parser.add_argument("action", choices=["status", "cancel"])
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="run folder, such as runs/digits")
+    options = parser.parse_args(arguments)
+    from launch import slurm_watch
+
+    return {"status": slurm_watch.status, "cancel": slurm_watch.cancel}[options.action](options.run_dir)
 
 
 def _agent(arguments: Sequence[str]) -> int:
@@ -145,6 +192,10 @@ def _agent(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--leash", action="store_true", help="end when stdin does; a line with a signal's name there is obeyed"
     )
+    parser.add_argument("--doctor", action="store_true", help="run the doctor's ranks instead of a training's")
+    from launch.doctor.agreed import RANK_SCRIPT, Request, add_arguments
+
+    add_arguments(parser)
     options, config = _read(parser, arguments)
     host, _, number = options.rendezvous.rpartition(":")
     if not number.isdigit():
@@ -153,10 +204,19 @@ def _agent(arguments: Sequence[str]) -> int:
 
     port = int(number or config.launch.port or node.DEFAULT_PORT)
     place = node.Place(options.node_rank, host.strip("[]"), port, options.job, options.address)
-    plan = node.plan(place, ["--config", options.config, *options.overrides], config)
+    called = ["--config", options.config, *options.overrides]
+    run = starting.run
+    if options.doctor:
+        from launch.doctor import start
+
+        request = Request(options.config, tuple(options.overrides), config, options.timeout, options.json)
+        place, run = replace(place, join_seconds=int(options.timeout) + _JOIN_MARGIN), start.run
+        plan = node.plan(place, [*request.options, *called], config, RANK_SCRIPT)
+    else:
+        plan = node.plan(place, called, config)
     if options.dry_run:
         return _show(plan)
-    return node.run_on_leash(plan, config) if options.leash else starting.run(plan, config)
+    return node.run_on_leash(plan, config, run) if options.leash else run(plan, config)
 
 
 def _show(plan: LaunchPlan) -> int:

@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -26,7 +26,6 @@ from trainer.errors import UserError
 
 DEFAULT_PORT = 29400  # torchrun's
 LEASH_SECONDS = 40.0  # of silence, after which an agent on a leash takes its launcher for lost
-_JOIN_SECONDS = 900  # for machines to come to the first meeting: images are pulled, file systems wake up
 _LAST_CALL_SECONDS = 5  # for more machines, when there are enough
 _KEEP_ALIVE_SECONDS, _KEEP_ALIVE_ATTEMPTS = 3, 3  # a machine that is silent for so many times so long is left out
 _ROUTE_TEST = ("192.0.2.1", 9)  # TEST-NET-1: nobody is asked anything
@@ -42,6 +41,7 @@ class Place:
         port: TCP port there.
         job: name of this start of the job, the same for all and new for each.
         address: of this machine, as the others reach it; None to find out.
+        join_seconds: for machines to come to the first meeting: images are pulled, file systems wake up.
     """
 
     node_rank: int
@@ -49,6 +49,7 @@ class Place:
     port: int
     job: str
     address: str | None = None
+    join_seconds: int = 900
 
 
 def plan(place: Place, arguments: Sequence[str], config: Config, script: str = TRAIN_SCRIPT) -> LaunchPlan:
@@ -68,7 +69,7 @@ def plan(place: Place, arguments: Sequence[str], config: Config, script: str = T
     address = place.address or find_address(place)
     meeting = {
         "is_host": str(place.node_rank == 0).lower(),
-        "join_timeout": _JOIN_SECONDS,
+        "join_timeout": place.join_seconds,
         "last_call_timeout": _LAST_CALL_SECONDS,
         "keep_alive_interval": _KEEP_ALIVE_SECONDS,
         "keep_alive_max_attempt": _KEEP_ALIVE_ATTEMPTS,
@@ -88,7 +89,7 @@ def plan(place: Place, arguments: Sequence[str], config: Config, script: str = T
     return LaunchPlan(["torchrun", *options, script, *arguments], {**variables, **config.launch.environment})
 
 
-def run_on_leash(plan: LaunchPlan, config: Config) -> int:
+def run_on_leash(plan: LaunchPlan, config: Config, run: Callable[[LaunchPlan, Config], int] = run) -> int:
     """Runs a plan that ends when the launcher on another machine does, or cannot be heard any more.
 
     It holds our standard input: a line with a signal's name is passed on, any other is a sign of life.

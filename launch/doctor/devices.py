@@ -157,7 +157,8 @@ def measure_product(situation: Situation, product: Product | None = None) -> Val
     product = product or Product(situation.device)
     for _ in range(_WARM_UP):
         product.seconds()
-    seconds, began = [], time.perf_counter()
+    seconds: list[float] = []
+    began = time.perf_counter()
     while len(seconds) < _MOST and (len(seconds) < 3 or time.perf_counter() - began < _SECONDS):
         seconds.append(product.seconds())
     counted = statistics.median(seconds[len(seconds) // 2 :]) if situation.is_on_gpu else min(seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import importlib.metadata
+import json
 import math
 import multiprocessing
 import os
@@ -22,14 +23,13 @@ from pathlib import Path
 import psutil
 import torch
 
+from launch import host_facts
 from launch.doctor import nvml
 from launch.doctor.situation import Situation
 from launch.doctor.verdicts import Finding, Judgement, Reading, Skip, Values, Verdict, odd_ones, span
 from trainer.data.tuning import cores_of_a_rank
 from trainer.units import format_bytes
 
-_ROOT = Path(__file__).resolve().parents[2]
-_PACKAGES = {"torch": "torch", "torchvision": "torchvision", "accelerate": "accelerate", "lockstep": "lockstep-trainer"}
 _VARIABLES = re.compile(r"(NCCL|GLOO|TORCH_NCCL|UCX|FI)_\w+|CUDA_VISIBLE_DEVICES|CUDA_DEVICE_MAX_CONNECTIONS")
 _OF_ONE_MACHINE = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # interfaces may have other names elsewhere
 _SLOW_SWITCHES = {
@@ -49,27 +49,18 @@ _MEMORY_WARN, _MEMORY_FAIL = 2 << 30, 256 << 20  # bytes for a rank: torch with 
 
 def measure_versions(situation: Situation) -> Values:
     """Returns the versions of all that must be the same everywhere."""
-    found: Values = {"python": platform.python_version()}
-    for name, package in _PACKAGES.items():
-        try:
-            found[name] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    found["code"] = code_digest()
-    found["CUDA"] = torch.version.cuda if situation.is_on_gpu else None
-    found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version())) if situation.is_on_gpu else None
-    found["driver"] = nvml.driver_version() if situation.is_on_gpu else None
+    found: Values = dict(host_facts.versions())
+    try:
+        found["torchvision"] = importlib.metadata.version("torchvision")
+    except importlib.metadata.PackageNotFoundError:
+        found["torchvision"] = "none"
+    files = host_facts.code_digests()
+    found["code"] = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]
+    if situation.is_on_gpu:
+        found["CUDA"] = torch.version.cuda or torch.version.hip
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+        found["driver"] = nvml.driver_version()
     return found
-
-
-def code_digest(root: Path = _ROOT) -> str:
-    """Returns a digest of the trainer's and the launcher's files."""
-    digest = hashlib.sha256()
-    files = [root / "train.py", *(root / "trainer").rglob("*.py"), *(root / "launch").rglob("*.py")]
-    for file in sorted(files):
-        if file.is_file():
-            digest.update(f"{file.relative_to(root).as_posix()}\0".encode() + file.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
 
 
 def judge_versions(readings: Sequence[Reading]) -> Judgement:
@@ -218,9 +209,12 @@ def judge_cores(readings: Sequence[Reading]) -> Judgement:
     findings += odd_ones(readings, "cores", "the slowest machine sets the pace of all", Verdict.WARN)
     findings += odd_ones(readings, "model", "the slowest machine sets the pace of all", Verdict.WARN, "CPU")
     values = readings[0].values
-    nodes = f", {values['numa_nodes']} NUMA node{'s' * (values['numa_nodes'] > 1)}" if values["numa_nodes"] else ""
     text = span([r.values["cores"] for r in readings], "{:.0f}".format)
-    return Judgement(f"{text} for {values['ranks']} rank{'s' * (values['ranks'] > 1)}{nodes}, load {values['load']:g}", tuple(findings))
+    parts = [f"{text} for {values['ranks']} rank{'s' * (values['ranks'] > 1)}"]
+    if values["numa_nodes"]:
+        parts.append(f"{values['numa_nodes']} NUMA node{'s' * (values['numa_nodes'] > 1)}")
+    parts.append(f"load {span([r.values['load'] for r in readings], '{:.1f}'.format)}")
+    return Judgement(", ".join(parts), tuple(findings))
 
 
 def measure_memory(situation: Situation) -> Values:

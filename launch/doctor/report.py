@@ -11,7 +11,7 @@ from typing import Any
 from launch.doctor.situation import PROBLEM, SKIPPED, Check
 from launch.doctor.verdicts import Finding, Judgement, Place, Reading, Values, Verdict, worst
 
-WIDTH = 120
+WIDTH = 100  # and the name of a host before it, where lines come from several
 _MOST_FINDINGS = 6  # of a check in the table; all are in the JSON
 _LABELS = {Verdict.OK: "ok", Verdict.SKIPPED: "skipped", Verdict.WARN: "WARN", Verdict.FAIL: "FAIL"}
 _FIRST, _SECOND = 9, 14  # columns
@@ -62,7 +62,7 @@ class Report:
     def errors(self) -> list[str]:
         """Returns an `error:` line for each failure."""
         return [
-            f"error: {line.name}: {finding.message}"
+            f"error: {line.name} on {finding.message}"
             for line in self.lines
             for finding in line.judgement.findings
             if finding.verdict == Verdict.FAIL

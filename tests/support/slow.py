@@ -61,3 +61,12 @@ class Steady(Vectors):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         time.sleep(self.seconds)
         return super().__getitem__(index)
+
+
+class SlowWhileTold(Vectors):
+    """Takes its time for every sample as long as there is a file `slowly`."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if Path("slowly").exists():
+            time.sleep(0.02)
+        return super().__getitem__(index)

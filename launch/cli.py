@@ -11,6 +11,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,9 @@ from trainer.errors import UserError
 
 if TYPE_CHECKING:
     from launch.starting import LaunchPlan
+
+
+_JOIN_MARGIN = 60  # seconds that starting Python may take on one machine more than on another
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +41,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     target = _TARGETS[options.target][0]
     return run_command(lambda: target(options.rest), log_to_stderr=options.target != "local")
+
+
+def _doctor(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch doctor",
+        description="Look for what would end a run or make it slow, on every rank that it would have: versions, "
+        "devices, limits, speed of devices, links and disks. Without a config, what needs none.",
+        epilog="exit codes: 0 nothing fails, 1 something does, 2 bad config or usage",
+    )
+    from launch.doctor.agreed import BARE, Request, add_arguments
+
+    add_arguments(parser)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--hosts", metavar="A,B,C", help="on these, as ssh takes them (default: on this machine)")
+    which.add_argument("--hostfile", metavar="F", help="on these, a host per line")
+    which.add_argument("--slurm", action="store_true", help="in this Slurm allocation, or in one that is asked for")
+    options, config = _read(parser, arguments, default_config=str(BARE))
+    is_here = options.hosts is None and options.hostfile is None and not options.slurm
+    if is_here and options.nodes is not None:
+        parser.error("--nodes needs --hosts, --hostfile or --slurm")
+    if options.timeout <= 0:
+        parser.error(f"--timeout must be more than 0 (got {options.timeout:g})")
+    request = Request(options.config, tuple(options.overrides), config, options.timeout, options.json)
+    from launch.doctor import start
+
+    if options.slurm:
+        return start.on_slurm(request, arguments, options.dry_run)
+    if not is_here:
+        return start.on_hosts(request, _names(options.hosts), options.hostfile, options.dry_run)
+    plan = start.plan_here(request)
+    return _show(plan) if options.dry_run else start.run(plan, config)
 
 
 def _plan(arguments: Sequence[str]) -> int:
@@ -90,8 +125,7 @@ def _hosts(arguments: Sequence[str]) -> int:
     options, config = _read(parser, arguments)
     from launch import hosts
 
-    names = None if options.hosts is None else [name.strip() for name in options.hosts.split(",") if name.strip()]
-    names = hosts.choose_names(names, options.hostfile, config)
+    names = hosts.choose_names(_names(options.hosts), options.hostfile, config)
     launch = hosts.HostsLaunch(names, options.config, options.overrides, config)
     return launch.show() if options.dry_run else launch.run()
 
@@ -116,6 +150,10 @@ def _kubernetes(arguments: Sequence[str]) -> int:
     except OSError as error:
         raise UserError(f"--output {options.output}: {error.strerror or error}") from None
     return EXIT_FINISHED
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _slurm(arguments: Sequence[str]) -> int:
@@ -171,6 +209,10 @@ def _agent(arguments: Sequence[str]) -> int:
         action="store_true",
         help="whoever starts this machine starts it again: exit code 75, not 1, where another one has failed",
     )
+    parser.add_argument("--doctor", action="store_true", help="run the doctor's ranks instead of a training's")
+    from launch.doctor.agreed import RANK_SCRIPT, Request, add_arguments
+
+    add_arguments(parser)
     options, config = _read(parser, arguments)
     host, _, number = options.rendezvous.rpartition(":")
     if not number.isdigit():
@@ -179,12 +221,21 @@ def _agent(arguments: Sequence[str]) -> int:
 
     port = int(number or config.launch.port or node.DEFAULT_PORT)
     place = node.Place(options.node_rank, host.strip("[]"), port, options.job, options.address)
-    plan = node.plan(place, ["--config", options.config, *options.overrides], config)
+    called = ["--config", options.config, *options.overrides]
+    run: Callable[[LaunchPlan, Config], int] = starting.run
+    if options.doctor:
+        from launch.doctor import start
+
+        request = Request(options.config, tuple(options.overrides), config, options.timeout, options.json)
+        place, run = replace(place, join_seconds=int(options.timeout) + _JOIN_MARGIN), start.run
+        plan = node.plan(place, [*request.options, *called], config, RANK_SCRIPT)
+    else:
+        plan = node.plan(place, called, config)
     if options.dry_run:
         return _show(plan)
     if options.replaceable:
         return node.run_replaceable(plan, place, config)
-    return node.run_on_leash(plan, config) if options.leash else starting.run(plan, config)
+    return node.run_on_leash(plan, config, run) if options.leash else run(plan, config)
 
 
 def _show(plan: LaunchPlan) -> int:
@@ -194,10 +245,13 @@ def _show(plan: LaunchPlan) -> int:
 
 
 def _read(
-    parser: argparse.ArgumentParser, arguments: Sequence[str], has_nodes: bool = True
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str],
+    has_nodes: bool = True,
+    default_config: str | None = None,
 ) -> tuple[argparse.Namespace, Config]:
     """Adds the options that all targets have, reads them, and lays them on the config as overrides."""
-    add_config_arguments(parser)
+    add_config_arguments(parser, default_config)
     parser.add_argument(
         "--processes",
         type=int,
@@ -266,6 +320,7 @@ _TARGETS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "slurm": (_slurm, "a batch job on a Slurm cluster, or in the allocation that this is typed in"),
     "kubernetes": (_kubernetes, "write manifests for kubectl"),
     "agent": (_agent, "this machine's part of a job on several, which the other targets run there"),
+    "doctor": (_doctor, "measure the machines of a run before it, and name what is wrong or slow"),
     "plan": (_plan, "start nothing, predict the memory it takes"),
     "chaos": (_chaos, "break a copy of the job for some minutes, and see whether it comes out the same"),
 }

@@ -109,9 +109,17 @@ class HostsLaunch:
         file: the config file.
         overrides: of it.
         config: what these come to.
+        agent_options: of every agent, besides.
     """
 
-    def __init__(self, names: Sequence[str], file: str, overrides: Sequence[str], config: Config) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        file: str,
+        overrides: Sequence[str],
+        config: Config,
+        agent_options: Sequence[str] = (),
+    ) -> None:
         wanted = config.launch.nodes if "nodes" in config.launch.model_fields_set else None
         self.nodes = count_nodes(wanted, len(names))
         self.hosts = [Host(name, number) for number, name in enumerate(names[: self.nodes.most])]
@@ -119,6 +127,7 @@ class HostsLaunch:
         self.config = config
         others = [text for text in overrides if not text.startswith("launch.nodes=")]
         self.arguments = (file, [*others, f"launch.nodes={self.nodes}"])
+        self.agent_options = list(agent_options)
         self.job = f"{config.run.name}-{secrets.token_hex(4)}"
         self.ssh = _ssh(config)
 
@@ -127,7 +136,7 @@ class HostsLaunch:
         file, overrides = self.arguments
         address = f"[{meeting.address}]" if ":" in meeting.address else meeting.address
         place = ["--node-rank", str(node_rank), "--rendezvous", f"{address}:{meeting.port}", "--job", job]
-        agent = ["-m", "launch", "agent", "--config", file, *place, "--leash", *overrides]
+        agent = ["-m", "launch", "agent", "--config", file, *place, "--leash", *self.agent_options, *overrides]
         return self.ssh.line(host, self.ssh.script(agent, {MARK_VARIABLE: mark_of(self.job, host)}))
 
     def check(self, hosts: Sequence[Host], is_joining: bool = False) -> Findings:

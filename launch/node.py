@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -31,7 +31,6 @@ logger = logging.getLogger("lockstep")
 
 DEFAULT_PORT = 29400  # torchrun's
 LEASH_SECONDS = 40.0  # of silence, after which an agent on a leash takes its launcher for lost
-_JOIN_SECONDS = 900  # for machines to come to the first meeting: images are pulled, file systems wake up
 _LAST_CALL_SECONDS = 5  # for more machines, when there are enough
 _KEEP_ALIVE_SECONDS, _KEEP_ALIVE_ATTEMPTS = 3, 3  # a machine that is silent for so many times so long is left out
 _ROUTE_TEST = ("192.0.2.1", 9)  # TEST-NET-1: nobody is asked anything
@@ -47,6 +46,7 @@ class Place:
         port: TCP port there.
         job: name of this start of the job, the same for all and new for each.
         address: of this machine, as the others reach it; None to find out.
+        join_seconds: for machines to come to the first meeting: images are pulled, file systems wake up.
     """
 
     node_rank: int
@@ -54,6 +54,7 @@ class Place:
     port: int
     job: str
     address: str | None = None
+    join_seconds: int = 900
 
 
 def plan(place: Place, arguments: Sequence[str], config: Config, script: str = TRAIN_SCRIPT) -> LaunchPlan:
@@ -73,7 +74,7 @@ def plan(place: Place, arguments: Sequence[str], config: Config, script: str = T
     address = place.address or find_address(place)
     meeting = {
         "is_host": str(place.node_rank == 0).lower(),
-        "join_timeout": _JOIN_SECONDS,
+        "join_timeout": place.join_seconds,
         "last_call_timeout": _LAST_CALL_SECONDS,
         "keep_alive_interval": _KEEP_ALIVE_SECONDS,
         "keep_alive_max_attempt": _KEEP_ALIVE_ATTEMPTS,
@@ -93,7 +94,7 @@ def plan(place: Place, arguments: Sequence[str], config: Config, script: str = T
     return LaunchPlan(["torchrun", *options, script, *arguments], {**variables, **config.launch.environment})
 
 
-def run_on_leash(plan: LaunchPlan, config: Config) -> int:
+def run_on_leash(plan: LaunchPlan, config: Config, run: Callable[[LaunchPlan, Config], int] = run) -> int:
     """Runs a plan that ends when the launcher on another machine does, or cannot be heard any more.
 
     It holds our standard input: a line with a signal's name is passed on, any other is a sign of life.
@@ -130,7 +131,7 @@ def _first_machine_comes(place: Place) -> bool:
         # must have missed this one's predecessor.
         age = time.time() - psutil.Process().create_time()
         requested.wait(max(0.0, _KEEP_ALIVE_SECONDS * _KEEP_ALIVE_ATTEMPTS + 1 - max(0.0, age)))
-        end = time.monotonic() + _JOIN_SECONDS
+        end = time.monotonic() + place.join_seconds
         is_told = False
         while not requested.is_set():
             try:

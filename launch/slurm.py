@@ -61,7 +61,7 @@ def run(config: Config, config_file: str, overrides: Sequence[str], *, dry_run: 
         UserError: Slurm refuses the job, could never run it, or is not here; or one of this run is in Slurm already.
     """
     try:
-        allocation = _allocation(config)
+        allocation = allocation_of(config)
         text = script(config, config_file, overrides, allocation)
         if dry_run:
             sys.stdout.write(text)
@@ -70,7 +70,7 @@ def run(config: Config, config_file: str, overrides: Sequence[str], *, dry_run: 
         _check_bash(text)
         _refuse_second(config)
         if allocation is not None:
-            return _run_here(config, text)
+            return run_here(_write(run_folder(config), _SCRIPT_HERE, text))
         submission = _submit(config, text)
     except UserError as error:
         raise UserError(*(config.locate(problem) for problem in error.problems)) from None
@@ -83,7 +83,7 @@ def run(config: Config, config_file: str, overrides: Sequence[str], *, dry_run: 
         return EXIT_FAILED
 
 
-def _allocation(config: Config) -> Allocation | None:
+def allocation_of(config: Config) -> Allocation | None:
     """Returns the allocation that we are in; None outside.
 
     Raises:
@@ -170,9 +170,8 @@ def _first_look(submission: Submission, config: Config) -> Path | str:
     return submission.output_of(records[-1], run_folder(config)) if records else "(see scontrol show job)"
 
 
-def _run_here(config: Config, text: str) -> int:
-    """Runs the script in the allocation. The first signal asks the run to stop, a later one ends it."""
-    file = _write(run_folder(config), _SCRIPT_HERE, text)
+def run_here(file: Path) -> int:
+    """Runs a script in the allocation. The first signal asks the run to stop, a later one ends it."""
     process: subprocess.Popen[bytes] | None = None
     asked: list[float] = []
 

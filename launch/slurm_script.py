@@ -40,6 +40,8 @@ _RESERVED = {
 }
 _INSTEAD_OF = {"mem-per-cpu": "mem", "mem-per-gpu": "mem", "no-requeue": "requeue", "requeue": "no-requeue"}
 
+_ONLY_SBATCH = ("output", "error", "input", "open-mode", "array", "requeue", "no-requeue", "signal", "export", "chdir")
+
 Options = dict[str, str | bool]
 
 
@@ -145,7 +147,19 @@ def requeues(config: Config) -> bool:
     return "no-requeue" not in sbatch_options(config)
 
 
-def script(config: Config, config_file: str, overrides: Sequence[str], allocation: Allocation | None = None) -> str:
+def salloc(config: Config) -> list[str]:
+    """Returns the command, up to what is to be run, that asks for an allocation such as a run's."""
+    options = {name: value for name, value in sbatch_options(config).items() if name not in _ONLY_SBATCH}
+    return ["salloc", *(f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items())]
+
+
+def script(
+    config: Config,
+    config_file: str,
+    overrides: Sequence[str],
+    allocation: Allocation | None = None,
+    agent_options: Sequence[str] = (),
+) -> str:
     """Returns the text of the script.
 
     Args:
@@ -153,6 +167,7 @@ def script(config: Config, config_file: str, overrides: Sequence[str], allocatio
         config_file: its file.
         overrides: that win over the file.
         allocation: that we are in, where nothing is submitted; None for a script for sbatch.
+        agent_options: of every agent, besides.
 
     Raises:
         UserError: something in `launch.slurm` cannot be.
@@ -170,7 +185,7 @@ def script(config: Config, config_file: str, overrides: Sequence[str], allocatio
         *([_ABORT] if allocation else []),
         _surroundings(config),
         _place(config, allocation),
-        _srun(config, config_file, overrides, options, allocation),
+        _srun(config, config_file, overrides, options, allocation, agent_options),
         _ENDED,
         *([_REQUEUE] if may_requeue else []),
         'exit "$code"\n',
@@ -261,6 +276,7 @@ def _srun(
     overrides: Sequence[str],
     options: Options,
     allocation: Allocation | None,
+    agent_options: Sequence[str],
 ) -> str:
     nodes, slurm = config.launch.nodes, config.launch.slurm
     count = '"$SLURM_JOB_NUM_NODES"' if allocation is None else str(allocation.num_nodes)
@@ -286,7 +302,7 @@ def _srun(
         '    bash -c \'exec "$@" --node-rank "$SLURM_PROCID"\' agent \\',
         f"    {' '.join(words)} \\",
         '    --rendezvous "$host:$port" --job "$job" \\',
-        f"    {shlex.join(arguments)} \\",
+        f"    {shlex.join([*agent_options, *arguments])} \\",
         *(f"    {shlex.quote(word)} \\" for word in given),
     ]
     if slurm.array is not None:

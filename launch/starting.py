@@ -13,7 +13,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -103,10 +103,7 @@ def run(plan: LaunchPlan, config: Config, code_of_others: int = EXIT_FAILED) -> 
     while True:
         before = read_shrink(config.run_dir) if config.memory.on_oom == "shrink" else None
         command = plan.command if before is None else plan.after(before).command
-        if command[0] == sys.executable:
-            outcome = _run_child(command, logs)
-        else:
-            outcome = run_agent(command, config.run_dir, logs, is_over=partial(_shrunk, config, before))
+        outcome = _run_once(command, config.run_dir, logs, is_over=partial(_shrunk, config, before))
         record = _shrunk(config, before)
         if outcome.code != EXIT_FAILED or outcome.told_to_stop or record is None:
             break
@@ -123,13 +120,39 @@ def run(plan: LaunchPlan, config: Config, code_of_others: int = EXIT_FAILED) -> 
             record.micro_batch_size,
             record.was,
         )
+    _show_failure(outcome, logs)
+    if outcome.code == EXIT_FAILED and (outcome.told_to_stop or not outcome.is_own):
+        return code_of_others
+    return outcome.code
+
+
+def run_script(plan: LaunchPlan, folder: Path, explains_failure: Callable[[], bool]) -> int:
+    """Runs a plan of another script than `train.py`, once, and returns its exit code.
+
+    Args:
+        plan: of the script.
+        folder: for its output.
+        explains_failure: tells afterwards whether the script has said itself why it failed.
+    """
+    os.environ.update(plan.environment)
+    logs = RankLogs(folder)
+    outcome = _run_once(plan.command, folder, logs, is_over=lambda: False)
+    if not explains_failure():
+        _show_failure(outcome, logs)
+    return outcome.code
+
+
+def _run_once(command: Sequence[str], run_dir: Path, logs: RankLogs, is_over: Callable[[], object]) -> Outcome:
+    if command[0] == sys.executable:
+        return _run_child(command, logs)
+    return run_agent(command, run_dir, logs, is_over)
+
+
+def _show_failure(outcome: Outcome, logs: RankLogs) -> None:
     if outcome.rank is not None and outcome.code in (EXIT_FAILED, EXIT_USAGE):
         logs.show_end(outcome.rank)
     if outcome.error is not None:
         sys.stderr.write(f"error: {outcome.error}\n")
-    if outcome.code == EXIT_FAILED and (outcome.told_to_stop or not outcome.is_own):
-        return code_of_others
-    return outcome.code
 
 
 def _shrunk(config: Config, before: Shrink | None) -> Shrink | None:

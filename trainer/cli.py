@@ -48,9 +48,16 @@ def train(arguments: Sequence[str] | None = None) -> int:
     return run_command(lambda: _train(options))
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds `--config FILE [section.key=value ...]`, the same for every command that reads a config."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of the run")
+def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Adds `--config FILE [section.key=value ...]`, the same for every command that reads a config.
+
+    Args:
+        parser: of the command.
+        default: file where none is given; None where one must be.
+    """
+    parser.add_argument(
+        "--config", required=default is None, default=default, metavar="FILE", help="YAML file of the run"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
 
 

@@ -129,17 +129,29 @@ class Trackers:
                 tracker.finish()
 
 
-def _wandb_mode(config: WandbConfig) -> str:
-    """Returns the mode that works here: asked for, or online with a key, and offline without a network."""
+def wandb_server() -> str:
+    """Returns the address of the W&B server that a run would talk to."""
     import wandb
 
+    return str(wandb.setup().settings.base_url)
+
+
+def has_wandb_key() -> bool:
+    """Tells whether there is an API key for it."""
+    import wandb
+
+    return bool(wandb.login(prompt=False, verify=False))
+
+
+def _wandb_mode(config: WandbConfig) -> str:
+    """Returns the mode that works here: asked for, or online with a key, and offline without a network."""
     mode = config.mode or os.environ.get("WANDB_MODE")
     if mode is None:
-        mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+        mode = "online" if has_wandb_key() else "offline"
         if mode == "offline":
             logger.info("wandb: offline, as no API key was found; `wandb sync` uploads the run later")
     if mode == "online" and not urllib.request.getproxies():  # a proxy reaches more than we do
-        address = urlsplit(wandb.setup().settings.base_url)
+        address = urlsplit(wandb_server())
         try:  # wandb.init would wait 90 s before it gives up
             port = address.port or (443 if address.scheme == "https" else 80)
             socket.create_connection((address.hostname or "", port), timeout=2).close()

@@ -212,15 +212,19 @@ class CheckpointFolder:
             logger.warning("cannot delete old checkpoints in '%s': %s", self.location, one_line_text(error))
 
 
+def location(config: Config) -> str:
+    """Returns where the checkpoints of a run go: a folder, or a URL."""
+    return config.checkpoint.dir or str(config.run_dir / "checkpoints")
+
+
 def open_folder(config: Config, is_kept_for_good: Callable[[int], bool] = lambda step: False) -> CheckpointFolder:
     """Returns the checkpoints of a run: in `checkpoint.dir`, or in the run folder.
 
     Raises:
         UserError: the location cannot be opened.
     """
-    location = config.checkpoint.dir or str(config.run_dir / "checkpoints")
     try:
-        storage = open_storage(location)
+        storage = open_storage(location(config))
     except OSError as error:
         raise UserError(one_line_text(error), path="checkpoint.dir") from error
     return CheckpointFolder(storage, config.checkpoint.keep, is_kept_for_good)

@@ -106,6 +106,7 @@ def sbatch_options(config: Config) -> Options:
     folder = str(run_folder(config)).replace("%", "%%")
     output = f"{folder}/launch/slurm-%j.out"
     if wanted.array is not None:
+        array_tasks(wanted.array)  # it can be read
         output = f"{folder}-%a/launch/slurm-%A_%a.out"
     memory = None if wanted.memory_per_node is None else math.ceil(wanted.memory_per_node.of(0) / 2**20)
     ours = {
@@ -114,7 +115,8 @@ def sbatch_options(config: Config) -> Options:
         "open-mode": "append",
         "chdir": str(Path.cwd()),
         "nodes": f"{nodes.least}-{nodes.most}" if nodes.is_elastic else str(nodes.least),
-        "ntasks-per-node": "1",
+        # With it sbatch takes the fewest nodes of a range instead of the most that are free (Slurm 22.05).
+        "ntasks-per-node": None if nodes.is_elastic else "1",
         "no-kill": nodes.is_elastic,
         "partition": wanted.partition,
         "account": wanted.account,

@@ -110,7 +110,7 @@ class SlurmConfig(Section):
     array: Annotated[str, Field(pattern=r"^[\d,:%-]+$")] | None = Field(
         None,
         description="sbatch's --array, such as '0-3': a run each, whose name and folder end in the task's number and "
-        "whose seed is `run.seed` plus that number.",
+        "whose seed is `run.seed` plus that number; `checkpoint.dir`, if set, ends in it, too.",
     )
     requeue: Bool = Field(
         True, description="Go on by itself, as the same job, after preemption and when the time limit comes."
@@ -118,7 +118,9 @@ class SlurmConfig(Section):
     setup: tuple[Text, ...] = Field(
         (), description="Lines of bash before the job, such as `module load cuda/13.0` or `source venv/bin/activate`."
     )
-    python: Text | None = Field(None, description="Python on the nodes. Default: the one here.")
+    python: Text | None = Field(
+        None, description="Python on the nodes. Default: the one here, or `python` in a container."
+    )
     container: Text | None = Field(
         None, description="What runs each command in a container, such as `apptainer exec --nv /images/train.sif`."
     )

@@ -49,12 +49,14 @@ class Outcome:
         told_to_stop: whether a signal to the launcher asked for the end.
         error: of the rank that failed first; None where nothing failed, or the ranks have said all.
         rank: that failed first on this machine, if one did.
+        is_own: whether what failed was on this machine, and not only elsewhere.
     """
 
     code: int
     told_to_stop: bool = False
     error: str | None = None
     rank: int | None = None
+    is_own: bool = True
 
 
 def run_agent(command: Sequence[str], run_dir: Path, logs: RankLogs, is_over: Callable[[], object]) -> Outcome:
@@ -77,14 +79,15 @@ def run_agent(command: Sequence[str], run_dir: Path, logs: RankLogs, is_over: Ca
             _launch(command)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        return Outcome(_exit_code(codes), error=job.explain(codes), rank=job.first_rank(codes))
+        is_own = job.is_own_failure(codes)
+        return Outcome(_exit_code(codes), error=job.explain(codes), rank=job.first_rank(codes), is_own=is_own)
     except SignalException as request:
         code = EXIT_STOPPED if job.is_between else _exit_code_of_stopped(job.codes, request.sigval)
         return Outcome(code, told_to_stop=True)
     except KeyboardInterrupt:  # before there was a rank
         return Outcome(EXIT_FAILED, told_to_stop=True)
     except RendezvousError as error:
-        return Outcome(EXIT_FAILED, error=job.explain_parting(error))
+        return Outcome(EXIT_FAILED, error=job.explain_parting(error), is_own=False)
     finally:
         end_descendants()
         logs.close()
@@ -115,7 +118,7 @@ class _Job:
     def __init__(self, run_dir: Path, is_over: Callable[[], object]) -> None:
         self.is_over = is_over
         self.started = time.time()  # the ranks of now
-        self.is_between = False  # whether ranks have failed and are to be started again
+        self.is_between = True  # whether there are no ranks, and are to be: at first, and after some have failed
         # Exit codes by rank; a negative one is the signal that it died of.
         self.first: dict[int, int] = {}  # of the ranks that had failed before the agent ended the others
         self.codes: dict[int, int] = {}  # of all, once the agent has ended them

@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,29 +28,18 @@ _JOIN_MARGIN = 60  # seconds that starting Python may take on one machine more t
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Starts a job and returns the exit code of the training: 0, 2, 75 or 1, as `train.py`."""
+    width = max(map(len, _TARGETS)) + 2
     parser = argparse.ArgumentParser(
-        prog="python -m launch", description="Start training jobs. `python -m launch TARGET --help` tells more."
+        prog="python -m launch",
+        description="Start training jobs.\n\ntargets:\n"
+        + "\n".join(f"  {name:<{width}}{purpose}" for name, (_, purpose) in _TARGETS.items()),
+        epilog="`python -m launch TARGET --help` tells more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "target",
-        choices=["local", "hosts", "slurm", "agent", "doctor", "plan", "chaos"],
-        help="local: this machine, on all its GPUs or CPU processes; hosts: several machines, over ssh; slurm: a Slurm "
-        "cluster; agent: this machine's part of a job on several, which the other targets run there; doctor: what is "
-        "wrong with the machines, before a run; plan: start nothing, predict the memory it takes; chaos: break a copy "
-        "of the job for some minutes, and see whether it comes out the same",
-    )
+    parser.add_argument("target", choices=list(_TARGETS), metavar="TARGET", help="one of the above")
     parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="...", help="--config FILE [section.key=value ...]")
     options = parser.parse_args(arguments)
-    targets = {
-        "local": _local,
-        "hosts": _hosts,
-        "slurm": _slurm,
-        "agent": _agent,
-        "doctor": _doctor,
-        "plan": _plan,
-        "chaos": _chaos,
-    }
-    target = targets[options.target]
+    target = _TARGETS[options.target][0]
     return run_command(lambda: target(options.rest), log_to_stderr=options.target != "local")
 
 
@@ -141,6 +130,28 @@ def _hosts(arguments: Sequence[str]) -> int:
     return launch.show() if options.dry_run else launch.run()
 
 
+def _kubernetes(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch kubernetes",
+        description="Write the manifests of a job, for `kubectl apply -f -`. Nothing is started or asked here.",
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write them there (default: standard output)")
+    options, config = _read(parser, arguments)
+    from launch import kubernetes  # imports torch
+
+    try:
+        text = kubernetes.render(config)
+        if options.output is None:
+            sys.stdout.write(text)
+        else:
+            options.output.write_text(text)
+    except UserError as error:
+        raise UserError(*map(config.locate, error.problems)) from None
+    except OSError as error:
+        raise UserError(f"--output {options.output}: {error.strerror or error}") from None
+    return EXIT_FINISHED
+
+
 def _names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
@@ -189,8 +200,14 @@ def _agent(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--job", required=True, metavar="NAME", help="the same on all machines, new for every start")
     parser.add_argument("--address", metavar="IP", help="of this machine, as the others reach it (default: found out)")
-    parser.add_argument(
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument(
         "--leash", action="store_true", help="end when stdin does; a line with a signal's name there is obeyed"
+    )
+    kinds.add_argument(
+        "--replaceable",
+        action="store_true",
+        help="whoever starts this machine starts it again: exit code 75, not 1, where another one has failed",
     )
     parser.add_argument("--doctor", action="store_true", help="run the doctor's ranks instead of a training's")
     from launch.doctor.agreed import RANK_SCRIPT, Request, add_arguments
@@ -205,7 +222,7 @@ def _agent(arguments: Sequence[str]) -> int:
     port = int(number or config.launch.port or node.DEFAULT_PORT)
     place = node.Place(options.node_rank, host.strip("[]"), port, options.job, options.address)
     called = ["--config", options.config, *options.overrides]
-    run = starting.run
+    run: Callable[[LaunchPlan, Config], int] = starting.run
     if options.doctor:
         from launch.doctor import start
 
@@ -216,6 +233,8 @@ def _agent(arguments: Sequence[str]) -> int:
         plan = node.plan(place, called, config)
     if options.dry_run:
         return _show(plan)
+    if options.replaceable:
+        return node.run_replaceable(plan, place, config)
     return node.run_on_leash(plan, config, run) if options.leash else run(plan, config)
 
 
@@ -293,3 +312,15 @@ def _chaos(arguments: Sequence[str]) -> int:
         hang_timeout=options.hang_timeout,
     )
     return chaos.run(settings, options.json)
+
+
+_TARGETS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "local": (_local, "this machine, on all its GPUs or CPU processes"),
+    "hosts": (_hosts, "several machines, over ssh"),
+    "slurm": (_slurm, "a batch job on a Slurm cluster, or in the allocation that this is typed in"),
+    "kubernetes": (_kubernetes, "write manifests for kubectl"),
+    "agent": (_agent, "this machine's part of a job on several, which the other targets run there"),
+    "doctor": (_doctor, "measure the machines of a run before it, and name what is wrong or slow"),
+    "plan": (_plan, "start nothing, predict the memory it takes"),
+    "chaos": (_chaos, "break a copy of the job for some minutes, and see whether it comes out the same"),
+}

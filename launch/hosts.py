@@ -125,7 +125,8 @@ class HostsLaunch:
         self.hosts = [Host(name, number) for number, name in enumerate(names[: self.nodes.most])]
         self.unused = list(names[self.nodes.most :])
         self.config = config
-        self.arguments = (file, [*overrides, f"launch.nodes={self.nodes}"])
+        others = [text for text in overrides if not text.startswith("launch.nodes=")]
+        self.arguments = (file, [*others, f"launch.nodes={self.nodes}"])
         self.agent_options = list(agent_options)
         self.job = f"{config.run.name}-{secrets.token_hex(4)}"
         self.ssh = _ssh(config)
@@ -154,7 +155,10 @@ class HostsLaunch:
         """Prints what would be run, for a person to paste."""
         lines = ["# Checks, on each host:"]
         lines += [shlex.join(self.ssh.line(host, self.ssh.facts_script())) for host in self.hosts]
-        lines += ["", "# One agent on each host; its standard input is its leash, and nothing is free to be asked for:"]
+        lines += [
+            "",
+            "# One agent on each host, on a leash; the checks find the address, and a free port if none is set:",
+        ]
         meeting = Meeting(self.hosts[0].address, self.config.launch.port or DEFAULT_PORT)
         for host in self.hosts:
             line = shlex.join(self.command(host, host.number, f"{self.job}.0", meeting))

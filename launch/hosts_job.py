@@ -118,13 +118,13 @@ class HostsJob:
                         break
                     gathered = self._gather()
                     if gathered is None:
+                        code = EXIT_STOPPED if self._asked_at is not None else code
                         break
                     present, meeting = gathered
                     reason = f"{self._needed.name} was lost"
                     logger.info("starting again (%d of %d): %s", number + 1, self._settings.max_restarts, reason)
             finally:
                 self._clear()
-            code = EXIT_STOPPED if self._asked_at is not None and not self._ended else code
             self._explain(code)
             return code
 
@@ -161,8 +161,9 @@ class HostsJob:
 
     def _note_end(self, agent: RemoteAgent) -> None:
         del self._agents[agent.host]
-        if agent.code == LOST and not agent.is_killed:
-            self._note_loss(agent.host, agent.reason)
+        is_cut = agent.code is None or agent.code < 0  # by `_kill`, as its host does not answer
+        if (agent.code == LOST or is_cut) and not agent.is_killed:
+            self._note_loss(agent.host, self._lost.get(agent.host) or agent.reason)
             return
         self._ended.append(agent)
         if self._is_ending or not self._agents:
@@ -299,7 +300,6 @@ class HostsJob:
             while time.monotonic() < again and self._asked_at is None:
                 time.sleep(_TICK_SECONDS)
                 self._pass_signals()
-        self._ended = []
         return None
 
     def _clear(self) -> None:

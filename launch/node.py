@@ -7,6 +7,7 @@ is, the agents agree on when they meet; whoever is lost is left out the next tim
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import signal
@@ -15,14 +16,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import psutil
 
 from launch.starting import TRAIN_SCRIPT, LaunchPlan, agent_variables, count_gpus, count_processes, run
 from launch.stopping import SIGNALS, shutdown_seconds
+from trainer.cli import EXIT_STOPPED
 from trainer.config import Config
 from trainer.errors import UserError
+
+logger = logging.getLogger("lockstep")
 
 DEFAULT_PORT = 29400  # torchrun's
 LEASH_SECONDS = 40.0  # of silence, after which an agent on a leash takes its launcher for lost
@@ -98,8 +103,54 @@ def run_on_leash(plan: LaunchPlan, config: Config, run: Callable[[LaunchPlan, Co
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)  # the ranks have no input
     os.close(null)
+    for name in SIGNALS:  # until torch's agent has its own handlers
+        signal.signal(signal.Signals[name], lambda number, frame: sys.exit(EXIT_STOPPED))
     threading.Thread(target=_obey, args=(leash, shutdown_seconds(config)), name="leash", daemon=True).start()
     return run(plan, config)
+
+
+def run_replaceable(plan: LaunchPlan, place: Place, config: Config) -> int:
+    """Runs a plan on a machine that whoever started it starts again, as Kubernetes does with a pod.
+
+    Returns the exit code of the training, but 75 (start me again) where the failure is another machine's: only the
+    one that failed counts as failed, whatever the number of those that failed with it. It may come before the first
+    machine has a name, and right after one of the same address.
+    """
+    if place.node_rank != 0 and not _first_machine_comes(place):
+        return EXIT_STOPPED
+    return run(plan, config, code_of_others=EXIT_STOPPED)
+
+
+def _first_machine_comes(place: Place) -> bool:
+    """Waits until the place where machines meet can be reached; returns False after a signal, or too long a time."""
+    requested = threading.Event()  # the first process of a container ignores signals that it does not handle
+    numbers = [signal.Signals[name] for name in SIGNALS]
+    previous = {number: signal.signal(number, lambda *_: requested.set()) for number in numbers}
+    try:
+        # Agents are told apart by address and process id, which in a container is always the same one: the others
+        # must have missed this one's predecessor.
+        age = time.time() - psutil.Process().create_time()
+        requested.wait(max(0.0, _KEEP_ALIVE_SECONDS * _KEEP_ALIVE_ATTEMPTS + 1 - max(0.0, age)))
+        end = time.monotonic() + place.join_seconds
+        is_told = False
+        while not requested.is_set():
+            try:
+                socket.create_connection((place.host, place.port), timeout=5).close()
+            except OSError as error:
+                reason = f"the first machine, {place.host}, cannot be reached at port {place.port}: {error}"
+            else:
+                return True
+            if time.monotonic() > end:
+                sys.stderr.write(f"error: {reason}\n")
+                break
+            if not is_told:
+                logger.info("waiting: %s", reason)
+            is_told = True
+            requested.wait(1.0)
+        return False
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def find_address(place: Place) -> str:
@@ -151,7 +202,8 @@ def _obey(leash: int, grace: float) -> None:
         for line in lines:
             if (name := line.decode(errors="replace").strip()) in SIGNALS:
                 os.kill(os.getpid(), signal.Signals[name])
-    sys.stderr.write("the launcher is gone: stopping\n")
+    with suppress(OSError):  # so is whoever read this
+        sys.stderr.write("the launcher is gone: stopping\n")
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(grace + 10)
     for child in psutil.Process().children(recursive=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -20,6 +21,9 @@ from launch.ssh import Host, start
 
 KEEP_ALIVE_SECONDS = 5.0  # between signs of life
 _ERROR = "error: "
+_SSH_SAYS = (
+    r"ssh: |Timeout, server|Connection |client_loop: |kex_|Read from |Write failed|packet_|ssh_dispatch|Bad packet"
+)
 _OUTPUT_SECONDS = 5.0  # for what is still on its way when an ssh has ended
 
 
@@ -63,8 +67,9 @@ class RemoteAgent:
 
     @property
     def reason(self) -> str:
-        """The last that was said on its standard error, which is ssh's reason where a connection is lost."""
-        return self._last_error or f"ssh ended with exit code {self.code}"
+        """Why it is lost: the last words of ssh, which has none where the agent was killed."""
+        is_of_ssh = re.match(_SSH_SAYS, self._last_error) is not None
+        return self._last_error if is_of_ssh else "its agent is gone; somebody killed it, or the host went down"
 
     def keep_alive(self) -> None:
         """Gives the agent a sign of life, if one is due."""

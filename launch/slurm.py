@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -130,14 +131,16 @@ def _submit(config: Config, text: str) -> Submission:
     tasks = {} if config.launch.slurm.array is None else _task_folders(config)
     for path in tasks.values():
         Path(path, "launch").mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for the output
-    answer = slurm_jobs.call("sbatch", "--parsable", str(file), environment=_environment(sbatch_options(config)))
+    options = sbatch_options(config)
+    answer = slurm_jobs.call("sbatch", "--parsable", str(file), environment=_environment(options))
     if answer.returncode:
         raise slurm_jobs.refusal(answer.stderr, config)
     job = answer.stdout.strip().partition(";")[0]
-    submission = Submission(job, str(file), stop_seconds(config), tasks)
+    is_ours = "output" not in config.launch.slurm.extra
+    submission = Submission(job, str(file), stop_seconds(config), tasks, is_ours)
     submission.write(folder)
     for task, path in tasks.items():
-        Submission(f"{job}_{task}", str(file), submission.stop_seconds, {}).write(Path(path))
+        replace(submission, job=f"{job}_{task}", tasks={}).write(Path(path))
     output = _first_look(submission, config)
     sys.stdout.write(f"job {job} submitted\nscript  {file}\noutput  {output}\n")
     sys.stdout.write(f"`python -m launch slurm status {_shown(config)}` shows its state, `cancel` ends it\n")
@@ -145,7 +148,7 @@ def _submit(config: Config, text: str) -> Submission:
     return submission
 
 
-def _first_look(submission: Submission, config: Config) -> str:
+def _first_look(submission: Submission, config: Config) -> Path | str:
     """Waits a moment for what Slurm makes of a job that it has accepted. Returns where its output will be.
 
     Raises:
@@ -164,7 +167,7 @@ def _first_look(submission: Submission, config: Config) -> str:
             raise problem
     if waiting:
         logger.info("job %s waits: %s", waiting[0].job, slurm_jobs.explain_wait(waiting[0]))
-    return records[0].output if records else "(see scontrol show job)"
+    return submission.output_of(records[-1], run_folder(config)) if records else "(see scontrol show job)"
 
 
 def run_here(file: Path) -> int:

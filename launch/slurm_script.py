@@ -383,7 +383,9 @@ if [ "$code" = 75 ] && [ "$asked" != USR2 ] && [ "$(squeue -h -j "$SLURM_JOB_ID"
             else
                 again=yes
             fi ;;
-        :*) again=$is_told_to_leave ;;  # preempted before it had begun
+        :*)
+            again=$is_told_to_leave  # preempted before it had begun
+            [ -n "$again" ] || echo "not started again: it was asked to stop before it had begun to train" >&2 ;;
     esac
     if [ -n "$again" ]; then
         echo "requeued: job $SLURM_JOB_ID goes on from its checkpoint when Slurm starts it again" >&2

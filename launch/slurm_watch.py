@@ -37,12 +37,14 @@ class Submission:
         script: its file.
         stop_seconds: that the run may take to end once it was asked to.
         tasks: run folders of an array's tasks, by number.
+        output_is_ours: whether the output is in the run folder; else `launch.slurm.extra` has put it elsewhere.
     """
 
     job: str
     script: str
     stop_seconds: int
     tasks: dict[int, str]
+    output_is_ours: bool
 
     def write(self, folder: Path) -> None:
         """Writes the note into a run folder."""
@@ -58,7 +60,8 @@ class Submission:
         try:
             found = json.loads((folder / "launch" / _NOTE).read_text(encoding="utf-8"))
             tasks = {int(task): str(path) for task, path in found["tasks"].items()}
-            return cls(str(found["job"]), str(found["script"]), int(found["stop_seconds"]), tasks)
+            seconds, is_ours = int(found["stop_seconds"]), bool(found["output_is_ours"])
+            return cls(str(found["job"]), str(found["script"]), seconds, tasks, is_ours)
         except (OSError, ValueError, KeyError, AttributeError):
             return None
 
@@ -70,6 +73,12 @@ class Submission:
         """Returns the run folder of a task."""
         number = record.job.rpartition("_")[2]
         return Path(self.tasks[int(number)]) if number.isdigit() and int(number) in self.tasks else folder
+
+    def output_of(self, record: Record, folder: Path) -> Path:
+        """Returns the file of a task's output. Slurm shows a wrong one where there is a percent sign in the path."""
+        if self.output_is_ours and "[" not in record.job:
+            return self.folder_of(record, folder) / "launch" / f"slurm-{record.job}.out"
+        return Path(record.output)
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -169,9 +178,9 @@ class Watch:
             if record.waits and (problem := slurm_jobs.never_runs(record, self._config)) is not None:
                 logger.warning("job %s: %s", record.job, problem)
         is_task = "_" in record.job
-        if record.output and "%" not in record.output and record.job not in self._outputs and not record.waits:
+        if record.job not in self._outputs and not record.waits:
             prefix = f"[{record.job.rpartition('_')[2]}] " if is_task else ""
-            self._outputs[record.job] = _Output(Path(record.output), prefix)
+            self._outputs[record.job] = _Output(self._submission.output_of(record, self._folder), prefix)
         return is_new
 
     def _show(self, to_the_end: bool = False) -> None:
@@ -205,7 +214,7 @@ def status(folder: Path) -> int:
         time_used = f", {record.run_time}" if not record.waits else ""
         again = f", started again {_times(record.num_requeues)}" if record.num_requeues and not record.waits else ""
         lines.append(f"job     {record.job}: {describe(record)}{time_used}{again}")
-        lines.append(f"output  {record.output}")
+        lines.append(f"output  {submission.output_of(record, folder)}")
         lines += [f"run     {line}" for line in _run(record, submission.folder_of(record, folder))]
     if not records:
         lines.append(f"job     {submission.job}: has ended; Slurm does not know it any more")

@@ -8,7 +8,6 @@ decide: `launch.local` for this machine alone, `launch.node` for one of several.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import signal
@@ -25,7 +24,6 @@ import torch
 from launch.agent import Outcome, end_descendants, explain_signal, run_agent
 from launch.logs import RankLogs
 from launch.stopping import SIGNALS, shutdown_seconds
-from trainer.checkpoint.folder import open_folder
 from trainer.cli import EXIT_FAILED, EXIT_USAGE
 from trainer.config import Config
 from trainer.errors import UserError
@@ -44,11 +42,14 @@ class LaunchPlan:
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
 
-    def again(self, number: int) -> LaunchPlan:
-        """Returns the same for a later start of the job: agents cannot meet again under a name that was closed."""
+    def after(self, record: Shrink) -> LaunchPlan:
+        """Returns the same for a start after a shrink: agents cannot meet again under a name that was closed.
+
+        The new name is the same on all machines, also on one that has been replaced in the meantime.
+        """
         command = list(self.command)
         if "--rdzv-id" in command:
-            command[command.index("--rdzv-id") + 1] += f".{number}"
+            command[command.index("--rdzv-id") + 1] += f".{record.time:.0f}"
         return replace(self, command=command)
 
 
@@ -85,24 +86,33 @@ def agent_variables(config: Config, num_processes: int, num_gpus: int) -> dict[s
     return {**variables, **config.launch.environment}
 
 
-def run(plan: LaunchPlan, config: Config) -> int:
+def run(plan: LaunchPlan, config: Config, code_of_others: int = EXIT_FAILED) -> int:
     """Runs a plan to its end and returns the exit code of the training.
 
     With `memory.on_oom: shrink` the plan runs again as long as it fails for want of memory and has left a smaller
     micro-batch than before, which ends at the latest when a micro-batch is one sample.
+
+    Args:
+        plan: what to run.
+        config: of the run.
+        code_of_others: the exit code where another machine has failed, or this one was told to stop too early or too
+            late to do so in order.
     """
     os.environ.update(plan.environment)
     logs = RankLogs(config.run_dir)
-    for number in itertools.count():
-        before = read_shrink(config.run_dir)
-        command = plan.again(number).command if number else plan.command
+    while True:
+        before = read_shrink(config.run_dir) if config.memory.on_oom == "shrink" else None
+        command = plan.command if before is None else plan.after(before).command
         outcome = _run_once(command, config.run_dir, logs, is_over=partial(_shrunk, config, before))
         record = _shrunk(config, before)
         if outcome.code != EXIT_FAILED or outcome.told_to_stop or record is None:
             break
-        if config.checkpoint.resume == "never" and open_folder(config).steps():
-            logger.info("not started again, as checkpoint.resume is never")
-            break
+        if config.checkpoint.resume == "never":
+            from trainer.checkpoint.folder import open_folder  # late: a second of imports that no launcher needs
+
+            if open_folder(config).steps():
+                logger.info("not started again, as checkpoint.resume is never")
+                break
         logger.info(
             "rank %d ran out of memory at step %d: starting again with train.micro_batch_size %d instead of %d",
             record.rank,
@@ -111,6 +121,8 @@ def run(plan: LaunchPlan, config: Config) -> int:
             record.was,
         )
     _show_failure(outcome, logs)
+    if outcome.code == EXIT_FAILED and (outcome.told_to_stop or not outcome.is_own):
+        return code_of_others
     return outcome.code
 
 

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import yaml
 
+if TYPE_CHECKING:
+    from resuming import TrainServer
+
+# Several threads for numbers as few as these only wait for one another. Whatever is launched has as many as by default.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SUPPORT = Path(__file__).resolve().parent / "support"
 TIERS = ("unit", "dist", "cluster", "gpu")
+CROWD = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # of tests at a time, which take as many times longer
+NIGHTLY = os.environ.get("LOCKSTEP_NIGHTLY") == "1"
+nightly = pytest.mark.skipif(not NIGHTLY, reason="much like another one; LOCKSTEP_NIGHTLY=1 runs it")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -33,6 +44,13 @@ def forget_accelerate() -> None:
 
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _only_what_is_new_may_be_garbage() -> None:
+    """A run looks for garbage when it ends. Without this it would look at all of torch every time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +88,15 @@ def train(capfd: pytest.CaptureFixture[str]) -> Train:
         return Outcome(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainServer]:
+    """Runs `train.py` in processes of its own that start at once."""
+    from resuming import TrainServer
+
+    with TrainServer(tmp_path_factory.mktemp("server")) as running:
+        yield running
 
 
 def tiny_config(run_dir: Path, **changes: Any) -> dict[str, Any]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from conftest import SUPPORT, Outcome, Train, WriteConfig
+from conftest import REPOSITORY, SUPPORT, Outcome, Train, WriteConfig
 from launching import Job, alive, environment
 from run_results import checkpoint, records, summary, tensors
 
@@ -118,23 +119,36 @@ class TrainServer:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._process = subprocess.Popen(
-            [sys.executable, str(SUPPORT / "train_server.py")],
-            env=environment(OMP_NUM_THREADS="1"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self._process = self._started()
 
     def __enter__(self) -> TrainServer:
         return self
 
     def __exit__(self, *details: object) -> None:
-        self._process.kill()
+        self._end()
+
+    def _started(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, str(SUPPORT / "train_server.py")],
+            env=environment(OMP_NUM_THREADS="1"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def _end(self) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate()
 
-    def train(self, *arguments: str | Path, ranks: int = 1, **variables: str) -> Outcome:
-        """Runs `train.py` with these arguments to its end, on so many ranks and without a launcher.
+    def train(
+        self,
+        *arguments: str | Path,
+        ranks: int = 1,
+        folder: Path = REPOSITORY,
+        variables: Mapping[str, str] | None = None,
+    ) -> Outcome:
+        """Runs `train.py` with these arguments to its end, in this folder, on so many ranks and without a launcher.
 
         Returns:
             The code of the rank that ended worst (a negative one is the signal that it died of), and what all said.
@@ -143,10 +157,16 @@ class TrainServer:
         for file in (out, err):
             file.unlink(missing_ok=True)
         request = {"arguments": [str(a) for a in arguments], "ranks": ranks, "out": str(out), "err": str(err)}
-        request["variables"] = variables
+        request["folder"] = str(folder)
+        request["variables"] = dict(variables or {})
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        codes = json.loads(self._process.stdout.readline())
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            codes = json.loads(self._process.stdout.readline())
+        except BaseException:  # a test that takes too long: its ranks shall not trouble the next one
+            self._end()
+            self._process = self._started()
+            raise
         return Outcome(min(codes) or max(codes), out.read_text(), err.read_text())

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from trainer.config_values import (
     Bool,
+    Bytes,
     MemoryAmount,
     NodeRange,
     Nodes,
@@ -35,6 +36,23 @@ def _variables(value: object) -> object:
 
 
 Variables = Annotated[dict[str, str], BeforeValidator(_variables)]
+
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
+
+
+def _labels(value: object) -> object:
+    if isinstance(value, dict):
+        for name, text in value.items():
+            if re.fullmatch(rf"([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?{_LABEL}", str(name)) is None:
+                raise ValueError(f"'{name}' cannot be the name of a label")
+            if isinstance(text, bool) or re.fullmatch(rf"({_LABEL})?", str(text)) is None:
+                raise ValueError(f"{name} cannot be {text!r}; write quotes around text")
+        return {str(name): str(text) for name, text in value.items()}
+    return value
+
+
+Labels = Annotated[dict[str, str], BeforeValidator(_labels)]
+KubernetesName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=253)]
 
 
 class HostsConfig(Section):
@@ -120,31 +138,38 @@ class KubernetesConfig(Section):
         "Trainer's TrainJob.",
     )
     image: Text | None = Field(None, description="Container image, such as one built from launch/Dockerfile.")
-    namespace: Text | None = Field(None, description="Namespace. Default: that of the current context.")
-    runtime: Text = Field("torch-distributed", description="A TrainJob's training runtime.")
+    namespace: KubernetesName | None = Field(None, description="Namespace. Default: that of the current context.")
+    runtime: KubernetesName | None = Field(
+        None,
+        description="A TrainJob's ClusterTrainingRuntime, such as `torch-distributed`, whose retry policy is then that "
+        "of the job. Default: a TrainingRuntime of its own.",
+    )
     gpus_per_node: PositiveInt | None = Field(
         None, description="GPUs of each pod. Default: none is asked for, and training is on the CPU."
     )
-    gpu_resource: Text = Field("nvidia.com/gpu", description="Name of the GPU resource.")
+    gpu_resource: Annotated[str, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$")] = Field(
+        "nvidia.com/gpu", description="Name of the GPU resource."
+    )
     cpus_per_node: PositiveInt | None = Field(None, description="Cores of each pod.")
-    memory_per_node: MemoryAmount | None = Field(None, description="Memory of each pod, such as 200GiB.")
-    shared_memory: MemoryAmount = Field(
+    memory_per_node: Bytes | None = Field(None, description="Memory of each pod, such as 200GiB.")
+    shared_memory: Bytes = Field(
         "8GiB",
-        validate_default=True,
         description="Size of /dev/shm, which loader workers hand batches over in. It counts as memory of the pod.",
     )
-    volume_claim: Text | None = Field(
+    volume_claim: KubernetesName | None = Field(
         None, description="A PersistentVolumeClaim that all pods can write, for run folders and data."
     )
     mount_path: Annotated[str, Field(pattern=r"^/.+")] = Field(
         "/workspace", description="Where that volume is; relative paths, such as `runs/`, are below it."
     )
-    secrets: tuple[Text, ...] = Field(
+    secrets: tuple[KubernetesName, ...] = Field(
         (), description="Secrets whose keys become environment variables, such as one with WANDB_API_KEY."
     )
-    node_selector: Variables = Field(default_factory=dict, description="Labels that nodes must have.")
+    node_selector: Labels = Field(default_factory=dict, description="Labels that nodes must have.")
     max_pod_failures: NonNegativeInt = Field(
-        10, description="Start failed pods again so many times; pods that were evicted or stopped do not count."
+        10,
+        description="Start failed pods again so many times. Pods that were evicted or stopped, and those that ended "
+        "because another pod failed, are started again without counting; a bad config ends the job at once.",
     )
 
 

@@ -248,6 +248,24 @@ _AMOUNT_SCHEMA = WithJsonSchema(
 MemoryAmount = Annotated[Amount, BeforeValidator(Amount.parse), PlainSerializer(str, return_type=str), _AMOUNT_SCHEMA]
 
 
+def _bytes(value: object) -> object:
+    text = "".join(value.split()) if isinstance(value, str) else ""
+    try:
+        if parse_bytes(text) > 0:
+            return text
+    except ValueError:
+        pass
+    raise ValueError(f"write bytes such as 20GiB (got {value!r})")
+
+
+# An amount where a share has no whole.
+Bytes = Annotated[
+    str,
+    BeforeValidator(_bytes),
+    WithJsonSchema({"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*([KMGT]i?B|B)\s*$"}),
+]
+
+
 def _micro_batch_size(value: object) -> object:
     if value in ("auto", None) or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value

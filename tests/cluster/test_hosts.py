@@ -178,7 +178,7 @@ def test_a_stop_and_going_on(number: signal.Signals, hosts: Hosts, write_config:
     assert summary(tmp_path / "run")["status"] == "stopped"
     assert left(hosts) == []
     if number == signal.SIGTERM:
-        job = launch(hosts, config, ["host1", "host2"], "data.train.args.seconds=0.0")
+        job = launch(hosts, config, ["host1", "host2"])
         assert job.end() == 0, job.output()
         assert "continuing from step" in job.output()
 
@@ -216,14 +216,129 @@ def test_others_go_on_without_a_lost_host_and_take_it_back(
     assert left(hosts) == []
 
 
-def test_the_first_host_is_lost(hosts: Hosts, write_config: WriteConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["kill", pytest.param("unplug", marks=NIGHTLY)])
+def test_the_first_host_is_lost(how: str, hosts: Hosts, write_config: WriteConfig, tmp_path: Path) -> None:
     config = steady(write_config, steps=5000, launch__max_restarts=2)
     job = launch(hosts, config, hosts.names, "--nodes", "1:3")
     reached(job, 10)
-    hosts.unplug(1)
+    getattr(hosts, how)(1)
     job.wait_for(lambda output: "starting again (1 of 2): host1 was lost" in output)
     job.wait_for(lambda output: "host2 | device     2 x cpu" in output)
     job.signal(signal.SIGTERM)
     assert job.end() == 75, job.output()
     assert summary(tmp_path / "run")["status"] == "stopped"
     assert "host1 does not answer" in job.output()
+    assert [line for line in left(hosts) if how == "kill"] == []
+
+
+@NIGHTLY
+def test_a_job_of_a_fixed_size_waits_for_a_lost_host(hosts: Hosts, write_config: WriteConfig) -> None:
+    config = steady(write_config, steps=300, launch__max_restarts=1)
+    job = launch(hosts, config, ["host1", "host2"])
+    reached(job, 30)
+    hosts.unplug(2)
+    job.wait_for(lambda output: "waiting 300 s for host2" in output)
+    hosts.plug(2)
+    assert job.end() == 0, job.output()
+    assert "starting again (1 of 1): host2 was lost" in job.output()
+    assert "continuing from step" in job.output()
+    assert left(hosts) == []
+
+
+@NIGHTLY
+def test_it_does_not_wait_for_ever(hosts: Hosts, write_config: WriteConfig) -> None:
+    changes = {"launch__max_restarts": 1, "launch__hosts__return_timeout": 5}
+    job = launch(hosts, steady(write_config, steps=5000, **changes), ["host1", "host2"])
+    reached(job, 10)
+    hosts.kill(2)
+    assert job.end() == 1, job.output()
+    assert last_line(job).startswith("error: host2 was lost: "), job.output()
+    assert left(hosts) == []
+
+
+def test_a_launcher_that_is_killed_leaves_nothing(hosts: Hosts, write_config: WriteConfig, tmp_path: Path) -> None:
+    job = launch(hosts, steady(write_config, steps=5000), ["host1", "host2"])
+    reached(job, 10)
+    job.signal(signal.SIGKILL)
+    end = time.monotonic() + LOST_SECONDS
+    while left(hosts):
+        assert time.monotonic() < end, left(hosts)
+        time.sleep(0.5)
+    assert summary(tmp_path / "run")["status"] == "stopped"
+
+
+@NIGHTLY
+def test_a_host_that_is_not_needed_need_not_be_there(hosts: Hosts, write_config: WriteConfig, tmp_path: Path) -> None:
+    job = launch(hosts, write_config(), ["host9", "host1", "host2", "host3"], "--nodes", "1:3")
+    assert job.end() == 0, job.output()
+    assert "using host9, host1, host2; not host3" in job.output()
+    assert "host9: cannot be reached: " in job.output()
+    assert "host1 | device     2 x cpu" in job.output()
+    assert summary(tmp_path / "run")["status"] == "finished"
+    assert left(hosts) == []
+
+
+@NIGHTLY
+def test_a_second_ctrl_c_ends_it_now(hosts: Hosts, write_config: WriteConfig) -> None:
+    job = launch(hosts, steady(write_config, steps=50, seconds=2.0), ["host1", "host2"])
+    job.wait_for(lambda output: "run folder" in output)
+    job.signal(signal.SIGINT, group=True)
+    time.sleep(1.5)
+    job.signal(signal.SIGINT, group=True)
+    begun = time.monotonic()
+    assert job.end() == 1, job.output()
+    assert time.monotonic() - begun < 20
+    assert left(hosts) == []
+
+
+@NIGHTLY
+def test_the_digits(hosts: Hosts, train: Train, tmp_path: Path) -> None:
+    config = REPOSITORY / "configs" / "digits.yaml"
+    common = ["tracking.trackers=[]", "train.epochs=12", "launch.environment.OMP_NUM_THREADS=1"]
+    assert train("--config", config, *common, f"run.dir={tmp_path / 'alone'}").code == 0
+    job = launch(hosts, config, hosts.names, *common, f"run.dir={tmp_path / 'run'}")
+    assert job.end() == 0, job.output()
+    alone, together = (summary(tmp_path / name)["metrics"]["eval/accuracy"] for name in ("alone", "run"))
+    assert together == pytest.approx(alone, abs=0.006)
+
+
+def both(hosts: Hosts, folder: Path, command: list[str], rank: str, **variables: str) -> list[str]:
+    """Runs a command on two hosts as a person would, with another rank on each, to a good end."""
+    jobs = [
+        hosts.popen(i, [str(i - 1) if part == rank else part for part in command], folder, **variables) for i in (1, 2)
+    ]
+    assert [job.end() for job in jobs] == [0, 0], [job.output() for job in jobs]
+    return [job.output() for job in jobs]
+
+
+def test_accelerate_by_hand(hosts: Hosts, write_config: WriteConfig, tmp_path: Path) -> None:
+    config = write_config()
+    where = ["--main_process_ip", hosts.address(1), "--main_process_port", "29400"]
+    options = ["--multi_gpu", "--num_machines", "2", "--num_processes", "2", "--machine_rank", "RANK", *where]
+    accelerate = str(Path(sys.executable).parent / "accelerate")
+    command = [accelerate, "launch", *options, str(REPOSITORY / "train.py"), "--config", str(config)]
+    shown = both(hosts, tmp_path, command, "RANK", ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    assert "2 x cpu" in shown[0]
+    assert summary(tmp_path / "run")["status"] == "finished"
+
+
+@NIGHTLY
+def test_agents_by_hand(hosts: Hosts, write_config: WriteConfig, tmp_path: Path) -> None:
+    config = str(write_config())
+    options = ["--node-rank", "RANK", "--rendezvous", "host1", "--job", "monday-1", "--nodes", "2"]
+    command = [sys.executable, "-m", "launch", "agent", "--config", config, *options]
+    assert "2 x cpu" in both(hosts, tmp_path, command, "RANK")[0]
+    assert summary(tmp_path / "run")["status"] == "finished"
+
+
+@NIGHTLY
+def test_what_a_dry_run_prints_can_be_pasted(hosts: Hosts, write_config: WriteConfig, tmp_path: Path) -> None:
+    job = launch(hosts, write_config(), ["host1", "host2"], "--dry-run")
+    assert job.end() == 0
+    pasted = job.output().partition("# One agent")[2].partition("\n")[2].split("\nwhile ")
+    lines = [pasted[0], *(f"while {line}" for line in pasted[1:])]
+    assert len(lines) == 2
+    jobs = [Job(["bash", "-c", line], tmp_path) for line in lines]
+    hosts.jobs += jobs
+    assert [job.end() for job in jobs] == [0, 0], [job.output() for job in jobs]
+    assert summary(tmp_path / "run")["status"] == "finished"

@@ -22,6 +22,7 @@ from resuming import assert_same_end
 from run_results import summary
 
 SLOW = {"name": "slow:SlowWhileTold", "args": {"length": 60}}
+RARELY = {"log__every": 5, "checkpoint__every": 100, "eval__every": 200}
 COMMAND = [sys.executable, "-m", "launch", "slurm"]
 
 
@@ -92,7 +93,7 @@ def test_two_nodes_do_what_two_processes_here_do(slurm: Slurm, folder: Path) -> 
 
 def test_preempted_and_at_its_time_limit_it_goes_on(slurm: Slurm, folder: Path) -> None:
     """Both in one run; it ends bit for bit as one that was left in peace."""
-    config = write(folder, train__epochs=40, data__train=SLOW, faults__grace="5 seconds", log__every=5)
+    config = write(folder, train__epochs=80, data__train=SLOW, faults__grace="5 seconds", **RARELY)
     (folder / "slowly").touch()
     job = launch(slurm, config, "--nodes", "2", "--follow", "launch.slurm.time=30")
     number = number_of(job)
@@ -101,8 +102,8 @@ def test_preempted_and_at_its_time_limit_it_goes_on(slurm: Slurm, folder: Path) 
     minutes = math.ceil((int(used[0]) * 3600 + int(used[1]) * 60 + int(used[2]) + 1) / 60)
     assert slurm.run(["scontrol", "update", f"JobId={number}", f"TimeLimit={minutes}"]).returncode == 0
     job.wait_for(lambda output: output.count("requeued: job") == 1)
-    job.wait_for(seen("continuing from step"))
     assert slurm.run(["scontrol", "update", f"JobId={number}", "TimeLimit=30"]).returncode == 0
+    job.wait_for(seen("continuing from step"))
     steps = job.output().count("\nstep ")
     job.wait_for(lambda output: output.count("\nstep ") > steps)
     high = slurm.run(["srun", "--partition=high", "--nodes=3", "--exclusive", "true"])
@@ -117,7 +118,7 @@ def test_preempted_and_at_its_time_limit_it_goes_on(slurm: Slurm, folder: Path) 
 
 
 def test_cancel_leaves_a_checkpoint_and_nothing_else(slurm: Slurm, folder: Path) -> None:
-    config = write(folder, train__epochs=1000, data__train=SLOW, log__every=5)
+    config = write(folder, train__epochs=1000, data__train=SLOW, **RARELY)
     (folder / "slowly").touch()
     job = launch(slurm, config, "--nodes", "2", "--follow")
     number = number_of(job)
@@ -184,7 +185,7 @@ def test_what_slurm_accepts_and_would_never_run(slurm: Slurm, folder: Path) -> N
 
 
 def test_inside_an_allocation(slurm: Slurm, folder: Path) -> None:
-    config = write(folder, train__epochs=1000, data__train=SLOW, log__every=5)
+    config = write(folder, train__epochs=1000, data__train=SLOW, **RARELY)
     (folder / "slowly").touch()
     inner = [*COMMAND, "--config", config.name, "--nodes"]
     salloc = ["salloc", "--nodes=2", "--ntasks=2"]
@@ -225,7 +226,7 @@ def test_an_array_of_two(slurm: Slurm, folder: Path) -> None:
 
 
 def test_the_others_go_on_when_a_node_is_lost(slurm: Slurm, folder: Path) -> None:
-    config = write(folder, train__epochs=40, data__train=SLOW, log__every=5, checkpoint__every=5)
+    config = write(folder, train__epochs=80, data__train=SLOW, **{**RARELY, "checkpoint__every": 5})
     (folder / "slowly").touch()
     job = launch(slurm, config, "--nodes", "1:2", "--follow", "launch.max_restarts=3")
     number = number_of(job)

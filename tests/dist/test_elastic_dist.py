@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,6 @@ JOURNEYS = {
     "ddp, fsdp, ddp": [(2, DDP), (2, FSDP), (2, DDP)],
     "fsdp on 3, ddp on 1, fsdp on 2": [(3, FSDP), (1, DDP), (2, FSDP)],
 }
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainServer]:
-    with TrainServer(tmp_path_factory.mktemp("said")) as server:
-        yield server
 
 
 def config(write_config: WriteConfig, run: Path, recorded: Path, stop: Path, **changes: Any) -> Path:

@@ -1,4 +1,4 @@
-"""The bytes that the model gets, on 1, 2 and 3 processes, from every way to the device; through the real launcher."""
+"""The bytes that the model gets, on 1, 2 and 3 processes, from every way to the device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from launching import local
+from resuming import TrainServer
 
 RUNS = (("host", 3), ("replicated", 2), ("sharded", 2), ("sharded", 3))  # besides host on one process
 WAYS: dict[str, dict[str, Any]] = {
@@ -19,7 +19,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def train(folder: Path, way: str, world: int, **settings: Any) -> list[list[str]]:
+def train(server: TrainServer, folder: Path, way: str, world: int, **settings: Any) -> list[list[str]]:
     """Returns the hashes of all samples of every step."""
     hashes = folder / f"{way}-{world}"
     hashes.mkdir()
@@ -43,33 +43,35 @@ def train(folder: Path, way: str, world: int, **settings: Any) -> list[list[str]
     }
     file = folder / f"{way}-{world}.yaml"
     file.write_text(yaml.safe_dump(config))
-    done = local(file, world)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = server.train("--config", file, ranks=world, folder=folder)
+    assert done.code == 0, done.out + done.err
     by_rank = [map(json.loads, (hashes / f"{rank}.jsonl").read_text().splitlines()) for rank in range(world)]
     return [sorted(h for share in step for h in share) for step in zip(*by_rank, strict=True)]
 
 
-def test_every_way_and_every_world_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_every_way_and_every_world_gives_the_same_bytes(server: TrainServer, tmp_path: Path) -> None:
     images = torch.randint(0, 256, (30, 1, 16, 16), dtype=torch.uint8)
     torch.save((images, torch.arange(30) % 3), tmp_path / "data.pt")
-    reference = train(tmp_path, "host", 1)
+    reference = train(server, tmp_path, "host", 1)
     assert [len(step) for step in reference] == [12, 12, 6] * 2
     assert len({h for step in reference for h in step}) == 60
     for way, world in RUNS:
-        assert train(tmp_path, way, world) == reference, (way, world)
+        assert train(server, tmp_path, way, world) == reference, (way, world)
 
 
 @pytest.mark.parametrize("way", ["sharded"])
-def test_mixing_needs_whole_pairs_on_every_process(way: str, tmp_path: Path) -> None:
+def test_mixing_needs_whole_pairs_on_every_process(way: str, server: TrainServer, tmp_path: Path) -> None:
     torch.save(
         (torch.zeros(30, 1, 16, 16, dtype=torch.uint8), torch.zeros(30, dtype=torch.int64)), tmp_path / "data.pt"
     )
     with pytest.raises(AssertionError, match="12 samples do not split over 4 in pairs to mix; nearest sizes: 8 and 16"):
-        train(tmp_path, way, 4)
+        train(server, tmp_path, way, 4)
 
 
-def test_a_process_that_nobody_asks_for_a_sample_takes_part_in_the_exchange(tmp_path: Path) -> None:
+def test_a_process_that_nobody_asks_for_a_sample_takes_part_in_the_exchange(
+    server: TrainServer, tmp_path: Path
+) -> None:
     images = torch.randint(0, 256, (30, 1, 16, 16), dtype=torch.uint8)
     torch.save((images, torch.arange(30) % 3), tmp_path / "data.pt")
     settings = {"augment": {}, "train": {"steps": 20, "batch_size": 3}}
-    assert train(tmp_path, "sharded", 3, **settings) == train(tmp_path, "host", 1, **settings)
+    assert train(server, tmp_path, "sharded", 3, **settings) == train(server, tmp_path, "host", 1, **settings)

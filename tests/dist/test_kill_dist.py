@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import WriteConfig
-from launching import TIMEOUT, Job, local
-from resuming import assert_same_end, kill
+from conftest import NIGHTLY, WriteConfig
+from launching import TIMEOUT, Job
+from resuming import TrainServer, assert_same_end, kill
 from run_results import losses, summary
 
 LAUNCH = [sys.executable, "-m", "launch", "local"]
-NIGHTLY = os.environ.get("LOCKSTEP_NIGHTLY") == "1"
 KILLS = 5 if NIGHTLY else 2  # of each kind of run
 STEPS = 100
 
@@ -67,11 +66,13 @@ def config(write_config: WriteConfig, file: str, run: Path, **changes: Any) -> P
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", RUNS)
-def test_killed_at_random_instants_equals_undisturbed(name: str, write_config: WriteConfig, tmp_path: Path) -> None:
+def test_killed_at_random_instants_equals_undisturbed(
+    name: str, server: TrainServer, write_config: WriteConfig, tmp_path: Path
+) -> None:
     ranks, changes = RUNS[name]
     quiet, run = tmp_path / "quiet", tmp_path / "run"
-    done = local(config(write_config, "quiet.yaml", quiet, **changes), ranks, OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = server.train("--config", config(write_config, "quiet.yaml", quiet, **changes), ranks=ranks)
+    assert done.code == 0, done.out + done.err
     assert list(losses(quiet)) == list(range(1, STEPS + 1))
     if changes.get("precision") == "fp16":
         assert summary(quiet)["skipped_steps"] > 0
@@ -88,8 +89,8 @@ def test_killed_at_random_instants_equals_undisturbed(name: str, write_config: W
         time.sleep(later)
         what = kill(job, whole, choice)
         told.append(f"{what} at step {last_step(run)} ({step} + {later:.3f} s)")
-    job = Job(command, tmp_path, OMP_NUM_THREADS="1")
-    assert job.end() == 0, "\n".join([*told, job.output()])
+    done = server.train("--config", tmp_path / "run.yaml", ranks=ranks)
+    assert done.code == 0, "\n".join([*told, done.out, done.err])
     assert_same_end(run, quiet, "; ".join(told))
 
 

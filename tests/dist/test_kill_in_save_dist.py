@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,9 @@ def changes(run: Path, **others: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainOnTwo]:
+def train(server: TrainServer) -> TrainOnTwo:
     """Runs `train.py` on two ranks."""
-    with TrainServer(tmp_path_factory.mktemp("said")) as server:
-        yield lambda file: server.train("--config", file, ranks=2)
+    return lambda file: server.train("--config", file, ranks=2)
 
 
 @pytest.fixture(scope="module")

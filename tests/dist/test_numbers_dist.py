@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,11 @@ BY_HAND = {
 FSDP = {"parallel": {"strategy": "fsdp"}, "memory": {"blocks": ["layers.0", "layers.4"]}}
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainServer]:
-    with TrainServer(tmp_path_factory.mktemp("server")) as running:
-        yield running
-
-
 def with_nan(server: TrainServer, config: Path, run: Path, **event: Any) -> Outcome:
     """Trains on two ranks, with NaN in a sample of rank 1's."""
     plan = run.with_name("plan.json")
     write_plan(plan, run, [Event("nan", rank=1, **event)])
-    return server.train("--config", config, ranks=2, **{VARIABLE: str(plan)})
+    return server.train("--config", config, ranks=2, variables={VARIABLE: str(plan)})
 
 
 @pytest.mark.parametrize("strategy", [{}, FSDP], ids=["ddp", "fsdp"])

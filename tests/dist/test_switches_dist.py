@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import WriteConfig
-from launching import local
+from resuming import TrainServer
 from run_results import losses, summary
 
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -41,11 +41,11 @@ def gradients(folder: Path) -> list[torch.Tensor]:
     return torch.load(folder / "gradients-1-0.pt", weights_only=True)
 
 
-def test_settings_reach_ddp(write_config: WriteConfig, tmp_path: Path) -> None:
+def test_settings_reach_ddp(server: TrainServer, write_config: WriteConfig, tmp_path: Path) -> None:
     for name, (parallel, expected) in SETTINGS.items():
         folder = tmp_path / name.replace(", ", "-").replace(" ", "-")
-        done = local(watched(write_config, folder, parallel), 2)
-        assert done.returncode == 0, done.stderr
+        done = server.train("--config", watched(write_config, folder, parallel), ranks=2, folder=folder)
+        assert done.code == 0, done.err
         lines = [json.loads(line) for line in (folder / "settings.jsonl").read_text().splitlines()]
         assert len(lines) == 2 * 5
         assert all(line[key] == value for line in lines for key, value in expected.items())
@@ -58,7 +58,7 @@ def test_settings_reach_ddp(write_config: WriteConfig, tmp_path: Path) -> None:
         assert losses(folder / "run") == pytest.approx(losses(tmp_path / "defaults" / "run"), rel=rel)
 
 
-def test_ranks_take_what_fits_on_all_of_them(write_config: WriteConfig, tmp_path: Path) -> None:
+def test_ranks_take_what_fits_on_all_of_them(server: TrainServer, write_config: WriteConfig, tmp_path: Path) -> None:
     """A rank that takes more than was planned decides for the others."""
     changes: dict[str, Any] = {
         "data__train__args__length": 256,
@@ -66,10 +66,11 @@ def test_ranks_take_what_fits_on_all_of_them(write_config: WriteConfig, tmp_path
         "memory": {"target": "3MiB"},
     }
     extra = {"rank": 1, "extra": 2**17}
-    done = local(write_config(model={"name": "fitted_model:HungryRank", "args": extra}, **changes), 2)
-    assert done.returncode == 0, done.stderr
-    assert "memory     micro-batch 64, " in done.stdout  # as planned
-    tried = done.stdout.split("tried: micro-batch ")[1].split()[0]
+    file = write_config(model={"name": "fitted_model:HungryRank", "args": extra}, **changes)
+    done = server.train("--config", file, ranks=2)
+    assert done.code == 0, done.err
+    assert "memory     micro-batch 64, " in done.out  # as planned
+    tried = done.out.split("tried: micro-batch ")[1].split()[0]
     assert 1 <= int(tried) <= 16
-    assert f"batch      128 = 2 processes x {tried} x {64 // int(tried)} micro-batches" in done.stdout
+    assert f"batch      128 = 2 processes x {tried} x {64 // int(tried)} micro-batches" in done.out
     assert summary(tmp_path / "run")["status"] == "finished"

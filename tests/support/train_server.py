@@ -1,7 +1,7 @@
 """Runs `train.py` again and again, each time in processes of its own that need not import torch first.
 
-For every line of JSON with `arguments`, `ranks`, `variables` (of the environment), `out` and `err` (files) there is a
-line with the ranks' exit codes.
+For every line of JSON with `arguments`, `ranks`, `variables` (of the environment), `folder` (to run in), `out` and
+`err` (files) there is a line with the ranks' exit codes.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def start(request: dict[str, Any], rank: int, port: int) -> int:
             places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
             os.environ.update({**addresses, **places, "ACCELERATE_USE_CPU": "true"})
         os.environ.update(request["variables"])
+        os.chdir(request["folder"])
         for number, name in ((0, os.devnull), (1, request["out"]), (2, request["err"])):
             os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
         leave(train(request["arguments"]))

@@ -22,10 +22,11 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousTimeoutError,
 )
 
-from launch import agent, local
+from launch import agent, local, starting
 from launch.cli import main
 from trainer.config import Config, load_config
 from trainer.faults.fault import Fault, fault_folder, write_first
+from trainer.memory.shrink import Shrink
 from trainer.rendezvous import fresh_part
 
 KILL, TERM = -signal.SIGKILL, -signal.SIGTERM
@@ -219,3 +220,27 @@ def test_a_used_store_has_a_fresh_part() -> None:
 def test_a_rank_that_does_not_come() -> None:
     with pytest.raises(RuntimeError, match="rank 1 of 2 did not come"):
         fresh_part(HashStore(), 0, 2, timedelta(seconds=0.1))
+
+
+def test_machines_meet_again_after_a_shrink(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a name that one knows, too, which comes when the others have shrunk already."""
+    records: list[Shrink] = []
+    names = []
+
+    def run_agent(command: list[str], *_: object, **__: object) -> agent.Outcome:
+        names.append(command[-1])
+        if len(records) == 2:
+            return agent.Outcome(0)
+        records.append(Shrink(4 - len(records), 8, 8, step=3, rank=0, attempt=1, time=1000.0 + len(records)))
+        return agent.Outcome(1)
+
+    monkeypatch.setattr(starting, "run_agent", run_agent)
+    monkeypatch.setattr(starting, "read_shrink", lambda _: records[-1] if records else None)
+    plan = starting.LaunchPlan(["torchrun", "--rdzv-id", "digits.7"])
+    config = config_of(write_config, memory__on_oom="shrink")
+    assert starting.run(plan, config) == 0
+    assert names == ["digits.7", "digits.7.1000", "digits.7.1001"]
+    assert starting.run(plan, config) == 0
+    assert names[3:] == ["digits.7.1001"]
+    assert starting.run(plan, config_of(write_config)) == 0
+    assert names[4:] == ["digits.7"]

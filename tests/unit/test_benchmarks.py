@@ -15,6 +15,7 @@ from conftest import REPOSITORY
 from launching import run
 from PIL import Image
 
+from benchmarks import feed
 from benchmarks.feed import MOST_FOREIGN_CORES, Problem, add_ratios, summarize, table
 from benchmarks.measure import Measurement, measure
 from benchmarks.peers import ENTRIES, Batches, Entry, random_crop
@@ -157,7 +158,9 @@ def test_a_measurement_counts_the_cpu_time_of_children_and_closes_its_entry(
     assert 0.39 < taken.cpu_seconds < 0.6  # two batches of 0.2 s: the warm-up and the start are not in it
 
 
-def test_a_run_measures_and_prints_the_same_table_again(pictures: Path, tmp_path: Path) -> None:
+def test_a_run_measures_and_prints_the_same_table_again(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     result_file = tmp_path / "results" / "feed.json"
     command = [sys.executable, "-m", "benchmarks.feed", "--json", str(result_file)]
     folder = str(pictures.parent)
@@ -176,6 +179,7 @@ def test_a_run_measures_and_prints_the_same_table_again(pictures: Path, tmp_path
     assert result["entries"][0]["ratios"] == {"torchvision": 1.0}
     assert result["pictures"]["pictures"] == 60
     assert result["environment"]["cores"] >= 1
-    again = run([*command, "--markdown"], REPOSITORY)
-    assert again.stdout == ended.stdout
-    assert "| `ours` |" in again.stdout
+    monkeypatch.setattr(sys, "argv", ["feed", "--json", str(result_file), "--markdown"])
+    assert feed.main() == 0
+    assert capsys.readouterr().out == ended.stdout
+    assert "| `ours` |" in ended.stdout

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,9 +28,8 @@ FILE, MANIFEST = "rank-00000.safetensors", "manifest.json"
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
-    with TrainServer(tmp_path_factory.mktemp("said")) as server:
-        yield server.train
+def train(server: TrainServer) -> Train:
+    return server.train
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import psutil
 import pytest
 from conftest import REPOSITORY
 
@@ -85,3 +86,15 @@ def test_dry_run_prints_a_line_that_can_be_typed() -> None:
         "ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 "
         f"{REPOSITORY / 'train.py'} --config {CONFIG} 'optim.args={{betas: [0.8, 0.9]}}' launch.processes=2\n"
     )
+
+
+@pytest.mark.parametrize("flags", [["--num_processes", "2"], ["--num_processes=2"], ["--num-processes", "2"]])
+def test_what_accelerate_was_asked_for(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainer.runtime import promised_processes
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    command = ["python", "/usr/bin/accelerate", "launch", "--cpu", *flags, "train.py", "--config", "a.yaml"]
+    monkeypatch.setattr(psutil.Process, "cmdline", lambda process: command)
+    assert promised_processes() == 2
+    monkeypatch.setattr(psutil.Process, "cmdline", lambda process: ["python", *command[2:]])
+    assert promised_processes() == 1

@@ -25,9 +25,8 @@ MakeDisk = Callable[[int], Path]
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
-    with TrainServer(tmp_path_factory.mktemp("said")) as server:
-        yield server.train
+def train(server: TrainServer) -> Train:
+    return server.train
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,9 @@ def changes(run: Path, **others: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
+def train(server: TrainServer) -> Train:
     """Runs `train.py` in a process that may be killed."""
-    with TrainServer(tmp_path_factory.mktemp("said")) as server:
-        yield server.train
+    return server.train
 
 
 @pytest.fixture(scope="module")

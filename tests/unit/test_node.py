@@ -17,6 +17,7 @@ from launch.node import Place
 from launch.starting import LaunchPlan
 from trainer.config import load_config
 from trainer.errors import UserError
+from trainer.memory.shrink import Shrink
 
 
 def options_of(plan: LaunchPlan) -> dict[str, str]:
@@ -68,10 +69,11 @@ def test_an_unknown_first_machine() -> None:
         node.find_address(Place(1, "nowhere.invalid", 1, "j"))
 
 
-def test_a_later_start_has_a_name_of_its_own() -> None:
+def test_a_start_after_a_shrink_has_a_name_of_its_own() -> None:
+    record = Shrink(4, 8, 8, step=3, rank=0, attempt=1, time=1000.2)
     plan = LaunchPlan(["torchrun", "--rdzv-id", "j", "train"], {"A": "1"})
-    assert plan.again(2) == LaunchPlan(["torchrun", "--rdzv-id", "j.2", "train"], {"A": "1"})
-    assert LaunchPlan(["python", "train"]).again(2) == LaunchPlan(["python", "train"])
+    assert plan.after(record) == LaunchPlan(["torchrun", "--rdzv-id", "j.1000", "train"], {"A": "1"})
+    assert LaunchPlan(["python", "train"]).after(record) == LaunchPlan(["python", "train"])
 
 
 @pytest.mark.parametrize(

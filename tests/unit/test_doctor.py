@@ -71,7 +71,13 @@ def test_the_slow_one_is_told_from_its_peers(rates: list[float], slow: dict[int,
 
 
 def health(**changes: Any) -> dict[str, Any]:
-    good = {"sm_clock_mhz": 1980, "max_sm_clock_mhz": 1980, "temperature": 50, "slowdown_temperature": 87, "ecc": True}
+    good: dict[str, Any] = {
+        "sm_clock_mhz": 1980,
+        "max_sm_clock_mhz": 1980,
+        "temperature": 50,
+        "slowdown_temperature": 87,
+        "ecc": True,
+    }
     good |= {"reasons": ["power cap"], "uncorrected_errors": 0, "remapping_failed": False, "remapping_pending": False}
     return {**good, **changes}
 

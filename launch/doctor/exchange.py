@@ -34,9 +34,9 @@ _CLOCK_WARN = 1.0  # seconds
 _CLOCK_TOLERANCE = 5.0  # without a config
 _SIZES = (1 << 10, 32 << 10, 1 << 20, 16 << 20, 64 << 20)  # bytes
 _SECONDS_PER_SIZE, _MOST_REPEATS = 0.4, 20
-_TOO_SLOW = 3.0  # seconds for one size, after which larger ones are left out
-_CHUNKS = (64 << 10, 1 << 20, 16 << 20)  # bytes from rank to rank; larger ones where these are quick
-_QUICK = 0.03  # seconds
+_TOO_SLOW = 3.0  # seconds that the next size would take, which is then left out
+_CHUNKS = (64 << 10, 1 << 20, 16 << 20)  # bytes from rank to rank
+_LONG = 1.0  # seconds that the next size would take, which is then left out
 _CHUNK_REPEATS = 3
 _MOST_HOSTS = 64  # of which every pair is tried; of more, neighbours
 _SLOW_LINK = 100e6  # bytes per second between machines: gigabit Ethernet has 118
@@ -122,7 +122,7 @@ def judge_clock(readings: Sequence[Reading]) -> Judgement:
 def measure_all_reduce(situation: Situation) -> Values:
     """Returns how long sums over all ranks take, by size; of every repetition the time of the slowest rank."""
     results: list[Values] = []
-    for size in _SIZES:
+    for size, following in pairwise([*_SIZES, 0]):
         situation.now(f"all-reduce of {size} bytes")
         data = torch.zeros(size // 4, device=situation.device)
         dist.all_reduce(data)
@@ -132,7 +132,7 @@ def measure_all_reduce(situation: Situation) -> Values:
         seconds = statistics.median(times)
         carried = 2 * (situation.num_ranks - 1) / situation.num_ranks * size  # by each rank's link, in a ring
         results.append({"bytes": size, "seconds": seconds, "bus_gb_s": carried / seconds / 1e9, "repeats": repeats})
-        if seconds > _TOO_SLOW:
+        if seconds * following / size > _TOO_SLOW:
             break
     return {"sizes": results, "left_out": [size for size in _SIZES if size > results[-1]["bytes"]]}
 
@@ -207,10 +207,10 @@ def measure_pairs(situation: Situation) -> Values:
 
 def _send(situation: Situation, receiver: int) -> Values:
     latency = min(_one_way(situation, receiver, 4) for _ in range(_CHUNK_REPEATS))
-    for size in _CHUNKS:
+    for size, following in pairwise([*_CHUNKS, 0]):
         times = [_one_way(situation, receiver, size) for _ in range(_CHUNK_REPEATS)]
         seconds = min(times)
-        if seconds > _QUICK:
+        if seconds * following / size > _LONG:
             break
     dist.send(torch.zeros(1, dtype=torch.int64), receiver)
     return {"bytes": size, "seconds": seconds, "bytes_per_s": size / seconds, "round_trip": latency}

@@ -37,24 +37,33 @@ class Meeting:
         self.rank, self.num_ranks, self.patience = rank, num_ranks, patience
         self.missing: dict[int, str] = {}  # ranks that were given up, and where they were last
         self._store = store if store is not None or num_ranks == 1 else _open_store(rank, patience)
-        self._number_of_places = 0
+        self._num_places = 0  # where this rank has been
+        self._own: dict[str, Any] = {}  # what it has handed in
 
     def at(self, place: str) -> None:
         """Says where this rank is now: whoever waits for it then waits anew."""
         if self._store is not None:
-            self._number_of_places += 1
-            self._store.set(f"at/{self.rank}", f"{self._number_of_places} {place}")
+            self._num_places += 1
+            self._store.set(f"at/{self.rank}", f"{self._num_places} {place}")
 
     def put(self, name: str, value: Any) -> None:
         """Hands in a value of this rank."""
+        self._own[name] = value
         if self._store is not None:
             self._store.set(f"{name}/{self.rank}", json.dumps(value))
 
+    def found(self, name: str) -> dict[int, Any]:
+        """Returns the values of a name that ranks have handed in so far, by rank."""
+        if self._store is None:
+            return {self.rank: self._own[name]} if name in self._own else {}
+        keys = {rank: f"{name}/{rank}" for rank in range(self.num_ranks)}
+        return {rank: json.loads(self._store.get(key)) for rank, key in keys.items() if self._has([key])}
+
     def collect(self, name: str, own: Any) -> dict[int, Any]:
         """Returns every rank's value of a name, but for those ranks that do not come, and hands in this one's."""
+        self.put(name, own)
         if self._store is None:
             return {self.rank: own}
-        self.put(name, own)
         here = self._wait([f"{name}/{rank}" for rank in range(self.num_ranks)])
         values = self._store.multi_get([f"{name}/{rank}" for rank in here]) if here else []
         return {rank: json.loads(value) for rank, value in zip(here, values, strict=True)}

@@ -34,7 +34,7 @@ from trainer.config import load_config
 from trainer.errors import one_line_text
 from trainer.system import die_with_parent
 
-_MARGIN = 10.0  # seconds that a rank gets beyond what one check may take, before the others give it up
+_MARGIN = 0.5  # of what one check may take: what a rank gets beyond that, before the others give it up
 
 
 def main(arguments: Sequence[str] | None = None, checks: Sequence[Check] = CHECKS) -> int:
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None, checks: Sequence[Check] = CHECK
         die_with_parent()
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        meeting = Meeting(rank, num_ranks, options.timeout + _MARGIN)
+        meeting = Meeting(rank, num_ranks, (1 + _MARGIN) * options.timeout)
         return _check_all(meeting, options, checks)
     except (DistError, OSError) as error:  # the store went, and rank 0 with it
         sys.stderr.write(f"rank {rank} on {socket.gethostname()}: rank 0 cannot be reached: {one_line_text(error)}\n")
@@ -72,15 +72,14 @@ def _check_all(meeting: Meeting, options: argparse.Namespace, checks: Sequence[C
         meeting=meeting,
         patience=options.timeout,
     )
-    own = {}
     for check in checks:
         situation.now(check.name)
         if check.is_together:
             meeting.gather(f"before {check.name}")  # also those that have nothing to measure
         if check.concerns(place):
-            own[check.name] = take(check, situation)
+            meeting.put(f"values of {check.name}", take(check, situation))  # at once: it may be the last
     situation.now("handing in")
-    everything = meeting.collect("readings", own)
+    meeting.gather("end")
     code = None
     if meeting.rank == 0:
         facts = {
@@ -93,7 +92,8 @@ def _check_all(meeting: Meeting, options: argparse.Namespace, checks: Sequence[C
         report = Report(list(places.values()), facts)
         report.lines.append(Line("ranks", judge_ranks(meeting.num_ranks, places, meeting.missing, meeting.patience)))
         for check in checks:
-            readings = tuple(Reading(places[r], v[check.name]) for r, v in everything.items() if check.name in v)
+            found = meeting.found(f"values of {check.name}")
+            readings = tuple(Reading(places[rank], values) for rank, values in found.items() if rank in places)
             report.lines.append(Line(check.name, judge(check, readings), readings))
         code = EXIT_FAILED if report.verdict == Verdict.FAIL else EXIT_FINISHED
         _show(report, options.json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ class Situation:
         device: of this rank.
         config: None where none was given.
         meeting: of all ranks.
-        patience: seconds that a single check may take.
+        patience: seconds that a single step of a check may take.
     """
 
     place: Place
@@ -39,6 +40,7 @@ class Situation:
     patience: float
     stalled: str = field(default="", init=False)  # the exchange that did not end well
     doing: str = field(default="", init=False)
+    num_steps: int = field(default=0, init=False)
     _made: list[Path] = field(default_factory=list, init=False)
 
     @property
@@ -57,7 +59,7 @@ class Situation:
 
     def now(self, what: str) -> None:
         """Says what this rank is at, for the others and for what is said when it stalls."""
-        self.doing = what
+        self.doing, self.num_steps = what, self.num_steps + 1
         self.meeting.at(what)
 
     def make_folder(self, folder: Path) -> None:
@@ -104,6 +106,7 @@ class Check:
         return {"ranks": True, "hosts": place.is_first, "main": place.rank == 0}[self.on]
 
 
+_LOOK_SECONDS = 0.5
 SKIPPED, PROBLEM = "skipped", "problem"  # what stands in place of values
 
 
@@ -131,7 +134,11 @@ def take(check: Check, situation: Situation) -> Values:
     # A file system or a collective that does not answer cannot be interrupted, but it can be left behind.
     thread = threading.Thread(target=measure, name=check.name, daemon=True)
     thread.start()
-    thread.join(situation.patience)
+    seen, since = situation.num_steps, time.monotonic()
+    while thread.is_alive() and time.monotonic() - since < situation.patience:
+        thread.join(_LOOK_SECONDS)
+        if situation.num_steps != seen:
+            seen, since = situation.num_steps, time.monotonic()
     values = box[0] if box else {PROBLEM: f"no answer within {situation.patience:.0f} s", "at": situation.doing}
     if check.is_exchange and PROBLEM in values:
         situation.stalled = check.name

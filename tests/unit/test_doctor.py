@@ -1,0 +1,625 @@
+"""The doctor's verdicts on good and bad numbers, what it measures in one process, and its report.
+
+A GPU's own figures need NVIDIA's driver: here NVML is a stand-in that answers as its documentation says. The rest is
+measured on this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import WriteConfig
+from torch.distributed import HashStore
+
+from launch.doctor import devices, disks, exchange, machine, nvml, report
+from launch.doctor.checks import CHECKS
+from launch.doctor.meeting import Meeting
+from launch.doctor.situation import Check, Situation, take
+from launch.doctor.verdicts import COMPUTE, Finding, Judgement, Place, Reading, Skip, Verdict, find_slow
+from trainer.cli import EXIT_USAGE
+from trainer.config import Config, load_config
+
+Judge = Callable[[Sequence[Reading]], Judgement]
+CPU = torch.device("cpu")
+
+
+def place(rank: int, ranks_per_host: int = 1, device: str = "cpu") -> Place:
+    node = rank // ranks_per_host
+    return Place(rank, node, f"host{node + 1}", device, is_first=rank % ranks_per_host == 0)
+
+
+def readings(values: Sequence[dict[str, Any]], **common: Any) -> list[Reading]:
+    return [Reading(place(rank), {**common, **own}) for rank, own in enumerate(values)]
+
+
+def situation(config: Config | None = None, patience: float = 20.0) -> Situation:
+    return Situation(place(0), [place(0)], 1, CPU, config, Meeting(0, 1, patience), patience)
+
+
+def said(judgement: Judgement) -> list[tuple[str, str]]:
+    return [(finding.verdict.value, finding.message) for finding in judgement.findings]
+
+
+# ---- verdicts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rates", "slow"),
+    [
+        ([100, 100], {}),
+        ([100, 90], {}),
+        ([100, 84], {1: "warn"}),
+        ([100, 69], {1: "fail"}),
+        ([100, 60, 102, 98], {1: "fail"}),
+        ([50, 50, 100, 100, 100], {0: "fail", 1: "fail"}),
+        ([100], {}),
+    ],
+)
+def test_the_slow_one_is_told_from_its_peers(rates: list[float], slow: dict[int, str]) -> None:
+    found = find_slow(dict(enumerate(rates)), COMPUTE)
+    assert {key: value.verdict for key, value in found.items()} == slow
+
+
+def health(**changes: Any) -> dict[str, Any]:
+    good: dict[str, Any] = {
+        "sm_clock_mhz": 1980,
+        "max_sm_clock_mhz": 1980,
+        "temperature": 50,
+        "slowdown_temperature": 87,
+        "ecc": True,
+    }
+    good |= {"reasons": ["power cap"], "uncorrected_errors": 0, "remapping_failed": False, "remapping_pending": False}
+    return {**good, **changes}
+
+
+def copies(pinned: float, pageable: float = 8.0) -> dict[str, Any]:
+    return {"pinned_gb_s": pinned, "pageable_gb_s": pageable}
+
+
+def written(rate: float = 5e8, **changes: Any) -> dict[str, Any]:
+    return {"location": "runs/x", "free": 1 << 40, "bytes_per_s": rate, "publish_seconds": 0.01, **changes}
+
+
+def read(rate: float | None = 1e9, exists: bool = True, **changes: Any) -> dict[str, Any]:
+    values = {"place": "/data", "needed": True, "exists": exists, "bytes_per_s": rate, "cached_share": 0.0, **changes}
+    return {"places": {"data.train.args.root": values}}
+
+
+def pair(rate: float, is_inside: bool = False) -> dict[str, Any]:
+    return {"pairs": [{"to": "host9 rank 9 cpu", "is_inside": is_inside, "bytes_per_s": rate}]}
+
+
+def files(limit: int | None) -> dict[str, Any]:
+    return {"limit": limit, "hard_limit": 1 << 20, "needed": 320}
+
+
+MANY = 10 << 30
+GPUS = {"nvlinks": [18, 18], "infiniband": {"mlx5_0:1": "ACTIVE, 400 Gb/sec"}, "names": ["H100", "H100"]}
+CASES: list[tuple[Judge, list[dict[str, Any]], list[tuple[str, str]]]] = [
+    (machine.judge_versions, [{"torch": "2.15"}] * 2, []),
+    (
+        machine.judge_versions,
+        [{"torch": "2.15", "code": "a"}, {"torch": "2.15", "code": "a"}, {"torch": "2.11", "code": "a"}],
+        [("fail", "host3 rank 2: torch 2.11, and 2.15 on host1 rank 0, host2 rank 1")],
+    ),
+    (
+        machine.judge_versions,
+        [{"driver": "580"}, {"driver": "570"}],
+        [("warn", "host2 rank 1: driver 570, and 580 on host1 rank 0")],
+    ),
+    (machine.judge_variables, [{"variables": {"GLOO_SOCKET_IFNAME": name}} for name in ("a", "b")], []),
+    (
+        machine.judge_variables,
+        [{"variables": {"NCCL_ALGO": "Ring"}}, {"variables": {}}],
+        [("warn", "host2 rank 1: NCCL_ALGO (unset), and Ring on host1 rank 0")],
+    ),
+    (
+        machine.judge_variables,
+        [{"variables": {"NCCL_P2P_DISABLE": "1"}}],
+        [("warn", "host1: NCCL_P2P_DISABLE=1; GPUs then copy through host memory")],
+    ),
+    (machine.judge_open_files, [files(None), files(65536)], []),
+    (
+        machine.judge_open_files,
+        [files(400), files(100)],
+        [
+            ("warn", "host1: a process may have 400 files open, and a rank needs about 320"),
+            ("fail", "host2: a process may have 100 files open, and a rank needs about 320"),
+        ],
+    ),
+    (machine.judge_shared_memory, [{"free": MANY, "wanted": 0}], []),
+    (
+        machine.judge_shared_memory,
+        [{"free": 64 << 10, "wanted": 256 << 20}, {"free": 0, "wanted": 0, "error": "No space left on device"}],
+        [
+            ("warn", "host1: 64 KiB free in /dev/shm; NCCL may want 0.25 GiB"),
+            ("fail", "host2: /dev/shm cannot be used: No space left on device (0 KiB free)"),
+        ],
+    ),
+    (machine.judge_cores, [{"cores": 8, "ranks": 8, "model": "x", "numa_nodes": 2, "load": 0.0}] * 2, []),
+    (
+        machine.judge_cores,
+        [{"cores": cores, "ranks": 8, "model": "x", "numa_nodes": None, "load": 0.0} for cores in (8, 8, 4)],
+        [
+            ("warn", "host3: 8 ranks share 4 cores"),
+            ("warn", "host3 rank 2: cores 4, and 8 on host1 rank 0, host2 rank 1"),
+        ],
+    ),
+    (machine.judge_memory, [{"available": MANY, "ranks": 2}], []),
+    (
+        machine.judge_memory,
+        [{"available": 1 << 30, "ranks": 2}, {"available": 1 << 28, "ranks": 2}],
+        [
+            ("warn", "host1: 1.00 GiB of memory are left for 2 ranks"),
+            ("fail", "host2: 0.25 GiB of memory are left for 2 ranks"),
+        ],
+    ),
+    (machine.judge_ports, [{"port": 29400, "is_free": True}, {"port": None, "is_free": None}], []),
+    (
+        machine.judge_ports,
+        [{"port": 29400, "is_free": False, "error": "in use"}],
+        [("fail", "host1: launch.port 29400: in use")],
+    ),
+    (machine.judge_wandb, [{"server": "https://x", "has_key": True, "error": None}], []),
+    (
+        machine.judge_wandb,
+        [{"server": "https://x", "has_key": True, "error": "timed out"}],
+        [("warn", "host1: https://x cannot be reached: timed out")],
+    ),
+    (devices.judge_devices, [GPUS, GPUS], []),
+    (
+        devices.judge_devices,
+        [GPUS, {**GPUS, "nvlinks": [18, 16]}, {**GPUS, "names": ["A100"], "nvlinks": None, "infiniband": {}}],
+        [
+            ("warn", "host3 rank 2: devices: 1 x A100, and 2 x H100 on host1 rank 0, host2 rank 1"),
+            ("warn", "host3 rank 2: InfiniBand ports: 0, and 1 on host1 rank 0, host2 rank 1"),
+            ("warn", "host2 cuda:1: 16 NVLinks are up, and 18 on its neighbours"),
+        ],
+    ),
+    (
+        devices.judge_product,
+        [{"kind": "cpu", "tflops": tflops, "dtype": "float32", "size": 1024} for tflops in (0.1, 0.1, 0.05)],
+        [("fail", "host3 rank 2 cpu: 50 GFLOP/s, 50% less than its peers' 100 GFLOP/s")],
+    ),
+    # Two kinds of device are no peers.
+    (
+        devices.judge_product,
+        [{"kind": str(tflops), "tflops": tflops, "dtype": "bfloat16", "size": 8192} for tflops in (700.0, 200.0)],
+        [],
+    ),
+    (devices.judge_health, [health(), health(sm_clock_mhz=None, reasons=None, uncorrected_errors=None)], []),
+    (
+        devices.judge_health,
+        [
+            health(reasons=["too hot (hardware)"], sm_clock_mhz=1800),
+            health(uncorrected_errors=3),
+            health(temperature=85),
+        ],
+        [
+            ("warn", "host1 rank 0 cpu: runs at 1800 of 1980 MHz: too hot (hardware)"),
+            ("fail", "host2 rank 1 cpu: 3 memory errors since the driver was loaded that could not be mended"),
+            ("warn", "host3 rank 2 cpu: 85 C, and it slows down at 87 C"),
+        ],
+    ),
+    (
+        devices.judge_health,
+        [health(), health(sm_clock_mhz=1200), health(ecc=False, remapping_failed=True)],
+        [
+            ("fail", "host3 rank 2 cpu: broken memory rows could not be replaced"),
+            ("warn", "host3 rank 2: ECC False, and True on host1 rank 0, host2 rank 1"),
+            ("warn", "host2 rank 1 cpu: runs at 1200 MHz, and its peers at 1980 MHz"),
+        ],
+    ),
+    (devices.judge_copies, [copies(50), copies(48)], []),
+    (
+        devices.judge_copies,
+        [copies(50), copies(12)],
+        [("fail", "host2 rank 1 cpu: pinned host memory comes at 12.0 GB/s, 76% less than to its peers")],
+    ),
+    (exchange.judge_clock, [{"ahead": 0.0, "tolerance": 5.0}, {"ahead": -0.02, "tolerance": 5.0}], []),
+    (
+        exchange.judge_clock,
+        [{"ahead": ahead, "tolerance": 5.0} for ahead in (0.0, 2.0, -90.0)],
+        [
+            ("warn", "host2: its clock is 2.00 s ahead of that of host1"),
+            ("fail", "host3: its clock is 90.00 s behind that of host1"),
+        ],
+    ),
+    (exchange.judge_pairs, [pair(1e9), pair(1.1e9), pair(9e9, is_inside=True)], []),
+    (
+        exchange.judge_pairs,
+        [pair(1e9), pair(1.1e9), pair(1e8), pair(9e9, is_inside=True)],
+        [("fail", "host3 rank 2 cpu -> host9 rank 9 cpu: 0.10 GB/s, 90% less than its peers' 1.05 GB/s")],
+    ),
+    (
+        exchange.judge_pairs,
+        [pair(1e7)],
+        [("warn", "host1 rank 0 cpu -> host9 rank 9 cpu: 10.00 MB/s; gradients will wait for that")],
+    ),
+    (disks.judge_reading, [read(), read()], []),
+    (
+        disks.judge_reading,
+        [read(), read(None, exists=False), read(1e8)],
+        [
+            ("fail", "host2: data.train.args.root: there is no '/data', and host1 has it"),
+            ("warn", "host3: data.train.args.root: 100 MB/s, 90% less than elsewhere"),
+        ],
+    ),
+    (
+        disks.judge_reading,
+        [read(None, error="Permission denied")],
+        [("fail", "host1: data.train.args.root: Permission denied")],
+    ),
+    (disks.judge_reading, [read(None, exists=False, needed=False)], []),
+    (disks.judge_writing, [written(), written(4e8)], []),
+    (
+        disks.judge_writing,
+        [written(free=1 << 20), written(), {"location": "runs/x", "free": None, "error": "Read-only file system"}],
+        [
+            ("fail", "host1: 1.00 MiB free in 'runs/x'"),
+            ("fail", "host3: no checkpoint can be written to 'runs/x': Read-only file system"),
+        ],
+    ),
+    (
+        disks.judge_writing,
+        [written(), written(1e7)],
+        [("warn", "host2: a checkpoint is written at 10 MB/s, 98% less than elsewhere")],
+    ),
+    (disks.judge_sharing, [{"folder": "runs/x", "unseen": []}] * 2, []),
+    (
+        disks.judge_sharing,
+        [{"folder": "runs/x", "unseen": []}, {"folder": "runs/x", "unseen": ["host1"]}],
+        [("fail", "host2: does not see what host1 left in 'runs/x'")],
+    ),
+]
+
+
+@pytest.mark.parametrize(("judge", "values", "expected"), CASES)
+def test_verdicts(judge: Judge, values: list[dict[str, Any]], expected: list[tuple[str, str]]) -> None:
+    judgement = judge(readings(values))
+    assert said(judgement) == expected
+    assert judgement.verdict == (Verdict.FAIL if "fail" in str(expected) else "warn" if expected else "ok")
+    assert all(finding.hint for finding in judgement.findings)
+
+
+def test_all_reduce_tells_latency_and_bandwidth() -> None:
+    sizes = [{"bytes": 1024, "seconds": 2e-4, "bus_gb_s": 0.005}, {"bytes": 64 << 20, "seconds": 0.1, "bus_gb_s": 0.67}]
+    judgement = exchange.judge_all_reduce(readings([{"sizes": sizes, "left_out": []}]))
+    assert judgement == Judgement("200 us for 1 KiB, 0.67 GB/s for 64 MiB")
+    judgement = exchange.judge_all_reduce(readings([{"sizes": sizes[:1], "left_out": [64 << 20]}]))
+    assert judgement.verdict == "warn"
+
+
+# ---- pairs and rounds ---------------------------------------------------------------------------------------------
+
+
+def test_every_machine_is_in_one_pair_at_a_time() -> None:
+    places = [place(rank, ranks_per_host=2) for rank in range(8)]
+    pairs = exchange.pairs_of(places)
+    assert {(0, 1), (1, 0), (1, 2), (7, 0), (0, 2), (6, 0), (2, 6)} <= set(pairs)
+    assert len(pairs) == len(set(pairs)) == 16 + 12
+    rounds = exchange.rounds_of(pairs, places)
+    assert sorted(pair for chosen in rounds for pair in chosen) == sorted(pairs)
+    for chosen in rounds:
+        machines = [node for pair in chosen for node in {rank // 2 for rank in pair}]
+        assert len(machines) == len(set(machines))
+
+
+# ---- measuring here -----------------------------------------------------------------------------------------------
+
+
+def test_one_process_measures_all_but_the_exchange(write_config: WriteConfig) -> None:
+    here = situation(load_config(str(write_config())))
+    found = {check.name: take(check, here) for check in CHECKS}
+    here.clean()
+    skipped = {name for name, values in found.items() if "skipped" in values}
+    gpu = {"GPU health", "host to GPU"} if not torch.cuda.is_available() else set()
+    assert skipped == {"connecting", "clocks", "all-reduce", "pairs", "reading data", "W&B", *gpu}
+    assert not any("problem" in values for values in found.values()), found
+    json.dumps(found)
+    assert found["matmul"]["tflops"] > 0
+    assert found["checkpoint"]["bytes_per_s"] > 0
+    assert found["cores"]["cores"] >= 1
+    assert found["memory"]["available"] > 0
+    assert not Path(load_config(str(write_config())).run_dir).exists()  # nothing is left
+
+
+def test_without_a_config_no_folder_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = {check.name: take(check, situation()) for check in CHECKS if check.name in ("run folder", "checkpoint")}
+    assert found == {name: {"skipped": "no config was given"} for name in found}
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_to(write_config: WriteConfig) -> None:
+    config = load_config(str(write_config(run__dir="/proc/nowhere")))
+    for measure, judge in (
+        (disks.measure_writing, disks.judge_writing),
+        (disks.measure_sharing, disks.judge_sharing),
+    ):
+        judgement = judge([Reading(place(0), measure(situation(config)))])
+        assert judgement.verdict == "fail"
+        assert "/proc/nowhere" in judgement.findings[0].message
+
+
+def test_checkpoints_in_an_object_store_are_tried_there(write_config: WriteConfig) -> None:
+    config = load_config(str(write_config(checkpoint__dir="memory://doctor/run")))
+    values = disks.measure_writing(situation(config))
+    assert values["bytes_per_s"] > 0
+    import fsspec
+
+    assert not fsspec.filesystem("memory").find("/doctor")
+
+
+def test_reading_is_not_from_the_cache(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.bin").write_bytes(os.urandom(1 << 20))
+    os.sync()
+    values = disks.read_sample(tmp_path)
+    assert (values["files"], values["bytes"]) == (3, 3 << 20)
+    assert values["cached_share"] in (0.0, None)  # None: the file system does not tell
+    assert disks.read_sample(tmp_path / "none") == {"exists": False}
+
+
+def test_places_that_data_sets_are_built_from(write_config: WriteConfig) -> None:
+    train = {"name": "image_folder", "args": {"root": "pictures", "classes": ["a", "b"]}}
+    evaluation = {"name": "my:Set", "args": {"files": ["/data/x.npy"], "url": "https://x/y", "mode": "fast"}}
+    config = load_config(str(write_config(data__train=train, data__eval=evaluation)))
+    assert disks.data_places(config) == {
+        "data.train.args.root": ("pictures", True),
+        "data.eval.args.files.0": ("/data/x.npy", False),
+    }
+    assert machine.num_workers(situation(config)) == 0
+
+
+def test_a_port_that_is_taken(write_config: WriteConfig) -> None:
+    import socket
+
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        config = load_config(str(write_config()), [f"launch.port={port}"])
+        judgement = machine.judge_ports([Reading(place(0), machine.measure_ports(situation(config)))])
+    assert said(judgement) == [("fail", f"host1: launch.port {port}: in use")]
+
+
+def test_wandb_that_does_not_answer(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(str(write_config()), ["tracking.trackers=[wandb]", "tracking.wandb.mode=online"])
+    monkeypatch.setattr("trainer.tracking.wandb_server", lambda: "http://127.0.0.1:9")
+    monkeypatch.setattr("trainer.tracking.has_wandb_key", lambda: True)
+    judgement = machine.judge_wandb([Reading(place(0), machine.measure_wandb(situation(config)))])
+    assert judgement.verdict == "warn"
+    assert "http://127.0.0.1:9 cannot be reached" in judgement.findings[0].message
+    offline = load_config(str(write_config()), ["tracking.trackers=[wandb]", "tracking.wandb.mode=offline"])
+    with pytest.raises(Skip, match="offline"):
+        machine.measure_wandb(situation(offline))
+
+
+def test_memory_of_a_container(tmp_path: Path) -> None:
+    assert machine.cgroup_memory(tmp_path) == (None, 0)
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("400\n")
+    (tmp_path / "memory.stat").write_text("anon 100\ninactive_file 250\n")
+    assert machine.cgroup_memory(tmp_path) == (1000, 150)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.cgroup_memory(tmp_path) == (None, 0)
+
+
+def test_infiniband_ports(tmp_path: Path) -> None:
+    for name, state in (("mlx5_0", "4: ACTIVE"), ("mlx5_1", "1: DOWN")):
+        port = tmp_path / name / "ports" / "1"
+        port.mkdir(parents=True)
+        (port / "state").write_text(f"{state}\n")
+        (port / "rate").write_text("400 Gb/sec (4X NDR)\n")
+    found = devices.infiniband_ports(tmp_path)
+    assert found == {"mlx5_0:1": "ACTIVE, 400 Gb/sec (4X NDR)", "mlx5_1:1": "DOWN, 400 Gb/sec (4X NDR)"}
+    judgement = devices.judge_devices(readings([{"names": [], "infiniband": found, "nvlinks": None}]))
+    assert said(judgement) == [("warn", "host1: mlx5_1:1 is not active")]
+
+
+# ---- NVML (a stand-in) --------------------------------------------------------------------------------------------
+
+
+def stand_in() -> types.ModuleType:
+    module = types.ModuleType("pynvml")
+
+    class NVMLError(Exception):
+        pass
+
+    def unsupported(*arguments: Any) -> Any:
+        raise NVMLError("Not Supported")
+
+    answers: dict[str, Any] = {
+        "nvmlDeviceGetCurrentClocksThrottleReasons": 0x44,
+        "nvmlDeviceGetRemappedRows": (0, 1, 1, 0),
+        "nvmlDeviceGetEccMode": (1, 1),
+        "nvmlDeviceGetClockInfo": 1400,
+        "nvmlDeviceGetMaxClockInfo": 1980,
+        "nvmlDeviceGetTemperature": 61,
+        "nvmlDeviceGetTemperatureThreshold": 87,
+        "nvmlDeviceGetPowerUsage": 650_400,
+        "nvmlDeviceGetTotalEccErrors": 0,
+    }
+    for name in ("nvmlDeviceGetEnforcedPowerLimit", "nvmlDeviceGetNvLinkState"):
+        setattr(module, name, unsupported)
+    for name, answer in answers.items():
+        setattr(module, name, lambda *_, answer=answer: answer)
+    for i, name in enumerate(("CLOCK_SM", "TEMPERATURE_GPU", "TEMPERATURE_THRESHOLD_SLOWDOWN", "VOLATILE_ECC")):
+        setattr(module, f"NVML_{name}", i)
+    module.NVML_MEMORY_ERROR_TYPE_UNCORRECTED = 1  # type: ignore[attr-defined]
+    module.NVML_MEMORY_ERROR_TYPE_CORRECTED = 0  # type: ignore[attr-defined]
+    module.NVMLError = NVMLError  # type: ignore[attr-defined]
+    module.nvmlInit = lambda: None  # type: ignore[attr-defined]
+    module.nvmlDeviceGetHandleByUUID = lambda uuid: uuid  # type: ignore[attr-defined]
+    return module
+
+
+def test_what_nvml_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", stand_in())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="1-2"))
+    values = nvml.read(torch.device("cuda", 0))
+    assert values["reasons"] == ["power cap", "too hot (hardware)"]
+    assert (values["sm_clock_mhz"], values["power_w"], values["power_limit_w"]) == (1400, 650.4, None)
+    assert (values["remapping_pending"], values["remapping_failed"], values["nvlinks"]) == (True, False, None)
+    findings = devices.judge_health([Reading(place(0, device="cuda:0"), values)]).findings
+    assert [finding.message for finding in findings] == [
+        "host1 rank 0 cuda:0: runs at 1400 of 1980 MHz: too hot (hardware)",
+        "host1 rank 0 cuda:0: broken memory rows wait to be replaced",
+    ]
+
+
+def test_without_nvml_its_figures_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with pytest.raises(Skip, match="nvidia-ml-py"):
+        nvml.read(torch.device("cuda", 0))
+
+
+# ---- ranks that do not come ---------------------------------------------------------------------------------------
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    store = HashStore()
+    meeting = Meeting(0, 3, 0.4, store)
+    meeting.at("start")
+    Meeting(2, 3, 0.4, store).at("matmul")
+    began = time.monotonic()
+    assert meeting.collect("place", {"x": 1}) == {0: {"x": 1}}
+    assert 0.3 < time.monotonic() - began < 3
+    assert meeting.missing == {1: "not started", 2: "matmul"}
+    judgement = report.judge_ranks(3, {0: place(0), 2: place(2)}, meeting.missing, 60)
+    assert said(judgement) == [
+        ("fail", "rank 1: did not come, within 60 s"),
+        ("fail", "host3 rank 2 cpu: was last seen at: matmul, within 60 s"),
+    ]
+
+
+def test_a_rank_that_gets_on_is_waited_for() -> None:
+    store = HashStore()
+    main, other = Meeting(0, 2, 0.5, store), Meeting(1, 2, 0.5, store)
+
+    def work() -> None:
+        for i in range(6):
+            time.sleep(0.2)
+            other.at(f"step {i}")
+        other.collect("readings", {"rank": 1})
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert main.collect("readings", {"rank": 0}) == {0: {"rank": 0}, 1: {"rank": 1}}
+    thread.join()
+    assert not main.missing
+
+
+def test_what_stalls_is_left_behind_and_ends_the_exchange() -> None:
+    here = situation(patience=0.2)
+    here.places.append(place(1))
+
+    def stall(situation: Situation) -> dict[str, Any]:
+        situation.now("rank 0 sends to rank 1")
+        time.sleep(1.0)
+        return {}
+
+    check = Check("pairs", stall, exchange.judge_pairs, is_exchange=True)
+    values = take(check, here)
+    assert values == {"problem": "no answer within 0 s", "at": "rank 0 sends to rank 1"}
+    assert take(check, here) == {"skipped": "pairs did not end well"}
+    judgement = report.judge(check, [Reading(place(0), values)])
+    assert said(judgement) == [("fail", "host1 rank 0 cpu: no answer within 0 s, at: rank 0 sends to rank 1")]
+
+
+def test_an_error_is_a_finding() -> None:
+    def broken(situation: Situation) -> dict[str, Any]:
+        raise RuntimeError("cuBLAS\n  says no")
+
+    check = Check("matmul", broken, devices.judge_product)
+    values = take(check, situation())
+    assert values == {"problem": "cuBLAS says no", "at": ""}
+    assert said(report.judge(check, [Reading(place(0), values)])) == [("fail", "host1 rank 0 cpu: cuBLAS says no")]
+
+
+# ---- the report ---------------------------------------------------------------------------------------------------
+
+
+def test_report() -> None:
+    long = Finding(Verdict.FAIL, f"host2 rank 1 cpu: {'slow ' * 40}", "see what else runs there")
+    good = Reading(place(0), {"tflops": 1.0})
+    whole = report.Report(
+        [place(0), place(1)],
+        {"config": "digits.yaml"},
+        [
+            report.Line("versions", Judgement("torch 2.15")),
+            report.Line("matmul", Judgement("1 TFLOP/s", (long,) * 9), (good,)),
+            report.Line("W&B", Judgement("no config was given", verdict=Verdict.SKIPPED)),
+        ],
+    )
+    lines = whole.table().splitlines()
+    assert lines[0] == "doctor: 2 ranks on 2 machines (cpu), digits.yaml"
+    assert lines[1] == "ok       versions      torch 2.15"
+    assert lines[2] == "FAIL     matmul        1 TFLOP/s"
+    assert lines[-2:] == ["skipped: W&B           no config was given", "1 ok, 1 skipped, 1 FAIL"]
+    assert sum(line.strip() == "-> see what else runs there" for line in lines) == 6
+    assert "and 3 more, in the JSON" in whole.table()
+    assert max(map(len, lines)) <= 120
+    assert len(whole.errors()) == 9
+    assert whole.errors()[0].startswith("error: matmul on host2 rank 1 cpu: slow")
+    data = json.loads(whole.to_json())
+    assert data["verdict"] == "fail"
+    assert data["checks"][1]["ranks"] == [
+        {"rank": 0, "node": 0, "host": "host1", "device": "cpu", "is_first": True, "values": {"tflops": 1.0}}
+    ]
+    assert len(data["checks"][1]["findings"]) == 9
+
+
+# ---- the command line ---------------------------------------------------------------------------------------------
+
+
+def command(*arguments: str) -> int:
+    from launch.cli import main
+
+    try:
+        return main(["doctor", *arguments])
+    except SystemExit as error:
+        return int(error.code or 0)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--timeout", "0"], ["--nodes", "2"], ["--hosts", "a", "--slurm"], ["--config", "none.yaml"]]
+)
+def test_usage(arguments: list[str]) -> None:
+    assert command(*arguments) == EXIT_USAGE
+
+
+def test_dry_runs(
+    write_config: WriteConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    file = str(write_config())
+    assert command("--dry-run", "--processes", "2", "--json", "x.json") == 0
+    here = capsys.readouterr().out
+    assert "torchrun --standalone --nproc-per-node 2" in here
+    assert "rank.py --json x.json --timeout 60 --config" in here
+    assert command("--config", file, "--hosts", "a,b", "--dry-run", "launch.max_restarts=3") == 0
+    hosts = capsys.readouterr().out
+    assert hosts.count("--doctor --json") == 2
+    assert "launch.max_restarts=0 launch.nodes=2" in hosts
+    assert command("--config", file, "--slurm", "--nodes", "2", "--dry-run", "launch.slurm.partition=main") == 0
+    asked = capsys.readouterr().out
+    assert asked.startswith("salloc ")
+    assert "--nodes=2" in asked
+    assert "--partition=main" in asked
+    assert "--signal" not in asked
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "3")
+    assert command("--config", file, "--slurm", "--dry-run") == 0
+    script = capsys.readouterr().out
+    assert "srun --nodes=3" in script
+    assert "--doctor --json" in script

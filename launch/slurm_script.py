@@ -292,6 +292,12 @@ def _srun(
         about = f"# An agent on every node. When one has ended, the others end by themselves, or {seconds} s later."
     if allocation is not None:
         flags += ["--relative=0", "--overlap"]
+    starter = '\'exec "$@" --node-rank "$SLURM_PROCID"\''
+    before = _BEFORE
+    if nodes.is_elastic and allocation is None:
+        starter = '"$on_node"'
+        again = "scancel" if "no-requeue" in options else "scontrol requeue"
+        before += _ON_NODE.replace("AGAIN", again)
     python = slurm.python or (sys.executable if slurm.container is None else "python")
     words = [*([slurm.container] if slurm.container else []), shlex.quote(python), "-m", "launch", "agent"]
     arguments = ["--config", str(Path.cwd() / config_file)]
@@ -312,7 +318,7 @@ def _srun(
     if nodes.is_elastic:
         lines.append(f"    --nodes {nodes.least}:{count} \\")
     lines.append("    &")
-    return "\n".join([_BEFORE, about, *lines]) + "\n"
+    return "\n".join([before, about, *lines]) + "\n"
 
 
 def _of_task(config: Config) -> list[str]:
@@ -348,6 +354,23 @@ said() { sed -n "s/^  \\"$1\\": \\"\\{0,1\\}\\([^\\",]*\\).*/\\1/p" "$run_dir/su
 sum_up() { cat "$run_dir/summary.json" 2>/dev/null | cksum; }
 summary_before=$(sum_up)
 status_before=$(said status) step_before=$(said step)
+"""
+
+_ON_NODE = """
+# With --no-kill Slurm keeps a job whose first node is lost, where this script runs and without which no other can go on:
+# the others then see to it themselves.
+on_node=$(cat <<'END'
+trap : USR1 TERM INT  # they are for the agent
+"$@" --node-rank "$SLURM_PROCID"
+code=$?
+if [ "$code" = 1 ] && [ "$SLURM_PROCID" != 0 ]; then
+    try=(srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$FIRST_NODE" true)
+    timeout -k 5 30 "${try[@]}" >/dev/null 2>&1 </dev/null || AGAIN "$SLURM_JOB_ID"
+fi
+exit "$code"
+END
+)
+export FIRST_NODE=$first
 """
 
 _ENDED = """\

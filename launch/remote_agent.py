@@ -67,7 +67,7 @@ class RemoteAgent:
 
     @property
     def reason(self) -> str:
-        """Why it is lost: the last words of ssh, which has none where the agent was killed, or it was told to be quiet."""
+        """Why it is lost: the last words of ssh, which has none where the agent was killed or ssh has to be quiet."""
         is_of_ssh = re.match(_SSH_SAYS, self._last_error) is not None
         return self._last_error if is_of_ssh else "the connection is gone, or somebody has killed its agent"
 

@@ -166,8 +166,12 @@ class HostsLaunch:
         sys.stdout.write("\n".join(lines) + "\n")
         return EXIT_FINISHED
 
-    def run(self) -> int:
+    def run(self, in_spite_of: list[str] | None = None) -> int:
         """Checks the hosts, runs the job and returns its exit code.
+
+        Args:
+            in_spite_of: gets what is wrong with the hosts where a job could be started all the same, which is then
+                done; None to start none.
 
         Raises:
             UserError: something is wrong with the hosts, before anything was started.
@@ -180,7 +184,9 @@ class HostsLaunch:
             logger.warning("warning: %s", warning)
         may_lack = self.nodes.is_elastic and len(present) >= self.nodes.least
         if problems := findings.lines(present if may_lack else self.hosts):
-            raise UserError(*problems)
+            if in_spite_of is None or findings.absent or findings.meeting is None:
+                raise UserError(*problems)
+            in_spite_of += problems
         for reason in findings.absent.values():
             logger.warning("%s: starting without it", reason)
         assert findings.meeting is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -129,7 +130,8 @@ def take(check: Check, situation: Situation) -> Values:
         except Skip as reason:
             box.append({SKIPPED: str(reason)})
         except Exception as error:  # whatever a driver, a file system or a library says
-            box.append({PROBLEM: one_line_text(error)[:300], "at": situation.doing})
+            text = re.sub(r"\[\S+:\d+\] ", "", one_line_text(error))  # gloo's files and lines
+            box.append({PROBLEM: text[:300], "at": situation.doing})
 
     # A file system or a collective that does not answer cannot be interrupted, but it can be left behind.
     thread = threading.Thread(target=measure, name=check.name, daemon=True)

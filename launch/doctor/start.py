@@ -57,11 +57,15 @@ def on_hosts(request: Request, names: Sequence[str] | None, hostfile: str | None
     launch = HostsLaunch(chosen, file, overrides, load_config(file, overrides), ["--doctor", *request.options])
     if dry_run:
         return launch.show()
+    problems: list[str] = []  # that its own checks, which come first, find
     try:
-        return launch.run()
-    except UserError as error:  # its own checks, which come first: a host that is no use for a run
+        code = launch.run(in_spite_of=problems)
+        if problems:
+            raise UserError(*problems)
+    except UserError as error:
         show_problems(error)
         return EXIT_FAILED
+    return code
 
 
 def on_slurm(request: Request, arguments: Sequence[str], dry_run: bool) -> int:

@@ -307,7 +307,7 @@ def _srun(
         given.append(f"launch.processes={processes}")
     lines = [
         f"srun {' '.join(flags)} \\",
-        '    bash -c \'exec "$@" --node-rank "$SLURM_PROCID"\' agent \\',
+        f"    bash -c {starter} agent \\",
         f"    {' '.join(words)} \\",
         '    --rendezvous "$host:$port" --job "$job" \\',
         f"    {shlex.join([*agent_options, *arguments])} \\",
@@ -357,7 +357,7 @@ status_before=$(said status) step_before=$(said step)
 """
 
 _ON_NODE = """
-# With --no-kill Slurm keeps a job whose first node is lost, where this script runs and without which no other can go on:
+# With --no-kill Slurm keeps a job whose first node is lost, where this script runs and without which nothing goes on:
 # the others then see to it themselves.
 on_node=$(cat <<'END'
 trap : USR1 TERM INT  # they are for the agent

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from cluster_machines import Slurm
-from conftest import REPOSITORY, tiny_config
+from conftest import REPOSITORY, nightly, tiny_config
 from launching import Job, local
 from resuming import assert_same_end
 from run_results import summary
@@ -245,7 +245,7 @@ def test_the_others_go_on_when_a_node_is_lost(slurm: Slurm, folder: Path) -> Non
     assert slurm.job(number)["Restarts"] == "0"
 
 
-@pytest.mark.nightly
+@nightly
 def test_without_its_first_node_it_starts_again(slurm: Slurm, folder: Path) -> None:
     config = write(folder, train__epochs=80, data__train=SLOW, **{**RARELY, "checkpoint__every": 5})
     (folder / "slowly").touch()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from trainer.config import Config
 from trainer.errors import Problem, UserError
+from trainer.units import parse_bytes
 
 CANCEL_SIGNAL = "USR2"  # to the batch shell: stop with a checkpoint, for good
 _LAUNCHER_MARGIN = 25  # beyond faults.grace, for the launcher to end what does not, and the script to see it
@@ -108,7 +109,7 @@ def sbatch_options(config: Config) -> Options:
     if wanted.array is not None:
         array_tasks(wanted.array)  # it can be read
         output = f"{folder}-%a/launch/slurm-%A_%a.out"
-    memory = None if wanted.memory_per_node is None else math.ceil(wanted.memory_per_node.of(0) / 2**20)
+    memory = None if wanted.memory_per_node is None else math.ceil(parse_bytes(wanted.memory_per_node) / 2**20)
     ours = {
         "job-name": config.run.name,
         "output": output,

@@ -112,7 +112,7 @@ def stop(name: str, action: str, rank: int, says: str, place: str = "forward", *
 LATER = {"after_seconds": 0.1, "step": None}  # not at the first start
 DEATHS = (
     killed("while starting", 1, "building", blames=False, options={"step": None}),  # before it has reported once
-    killed("while loading a batch", 1, "loading a batch"),
+    killed("while loading a batch", 1, "loading a batch", seconds=20),  # to the next deed, after a whole start
     killed("while restoring", 0, "restoring a checkpoint", options=LATER),
     killed("of rank 0, in forward", 0, "forward", nightly=True),
     killed("in an evaluation", 1, "evaluation"),
@@ -271,7 +271,7 @@ def launch(config: Path, ranks: int, **variables: str) -> tuple[int, str, list[s
     while job.process.poll() is None:
         assert time.monotonic() < deadline, job.output()
         family.update({process.pid: process for process in job.family()})
-        time.sleep(0.1)
+        time.sleep(0.25)  # to look takes time itself
     return job.end(), job.output(), alive(list(family.values()), within=5)
 
 

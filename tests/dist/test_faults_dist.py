@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from conftest import CROWD, NIGHTLY, tiny_config
+from conftest import NIGHTLY, tiny_config
 from launching import Job, alive
 from resuming import TrainServer, assert_same_end
 from run_results import summary
@@ -46,7 +46,7 @@ class Case:
         rank: into which rank.
         says: found in what the job says.
         place: where; None for the beginning of a step.
-        seconds: the most from the deed to the next attempt, or to the end of the job, with no other tests beside.
+        seconds: the most from the deed to the next attempt, or to the end of the job.
         lost: the most steps that are made again.
         blames: whether `first.json` must name that rank.
         nightly: whether it is left out in a quick run.
@@ -316,7 +316,7 @@ def tell(story: Story, folder: Path, server: TrainServer) -> Told:
         if lost > case.lost:
             problems.append(f"{lost} steps are lost")
         goes_on = (story.code == 0 and not story.same) or case.action == "delay"
-        if ended - when > CROWD * case.seconds and not goes_on:
+        if ended - when > case.seconds and not goes_on:
             problems.append(f"took {ended - when:.1f} s")
         if case.blames and not blamed(run, case.rank, when, ended):
             problems.append(f"nothing blames rank {case.rank}")

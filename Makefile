@@ -19,8 +19,7 @@ train: $(INSTALLED)            ## train the handwritten digits
 
 test: $(INSTALLED)             ## every tier that this machine allows; the rest is skipped with a reason
 	$(BIN)/python -m pytest -m unit --numprocesses logical --maxprocesses 4 --dist loadfile
-	$(BIN)/python -m pytest -m dist --numprocesses logical --maxprocesses 2 --dist loadfile
-	$(BIN)/python -m pytest -m "not unit and not dist"
+	$(BIN)/python -m pytest -m "not unit"
 
 test-unit: $(INSTALLED)        ## the quick tier
 	$(BIN)/python -m pytest -m unit

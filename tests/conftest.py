@@ -22,7 +22,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 REPOSITORY = Path(__file__).resolve().parent.parent
 SUPPORT = Path(__file__).resolve().parent / "support"
 TIERS = ("unit", "dist", "cluster", "gpu")
-CROWD = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # of tests at a time, which take as many times longer
 NIGHTLY = os.environ.get("LOCKSTEP_NIGHTLY") == "1"
 nightly = pytest.mark.skipif(not NIGHTLY, reason="much like another one; LOCKSTEP_NIGHTLY=1 runs it")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import CROWD, REPOSITORY, WriteConfig, nightly
+from conftest import REPOSITORY, WriteConfig, nightly
 from launching import Job, alive, local, run
 
 LAUNCH = [sys.executable, "-m", "launch", "local"]
@@ -40,9 +40,9 @@ def test_one_rank_of_two_stops_both(write_config: WriteConfig, tmp_path: Path) -
         family.update({p.pid: p for p in job.family()})
         if seen is None and "ran out of memory" in job.output():
             seen = time.monotonic()
-        time.sleep(0.02)
+        time.sleep(0.1)
     assert seen is not None
-    assert time.monotonic() - seen < 10 * CROWD
+    assert time.monotonic() - seen < 10
     assert job.end() == 1
     assert len(family) >= 2 + 2
     assert alive(list(family.values()), within=3) == []

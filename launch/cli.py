@@ -137,7 +137,7 @@ def _kubernetes(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write them there (default: standard output)")
     options, config = _read(parser, arguments)
-    from launch import kubernetes  # imports torch
+    from launch import kubernetes
 
     try:
         text = kubernetes.render(config)

@@ -141,6 +141,7 @@ class HostsJob:
         assert self._meeting is not None
         rank = 0 if host == self._head else host.number or len(self._hosts)  # only 0 means anything
         command = self._command(host, rank, self._job, self._meeting)
+        self._ended = [agent for agent in self._ended if agent.host != host]
         self._agents[host] = RemoteAgent(host, command, self._screen, self._ends)
 
     def _wait(self, seconds: float) -> None:
@@ -173,9 +174,13 @@ class HostsJob:
             self._end(float("inf"), self._settings.stop_seconds)
         elif is_member and agent.code == EXIT_STOPPED:
             logger.info("%s has left the job, as it was asked to", agent.host.name)
-        elif is_member and agent.code == EXIT_FAILED and self._joins.get(agent.host, 0) < self._settings.max_restarts:
-            # Where the job itself has failed, the others are about to end, too.
-            self._try_at[agent.host] = time.monotonic() + RETRY_SECONDS
+        elif is_member and agent.code == EXIT_FAILED and self._settings.max_restarts:
+            # Where the job itself has failed, the others are about to end, too. A host that fails again and again would
+            # have all others restart every time.
+            if self._joins.get(agent.host, 0) < self._settings.max_restarts:
+                self._try_at[agent.host] = time.monotonic() + RETRY_SECONDS
+            else:
+                logger.warning("%s has failed too often: going on without it", agent.host.name)
         else:
             self._end(_NATURAL_SECONDS, _NATURAL_SECONDS + _ASKED_SECONDS)
 
@@ -320,12 +325,12 @@ class HostsJob:
         found = set(codes.values())
         if EXIT_USAGE in found:
             return EXIT_USAGE
+        if self._needed is not None and self._asked_at is None and found != {EXIT_FINISHED}:
+            return EXIT_FAILED  # the others have stopped because we asked them to
         if self._settings.nodes.is_elastic and codes.get(self._head) in (EXIT_FINISHED, EXIT_STOPPED):
-            return codes[self._head] or EXIT_FINISHED
-        if found == {EXIT_FINISHED}:
-            return EXIT_FINISHED
-        if found and found <= {EXIT_FINISHED, EXIT_STOPPED} and (self._asked_at is not None or not self._lost):
-            return EXIT_STOPPED
+            return codes[self._head]
+        if found and found <= {EXIT_FINISHED, EXIT_STOPPED}:
+            return max(found)
         return EXIT_FAILED
 
     def _explain(self, code: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from launch.starting import shutdown_seconds
+from launch.stopping import shutdown_seconds
 from trainer.cli import EXIT_STOPPED, EXIT_USAGE
 from trainer.config import Config
 from trainer.errors import Problem, UserError

@@ -67,9 +67,9 @@ class RemoteAgent:
 
     @property
     def reason(self) -> str:
-        """Why it is lost: the last words of ssh, which has none where the agent was killed."""
+        """Why it is lost: the last words of ssh, which has none where the agent was killed or ssh has to be quiet."""
         is_of_ssh = re.match(_SSH_SAYS, self._last_error) is not None
-        return self._last_error if is_of_ssh else "its agent is gone; somebody killed it, or the host went down"
+        return self._last_error if is_of_ssh else "the connection is gone, or somebody has killed its agent"
 
     def keep_alive(self) -> None:
         """Gives the agent a sign of life, if one is due."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from trainer.config import Config
 from trainer.errors import UserError, nearest
+from trainer.units import parse_bytes
 
 _SECONDS = 60  # after which Slurm is taken not to answer
 _ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"}
@@ -264,7 +265,7 @@ def _impossible(text: str, config: Config) -> UserError:
         if (slurm.cpus_per_node or 0) > cpus:
             message = f"{slurm.cpus_per_node}: a node of {where} has at most {_count(cpus, 'core')}"
             return UserError(message, path="launch.slurm.cpus_per_node")
-        if slurm.memory_per_node is not None and slurm.memory_per_node.of(0) > memory * 2**20:
+        if slurm.memory_per_node is not None and parse_bytes(slurm.memory_per_node) > memory * 2**20:
             message = f"{slurm.memory_per_node}: a node of {where} has at most {memory} MiB"
             return UserError(message, path="launch.slurm.memory_per_node")
     asked = [

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from trainer.config import Config
 from trainer.errors import Problem, UserError
+from trainer.units import parse_bytes
 
 CANCEL_SIGNAL = "USR2"  # to the batch shell: stop with a checkpoint, for good
 _LAUNCHER_MARGIN = 25  # beyond faults.grace, for the launcher to end what does not, and the script to see it
@@ -108,7 +109,7 @@ def sbatch_options(config: Config) -> Options:
     if wanted.array is not None:
         array_tasks(wanted.array)  # it can be read
         output = f"{folder}-%a/launch/slurm-%A_%a.out"
-    memory = None if wanted.memory_per_node is None else math.ceil(wanted.memory_per_node.of(0) / 2**20)
+    memory = None if wanted.memory_per_node is None else math.ceil(parse_bytes(wanted.memory_per_node) / 2**20)
     ours = {
         "job-name": config.run.name,
         "output": output,
@@ -292,6 +293,12 @@ def _srun(
         about = f"# An agent on every node. When one has ended, the others end by themselves, or {seconds} s later."
     if allocation is not None:
         flags += ["--relative=0", "--overlap"]
+    starter = '\'exec "$@" --node-rank "$SLURM_PROCID"\''
+    before = _BEFORE
+    if nodes.is_elastic and allocation is None:
+        starter = '"$on_node"'
+        again = "scancel" if "no-requeue" in options else "scontrol requeue"
+        before += _ON_NODE.replace("AGAIN", again)
     python = slurm.python or (sys.executable if slurm.container is None else "python")
     words = [*([slurm.container] if slurm.container else []), shlex.quote(python), "-m", "launch", "agent"]
     arguments = ["--config", str(Path.cwd() / config_file)]
@@ -301,7 +308,7 @@ def _srun(
         given.append(f"launch.processes={processes}")
     lines = [
         f"srun {' '.join(flags)} \\",
-        '    bash -c \'exec "$@" --node-rank "$SLURM_PROCID"\' agent \\',
+        f"    bash -c {starter} agent \\",
         f"    {' '.join(words)} \\",
         '    --rendezvous "$host:$port" --job "$job" \\',
         f"    {shlex.join([*agent_options, *arguments])} \\",
@@ -312,7 +319,7 @@ def _srun(
     if nodes.is_elastic:
         lines.append(f"    --nodes {nodes.least}:{count} \\")
     lines.append("    &")
-    return "\n".join([_BEFORE, about, *lines]) + "\n"
+    return "\n".join([before, about, *lines]) + "\n"
 
 
 def _of_task(config: Config) -> list[str]:
@@ -348,6 +355,23 @@ said() { sed -n "s/^  \\"$1\\": \\"\\{0,1\\}\\([^\\",]*\\).*/\\1/p" "$run_dir/su
 sum_up() { cat "$run_dir/summary.json" 2>/dev/null | cksum; }
 summary_before=$(sum_up)
 status_before=$(said status) step_before=$(said step)
+"""
+
+_ON_NODE = """
+# With --no-kill Slurm keeps a job whose first node is lost, where this script runs and without which nothing goes on:
+# the others then see to it themselves.
+on_node=$(cat <<'END'
+trap : USR1 TERM INT  # they are for the agent
+"$@" --node-rank "$SLURM_PROCID"
+code=$?
+if [ "$code" = 1 ] && [ "$SLURM_PROCID" != 0 ]; then
+    try=(srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$FIRST_NODE" true)
+    timeout -k 5 30 "${try[@]}" >/dev/null 2>&1 </dev/null || AGAIN "$SLURM_JOB_ID"
+fi
+exit "$code"
+END
+)
+export FIRST_NODE=$first
 """
 
 _ENDED = """\

@@ -10,7 +10,6 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from trainer.config_values import (
     Bool,
     Bytes,
-    MemoryAmount,
     NodeRange,
     Nodes,
     NonNegativeInt,
@@ -105,7 +104,7 @@ class SlurmConfig(Section):
         None, description="GPUs of each node, such as 8 or `a100:8`. Default: none is asked for."
     )
     cpus_per_node: PositiveInt | None = Field(None, description="Cores of each node. Default: the cluster's.")
-    memory_per_node: MemoryAmount | None = Field(None, description="Memory of each node, such as 200GiB.")
+    memory_per_node: Bytes | None = Field(None, description="Memory of each node, such as 200GiB.")
     exclusive: Bool = Field(False, description="Take whole nodes.")
     array: Annotated[str, Field(pattern=r"^[\d,:%-]+$")] | None = Field(
         None,

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from cluster_machines import Slurm
-from conftest import REPOSITORY, tiny_config
+from conftest import REPOSITORY, nightly, tiny_config
 from launching import Job, local
 from resuming import assert_same_end
 from run_results import summary
@@ -243,3 +243,17 @@ def test_the_others_go_on_when_a_node_is_lost(slurm: Slurm, folder: Path) -> Non
     assert summary(folder / "run")["status"] == "finished"
     assert summary(folder / "run")["num_processes"] == 1
     assert slurm.job(number)["Restarts"] == "0"
+
+
+@nightly
+def test_without_its_first_node_it_starts_again(slurm: Slurm, folder: Path) -> None:
+    config = write(folder, train__epochs=80, data__train=SLOW, **{**RARELY, "checkpoint__every": 5})
+    (folder / "slowly").touch()
+    job = launch(slurm, config, "--nodes", "1:2", "--follow", "launch.max_restarts=3")
+    number = number_of(job)
+    job.wait_for(seen("step 10/"))
+    slurm.fail_node(1)
+    (folder / "slowly").unlink()
+    job.wait_for(seen("continuing from step"))
+    assert job.end() == 0, job.output()
+    assert slurm.job(number)["Restarts"] == "1"

@@ -21,7 +21,7 @@ from launch.cli import main
 from launch.host_facts import Facts
 from launch.hosts_job import HostsJob, JobSettings
 from launch.remote_agent import RemoteAgent
-from launch.ssh import Host, Ssh
+from launch.ssh import LOST, Host, Ssh
 from trainer.config import Config, load_config
 from trainer.config_values import NodeRange
 from trainer.errors import UserError
@@ -278,6 +278,7 @@ class Fake(RemoteAgent):
     def __init__(self, host: Host, code: int, *errors: str) -> None:
         self.host, self.code, self.is_killed = host, code, False
         self.errors = [(float(when), text) for when, text in enumerate(errors)]
+        self._last_error = ""
 
 
 def job(nodes: NodeRange, ended: Sequence[Fake], lost: dict[Host, str], told: bool = False) -> HostsJob:
@@ -291,7 +292,7 @@ def job(nodes: NodeRange, ended: Sequence[Fake], lost: dict[Host, str], told: bo
 
     made = HostsJob(HOSTS, settings, Ssh((), "/", "python"), command, recheck)
     made._ended, made._lost = list(ended), lost
-    made._needed = next(iter(lost), None) if not nodes.is_elastic else None
+    made._needed = next(iter(lost), None) if len(HOSTS) - len(lost) < nodes.least else None
     made._asked_at = 1.0 if told else None
     return made
 
@@ -315,6 +316,7 @@ FIRST, SECOND, THIRD = HOSTS
         (ELASTIC, [0, 0], 1, False, 0),
         (ELASTIC, [0, 1, 0], 0, False, 0),  # it had come to join
         (ELASTIC, [75, 75], 1, False, 75),
+        (NodeRange(2, 3), [75], 2, False, 1),  # asked to end by us
         (ELASTIC, [1, 1, 75], 0, False, 1),
     ],
 )
@@ -346,3 +348,32 @@ SAID = "another machine has ended the job, and said why"
 )
 def test_the_error_of_the_job(ended: list[Fake], lost: dict[Host, str], expected: str) -> None:
     assert job(FIXED, ended, lost)._reason() == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "max_restarts", "host", "code", "joins", "is_ending", "is_tried"),
+    [
+        (FIXED, 5, SECOND, 1, 0, True, False),
+        (FIXED, 5, SECOND, 0, 0, True, False),
+        (FIXED, 5, SECOND, LOST, 0, True, False),
+        (ELASTIC, 5, FIRST, 1, 0, True, False),
+        (ELASTIC, 5, FIRST, LOST, 0, True, False),
+        (ELASTIC, 5, SECOND, 1, 0, False, True),  # the others may be about to end, or it was cut off from them
+        (ELASTIC, 5, SECOND, 1, 5, False, False),
+        (ELASTIC, 5, SECOND, 75, 0, False, False),
+        (ELASTIC, 5, SECOND, 2, 0, True, False),
+        (ELASTIC, 5, SECOND, LOST, 0, False, True),
+        (ELASTIC, 0, SECOND, 1, 0, True, False),
+        (ELASTIC, 0, SECOND, LOST, 0, True, False),
+        (NodeRange(3, 4), 5, SECOND, LOST, 0, True, False),
+    ],
+)
+def test_what_the_end_of_one_agent_means(
+    nodes: NodeRange, max_restarts: int, host: Host, code: int, joins: int, is_ending: bool, is_tried: bool
+) -> None:
+    made = job(nodes, [], {})
+    made._settings = replace(made._settings, max_restarts=max_restarts)
+    made._agents = {host: Fake(host, 0) for host in HOSTS}
+    made._joins[host] = joins
+    made._note_end(Fake(host, code))
+    assert (made._is_ending, host in made._try_at) == (is_ending, is_tried)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -442,13 +443,12 @@ def test_only_one_machine_has_failed(
 
 def test_the_first_machine_is_waited_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(node, "_KEEP_ALIVE_SECONDS", 0)
-    monkeypatch.setattr(node, "_JOIN_SECONDS", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        place = node.Place(1, "127.0.0.1", server.getsockname()[1], "tiny.abc")
+        place = node.Place(1, "127.0.0.1", server.getsockname()[1], "tiny.abc", join_seconds=0)
         assert node._first_machine_comes(place)
     assert not node._first_machine_comes(place)
     assert "error: the first machine, 127.0.0.1, cannot be reached at port" in capsys.readouterr().err
-    monkeypatch.setattr(node, "_JOIN_SECONDS", 60)
+    place = replace(place, join_seconds=60)
     handler = signal.getsignal(signal.SIGTERM)
     threading.Timer(0.5, signal.raise_signal, [signal.SIGTERM]).start()
     assert not node._first_machine_comes(place)

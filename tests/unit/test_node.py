@@ -102,9 +102,8 @@ def run(plan, config):
         signal.signal(number, lambda number, frame: print(signal.Signals(number).name, flush=True))
     print("ready", sys.stdin.read() == "", flush=True)
     time.sleep(60)
-node.run = run
 node.shutdown_seconds = lambda config: -9
-node.run_on_leash(None, None)
+node.run_on_leash(None, None, run)
 """
 
 

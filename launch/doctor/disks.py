@@ -92,7 +92,8 @@ def read_sample(place: Path, most_seconds: float = _READ_SECONDS) -> Values:
         for file in files:
             descriptor = os.open(file, os.O_RDONLY)
             try:
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
                 in_cache = first_page_is_cached(descriptor)
                 asked, cached = asked + (in_cache is not None), cached + bool(in_cache)
                 start = time.perf_counter()

@@ -29,6 +29,7 @@ from launch.doctor.verdicts import (
     span,
 )
 
+_NEVER = 100  # times as long as a check may take
 _CLOCK_ROUNDS = 10
 _CLOCK_WARN = 1.0  # seconds
 _CLOCK_TOLERANCE = 5.0  # without a config
@@ -37,7 +38,7 @@ _SECONDS_PER_SIZE, _MOST_REPEATS = 0.4, 20
 _TOO_SLOW = 3.0  # seconds that the next size would take, which is then left out
 _CHUNKS = (64 << 10, 1 << 20, 16 << 20)  # bytes from rank to rank
 _LONG = 1.0  # seconds that the next size would take, which is then left out
-_CHUNK_REPEATS = 3
+_CHUNK_REPEATS = 5
 _MOST_HOSTS = 64  # of which every pair is tried; of more, neighbours
 _SLOW_LINK = 100e6  # bytes per second between machines: gigabit Ethernet has 118
 
@@ -54,7 +55,8 @@ def connect(situation: Situation) -> Values:
         store=situation.meeting.part("group"),
         rank=situation.place.rank,
         world_size=situation.num_ranks,
-        timeout=timedelta(seconds=situation.patience),
+        # NCCL's watchdog would end the process, and the report with it; what stalls is left behind without it.
+        timeout=timedelta(seconds=situation.patience * (_NEVER if situation.is_on_gpu else 1)),
         device_id=situation.device if situation.is_on_gpu else None,
     )
     dist.all_reduce(torch.zeros(1))
@@ -249,13 +251,16 @@ def judge_pairs(readings: Sequence[Reading]) -> Judgement:
         for pair in reading.values["pairs"]:
             (inside if pair["is_inside"] else between)[f"{reading.place} -> {pair['to']}"] = pair["bytes_per_s"]
     findings = []
+    is_on_cpu = all(reading.place.device == "cpu" for reading in readings)
     for rates, hint in (
         (inside, "nvidia-smi topo -m there, and what else runs on these cores"),
         (between, "cable, switch port and interface of these two machines"),
     ):
         for pair_text, found in sorted(find_slow(rates, TRANSFER).items(), key=lambda item: item[1].rate):
             less = f"{found.percent}% less than its peers' {_speed(found.peers)}"
-            findings.append(Finding(found.verdict, f"{pair_text}: {_speed(found.rate)}, {less}", hint))
+            # Between CPU processes of a machine there is no cable: how fast that is says how busy its cores are.
+            verdict = Verdict.WARN if rates is inside and is_on_cpu else found.verdict
+            findings.append(Finding(verdict, f"{pair_text}: {_speed(found.rate)}, {less}", hint))
     slow = find_slow(between, TRANSFER)
     for pair_text, rate in between.items():
         if rate < _SLOW_LINK and pair_text not in slow:

@@ -45,8 +45,9 @@ def read(device: torch.device) -> Values:
         Skip: NVML, or this GPU in it, cannot be reached.
     """
     nvml = _bindings()
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
     try:
-        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode())
+        handle = nvml.nvmlDeviceGetHandleByUUID((uuid if uuid[3:4] == "-" else f"GPU-{uuid}").encode())
     except nvml.NVMLError as error:
         raise Skip(f"NVML does not know this GPU: {error}") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -86,7 +87,7 @@ def on_slurm(request: Request, arguments: Sequence[str], dry_run: bool) -> int:
         config = load_config(request.file, overrides)
         command = [*slurm_script.salloc(config), sys.executable, "-m", "launch", "doctor", *arguments]
         if dry_run:
-            sys.stdout.write(" ".join(command) + "\n")
+            sys.stdout.write(shlex.join(command) + "\n")
             return EXIT_FINISHED
         slurm_jobs.need("salloc")
         return EXIT_FAILED if subprocess.run(command, check=False).returncode else EXIT_FINISHED

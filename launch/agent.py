@@ -21,6 +21,7 @@ from typing import Any, cast
 import psutil
 import torch.distributed.launcher.api as launcher
 import torch.distributed.run as torchrun
+from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
@@ -50,6 +51,7 @@ class Outcome:
         error: of the rank that failed first; None where nothing failed, or the ranks have said all.
         rank: that failed first on this machine, if one did.
         is_own: whether what failed was on this machine, and not only elsewhere.
+        has_met: whether the machines have met, so that there were ranks.
     """
 
     code: int
@@ -57,6 +59,7 @@ class Outcome:
     error: str | None = None
     rank: int | None = None
     is_own: bool = True
+    has_met: bool = True
 
 
 def run_agent(command: Sequence[str], run_dir: Path, logs: RankLogs, is_over: Callable[[], object]) -> Outcome:
@@ -86,8 +89,8 @@ def run_agent(command: Sequence[str], run_dir: Path, logs: RankLogs, is_over: Ca
         return Outcome(code, told_to_stop=True)
     except KeyboardInterrupt:  # before there was a rank
         return Outcome(EXIT_FAILED, told_to_stop=True)
-    except RendezvousError as error:
-        return Outcome(EXIT_FAILED, error=job.explain_parting(error), is_own=False)
+    except (RendezvousError, DistError) as error:  # DistError: a machine is lost between meeting and starting
+        return Outcome(EXIT_FAILED, error=job.explain_parting(error), is_own=False, has_met=not job.is_between)
     finally:
         end_descendants()
         logs.close()
@@ -170,7 +173,7 @@ class _Job:
         # A rank that dies of a signal leaves no word, and its peers fail as they lose it: it is the reason.
         return min(first, key=lambda rank: (first[rank] >= 0, first[rank] == -signal.SIGTERM, rank))
 
-    def explain_parting(self, error: RendezvousError) -> str:
+    def explain_parting(self, error: RendezvousError | DistError) -> str:
         """Returns in one line why this machine could not meet the others, or not any more."""
         fault, is_closed = self._fault(), isinstance(error, RendezvousClosedError)
         if fault is not None and (is_closed or not fault.restart):  # for which another machine's agent ended the job

@@ -15,8 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.cli import EXIT_FINISHED, add_config_arguments, run_command
+from trainer.cli import EXIT_FAILED, EXIT_FINISHED, add_config_arguments, run_command, show_problems
 from trainer.config import Config, load_config
+from trainer.config_launch import DEFAULT_PORT
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -137,6 +138,8 @@ def _kubernetes(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write them there (default: standard output)")
     options, config = _read(parser, arguments)
+    if options.output is not None and options.dry_run:
+        parser.error("--dry-run prints, --output writes a file: leave one of them out")
     from launch import kubernetes
 
     try:
@@ -214,13 +217,20 @@ def _agent(arguments: Sequence[str]) -> int:
 
     add_arguments(parser)
     options, config = _read(parser, arguments)
+    if options.doctor and options.replaceable:
+        parser.error("--doctor runs once, so that nobody starts it again: leave out --replaceable")
+    if not options.doctor and (options.json is not None or options.timeout != parser.get_default("timeout")):
+        parser.error("--json and --timeout are for --doctor")
     host, _, number = options.rendezvous.rpartition(":")
     if not number.isdigit():
         host, number = options.rendezvous, ""
     from launch import node, starting  # import torch
 
-    port = int(number or config.launch.port or node.DEFAULT_PORT)
-    place = node.Place(options.node_rank, host.strip("[]"), port, options.job, options.address)
+    port = int(number or config.launch.port or DEFAULT_PORT)
+    # Whoever promised GPUs to this machine says so in a place of its own.
+    promised = config.launch.kubernetes.gpus_per_node if options.replaceable else os.environ.get("SLURM_GPUS_ON_NODE")
+    num_gpus = int(text) if (text := str(promised)).isdigit() else 0
+    place = node.Place(options.node_rank, host.strip("[]"), port, options.job, options.address, num_gpus)
     called = ["--config", options.config, *options.overrides]
     run: Callable[[LaunchPlan, Config], int] = starting.run
     if options.doctor:
@@ -230,7 +240,13 @@ def _agent(arguments: Sequence[str]) -> int:
         place, run = replace(place, join_seconds=int(options.timeout) + _JOIN_MARGIN), start.run
         plan = node.plan(place, [*request.options, *called], config, RANK_SCRIPT)
     else:
-        plan = node.plan(place, called, config)
+        try:
+            plan = node.plan(place, called, config)
+        except UserError as error:
+            if not options.replaceable:
+                raise
+            show_problems(error)  # of this machine; the next one may do better
+            return EXIT_FAILED
     if options.dry_run:
         return _show(plan)
     if options.replaceable:

@@ -24,12 +24,12 @@ from launch.ssh import MARK_VARIABLE, Host, Ssh, mark_of
 from launch.stopping import shutdown_seconds
 from trainer.cli import EXIT_FINISHED
 from trainer.config import Config
+from trainer.config_launch import DEFAULT_PORT
 from trainer.config_values import NodeRange
 from trainer.errors import Problem, UserError
 
 logger = logging.getLogger("lockstep")
 
-DEFAULT_PORT = 29400  # torchrun's; of a dry run, where nobody is asked for a free one
 _STOP_MARGIN = 15  # beyond what an agent gives its ranks
 
 

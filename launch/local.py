@@ -23,7 +23,7 @@ def plan(arguments: Sequence[str], config: Config, script: str = TRAIN_SCRIPT) -
     Raises:
         UserError: there are fewer GPUs than processes.
     """
-    num_gpus = count_gpus()
+    num_gpus = count_gpus(config)
     count = count_processes(config.launch.processes, num_gpus)
     called = [script, *arguments]
     restarts = config.launch.max_restarts

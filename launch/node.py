@@ -29,7 +29,6 @@ from trainer.errors import UserError
 
 logger = logging.getLogger("lockstep")
 
-DEFAULT_PORT = 29400  # torchrun's
 LEASH_SECONDS = 40.0  # of silence, after which an agent on a leash takes its launcher for lost
 _LAST_CALL_SECONDS = 5  # for more machines, when there are enough
 _KEEP_ALIVE_SECONDS, _KEEP_ALIVE_ATTEMPTS = 3, 3  # a machine that is silent for so many times so long is left out
@@ -46,6 +45,7 @@ class Place:
         port: TCP port there.
         job: name of this start of the job, the same for all and new for each.
         address: of this machine, as the others reach it; None to find out.
+        num_gpus: that this machine is paid for; 0 where nobody knows.
         join_seconds: for machines to come to the first meeting: images are pulled, file systems wake up.
     """
 
@@ -54,6 +54,7 @@ class Place:
     port: int
     job: str
     address: str | None = None
+    num_gpus: int = 0
     join_seconds: int = 900
 
 
@@ -67,9 +68,13 @@ def plan(place: Place, arguments: Sequence[str], config: Config, script: str = T
         script: that every process runs.
 
     Raises:
-        UserError: there are fewer GPUs than processes, or the first machine's name is not known here.
+        UserError: there are fewer GPUs than processes or than were promised, or the first machine's name is not known
+            here.
     """
-    num_gpus = count_gpus()
+    num_gpus = count_gpus(config)
+    if not num_gpus and place.num_gpus:
+        hint = "is its driver dead, or is this torch for CPUs?"
+        raise UserError(f"{socket.gethostname()} was to have {place.num_gpus} GPUs, and torch sees none: {hint}")
     count = count_processes(config.launch.processes, num_gpus)
     address = place.address or find_address(place)
     meeting = {

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,12 +27,14 @@ from launch.logs import RankLogs
 from launch.stopping import SIGNALS, shutdown_seconds
 from trainer.cli import EXIT_FAILED, EXIT_USAGE
 from trainer.config import Config
+from trainer.data.tuning import cores_of_a_rank
 from trainer.errors import UserError
 from trainer.memory.shrink import Shrink, read_shrink
 from trainer.system import die_with_parent
 
 logger = logging.getLogger("lockstep")
 
+_REUNION_SECONDS = 120.0  # for machines to meet again after one has run out of memory
 TRAIN_SCRIPT = str(Path(__file__).resolve().parent.parent / "train.py")
 
 
@@ -53,8 +56,9 @@ class LaunchPlan:
         return replace(self, command=command)
 
 
-def count_gpus() -> int:
-    """Returns how many GPUs, or other accelerators, are visible here."""
+def count_gpus(config: Config) -> int:
+    """Returns how many GPUs, or other accelerators, the job's processes will see here."""
+    os.environ.update(config.launch.environment)  # CUDA_VISIBLE_DEVICES may be there
     return torch.accelerator.device_count() if torch.accelerator.is_available() else 0
 
 
@@ -80,7 +84,7 @@ def agent_variables(config: Config, num_processes: int, num_gpus: int) -> dict[s
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(shutdown_seconds(config)),
     }
     if not num_gpus:
-        threads = max(1, len(os.sched_getaffinity(0)) // num_processes)
+        threads = cores_of_a_rank(num_processes)
         variables["ACCELERATE_USE_CPU"] = "true"
         variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
     return {**variables, **config.launch.environment}
@@ -100,10 +104,15 @@ def run(plan: LaunchPlan, config: Config, code_of_others: int = EXIT_FAILED) -> 
     """
     os.environ.update(plan.environment)
     logs = RankLogs(config.run_dir)
+    patience = 0.0
     while True:
         before = read_shrink(config.run_dir) if config.memory.on_oom == "shrink" else None
         command = plan.command if before is None else plan.after(before).command
         outcome = _run_once(command, config.run_dir, logs, is_over=partial(_shrunk, config, before))
+        if not outcome.has_met and not outcome.told_to_stop and time.monotonic() < patience:
+            # The first machine's agent was still in the meeting that another one has ended, and is on its way.
+            time.sleep(1)
+            continue
         record = _shrunk(config, before)
         if outcome.code != EXIT_FAILED or outcome.told_to_stop or record is None:
             break
@@ -120,6 +129,7 @@ def run(plan: LaunchPlan, config: Config, code_of_others: int = EXIT_FAILED) -> 
             record.micro_batch_size,
             record.was,
         )
+        patience = time.monotonic() + _REUNION_SECONDS
     _show_failure(outcome, logs)
     if outcome.code == EXIT_FAILED and (outcome.told_to_stop or not outcome.is_own):
         return code_of_others

@@ -585,11 +585,15 @@ class Config(Section):
         All trials of a sweep share a config file, whose run folder one of them would continue for another.
         """
         trial = environment.get("WANDB_RUN_ID") if environment.get("WANDB_SWEEP_ID") else None
-        if not trial or self.run.name.endswith(f"-{trial}"):
+        if not trial or f"-{trial}" in self.run.name:  # also before the number of a task
             return self
-        folder = None if self.run.dir is None else f"{self.run.dir.rstrip('/')}-{trial}"
-        run = self.run.model_copy(update={"name": f"{self.run.name}-{trial}", "dir": folder})
-        return self.model_copy(update={"run": run})
+
+        def own(folder: str | None) -> str | None:
+            return None if folder is None else f"{folder.rstrip('/')}-{trial}"
+
+        run = self.run.model_copy(update={"name": f"{self.run.name}-{trial}", "dir": own(self.run.dir)})
+        checkpoint = self.checkpoint.model_copy(update={"dir": own(self.checkpoint.dir)})
+        return self.model_copy(update={"run": run, "checkpoint": checkpoint})
 
     def locate(self, problem: Problem) -> Problem:
         """Adds to a problem the file and line where its dotted path was written."""

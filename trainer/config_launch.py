@@ -19,6 +19,8 @@ from trainer.config_values import (
     TimeSpan,
 )
 
+DEFAULT_PORT = 29400  # torchrun's
+
 Text = Annotated[str, Field(min_length=1)]
 Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
 

@@ -9,12 +9,15 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launch.doctor.agreed import FOLDER_VARIABLE, RANK_SCRIPT, Request, is_bare, verdict_file
-from launch.starting import LaunchPlan, run_script
 from trainer.cli import EXIT_FAILED, EXIT_FINISHED, show_problems
 from trainer.config import Config, load_config
 from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from launch.starting import LaunchPlan
 
 _ONCE = "launch.max_restarts=0"
 
@@ -36,6 +39,8 @@ def run(plan: LaunchPlan, config: Config) -> int:
     with tempfile.TemporaryDirectory(prefix="lockstep-doctor-") as name:
         os.environ[FOLDER_VARIABLE] = name
         verdict = verdict_file(Path(name))
+        from launch.starting import run_script  # imports torch, which whoever asks other machines need not have
+
         code = run_script(plan, Path(name), explains_failure=verdict.exists)
         return int(verdict.read_text()) if verdict.exists() else code
 

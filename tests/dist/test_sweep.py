@@ -76,6 +76,10 @@ def test_names_of_trials(write_config: WriteConfig) -> None:
     trial = config.of_trial(of_agent)
     assert (trial.run.name, trial.run.dir) == ("tiny-t", f"{config.run.dir}-t")
     assert trial.of_trial(of_agent) == trial
+    in_a_store = load_config(str(write_config()), ["checkpoint.dir=s3://bucket/run/"]).of_trial(of_agent)
+    assert in_a_store.checkpoint.dir == "s3://bucket/run-t"
+    task = load_config(str(write_config()), ["run.name=tiny-t-3"])
+    assert task.of_trial(of_agent) == task
     assert config.of_trial({"WANDB_RUN_ID": "t"}) == config
     named = load_config(str(write_config(run__dir=None))).of_trial(of_agent)
     assert str(named.run_dir) == "runs/tiny-t"

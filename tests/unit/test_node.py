@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from conftest import REPOSITORY, WriteConfig
 
 from launch import node
@@ -32,6 +34,8 @@ def planned(write_config: WriteConfig, place: Place, **changes: Any) -> LaunchPl
 
 def test_what_an_agent_is_told(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    for name in ("NCCL_DEBUG", "N"):  # which come into this process
+        monkeypatch.setenv(name, "")
     place = Place(node_rank=1, host="127.0.0.1", port=1234, job="a-job")
     launch = {"nodes": "1:4", "processes": 3, "max_restarts": 2, "environment": {"NCCL_DEBUG": "INFO", "N": 1}}
     plan = planned(write_config, place, launch=launch)
@@ -49,6 +53,55 @@ def test_what_an_agent_is_told(write_config: WriteConfig, monkeypatch: pytest.Mo
     assert "NCCL_SOCKET_IFNAME" not in plan.environment
     assert (plan.environment["NCCL_DEBUG"], plan.environment["N"]) == ("INFO", "1")
     assert options_of(planned(write_config, Place(0, "127.0.0.1", 1, "j", "10.1.2.3")))["--local-addr"] == "10.1.2.3"
+
+
+def test_gpus_that_are_gone_do_not_become_cpus(write_config: WriteConfig) -> None:
+    with pytest.raises(UserError, match="was to have 8 GPUs, and torch sees none"):
+        planned(write_config, Place(0, "127.0.0.1", 1, "j", num_gpus=8))
+
+
+def test_who_promised_gpus(
+    write_config: WriteConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = [
+        "--config",
+        str(write_config()),
+        "--node-rank",
+        "0",
+        "--rendezvous",
+        "127.0.0.1",
+        "--job",
+        "j",
+        "--dry-run",
+    ]
+    assert main(["agent", *where, "--replaceable", "launch.kubernetes.gpus_per_node=8"]) == 1  # another node may do
+    assert "was to have 8 GPUs" in capsys.readouterr().err
+    assert main(["agent", *where, "launch.kubernetes.gpus_per_node=8"]) == 0
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    assert main(["agent", *where]) == 2
+    assert "was to have 4 GPUs" in capsys.readouterr().err
+
+
+def test_options_that_do_not_go_together(write_config: WriteConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--config", str(write_config()), "--node-rank", "0", "--rendezvous", "127.0.0.1", "--job", "j"]
+    for options, expected in (
+        (["--timeout", "5"], "are for --doctor"),
+        (["--json", "x"], "are for --doctor"),
+        (["--doctor", "--replaceable"], "leave out --replaceable"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["agent", *where, *options])
+        assert expected in capsys.readouterr().err
+
+
+def test_the_environment_of_the_config_says_which_gpus(
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: len(os.environ["CUDA_VISIBLE_DEVICES"].split(",")))
+    launch = {"environment": {"CUDA_VISIBLE_DEVICES": "0,1"}}
+    assert options_of(planned(write_config, Place(0, "127.0.0.1", 1, "j"), launch=launch))["--nproc-per-node"] == "2"
 
 
 def test_the_interface_that_was_asked_for(write_config: WriteConfig) -> None:

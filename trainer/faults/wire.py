@@ -27,11 +27,11 @@ _MOST_UNSENT = 1 << 20
 _CONNECT_SECONDS = 2.0  # for each address
 _ANSWER_SECONDS = 20.0  # rank 0 may be busy in native code that holds Python's lock
 
-# Loader workers are forked; with a copy of a connection one of them would keep it open when its rank is killed.
 SILENT_SECONDS = 20  # of a machine, after which a connection to it is lost
 
 _UNREACHABLE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
 
+# Loader workers are forked; with a copy of a connection one of them would keep it open when its rank is killed.
 _open: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 

@@ -1,7 +1,8 @@
 """The record of a micro-batch that did not fit, by which the next start of a run takes a smaller one.
 
 Owns `out-of-memory/shrink.json` in the run folder and the arithmetic of smaller micro-batches. Who writes it is
-`trainer.memory.out_of_memory`, who obeys it the Trainer; `launch.local` starts again because of it. Imports no torch.
+`trainer.memory.out_of_memory`, who obeys it the Trainer; `launch.starting` starts again because of it. Imports
+no torch.
 """
 
 from __future__ import annotations

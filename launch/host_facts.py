@@ -174,7 +174,7 @@ class _Machine:
             with suppress(OSError):
                 os.listdir(Path(path).parent)  # which has NFS look again
             time.sleep(0.1)
-        mine = Path(f"{path}.{socket.gethostname()}")
+        mine = Path(f"{path}.{socket.gethostname()}-{os.getpid()}")  # two hosts may have the same name
         mine.write_text("")
         mine.unlink()
         return True

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import random
+import secrets
 import socket
 import sys
 import threading
@@ -174,7 +175,7 @@ class _Machine:
             with suppress(OSError):
                 os.listdir(Path(path).parent)  # which has NFS look again
             time.sleep(0.1)
-        mine = Path(f"{path}.{socket.gethostname()}-{os.getpid()}")  # two hosts may have the same name
+        mine = Path(f"{path}.{secrets.token_hex(4)}")  # hosts may have the same name
         mine.write_text("")
         mine.unlink()
         return True

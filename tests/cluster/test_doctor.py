@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from cluster_machines import Hosts, Slurm
-from conftest import WriteConfig
+from conftest import WriteConfig, nightly
 from launching import run
 
 DOCTOR = [sys.executable, "-m", "launch", "doctor"]
@@ -70,6 +70,7 @@ def test_a_slow_link_and_a_folder_of_one_host_alone_are_named(
     assert not any(hosts.processes(i) for i in hosts.numbers)
 
 
+@nightly
 def test_a_host_that_does_not_answer_is_named(hosts: Hosts, tmp_path: Path) -> None:
     hosts.unplug(2)
     done = run([*DOCTOR, "--hosts", "host1,host2", *reach(hosts)], tmp_path)
@@ -77,6 +78,7 @@ def test_a_host_that_does_not_answer_is_named(hosts: Hosts, tmp_path: Path) -> N
     assert done.stderr.splitlines()[-1].startswith("error: host2")
 
 
+@nightly
 def test_in_an_allocation_that_is_asked_for(slurm: Slurm, write_config: WriteConfig, tmp_path: Path) -> None:
     config = str(write_config())
     arguments = ["--config", config, "--slurm", "--nodes", "2", "--processes", "1", "launch.slurm.partition=main"]

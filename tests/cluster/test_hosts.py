@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -18,13 +17,12 @@ from typing import Any
 import psutil
 import pytest
 from cluster_machines import Hosts, end_jobs
-from conftest import REPOSITORY, SUPPORT, Train, WriteConfig
+from conftest import REPOSITORY, SUPPORT, Train, WriteConfig, nightly
 from launching import Job
 from run_results import losses, summary
 
 from trainer.faults.plan import VARIABLE, Event, write_plan
 
-NIGHTLY = pytest.mark.skipif("LOCKSTEP_NIGHTLY" not in os.environ, reason="LOCKSTEP_NIGHTLY=1 runs it")
 LOST_SECONDS = 60  # within which a job that cannot go on says so
 STEPS = 150
 
@@ -87,7 +85,7 @@ def waits_for(job: Job, text: str) -> float:
     return time.monotonic() - begun
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(3, marks=NIGHTLY)])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=nightly)])
 def test_hosts_train_as_one_process_does(
     count: int, hosts: Hosts, write_config: WriteConfig, train: Train, tmp_path: Path
 ) -> None:
@@ -137,6 +135,7 @@ exec {sys.executable} "$@"
     assert left(hosts) == []
 
 
+@nightly
 def test_a_port_that_is_taken_or_out_of_reach(hosts: Hosts, write_config: WriteConfig, tmp_path: Path) -> None:
     space = f"lockstep{hosts.slot}-host2"
     block = ["ip", "-n", space, "route", "add", "unreachable", f"{hosts.address(1)}/32"]
@@ -169,7 +168,7 @@ def test_a_crash_is_shown_with_its_host(hosts: Hosts, write_config: WriteConfig,
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, *(pytest.param(other, marks=NIGHTLY) for other in (signal.SIGINT, signal.SIGUSR1))]
+    "number", [signal.SIGTERM, *(pytest.param(other, marks=nightly) for other in (signal.SIGINT, signal.SIGUSR1))]
 )
 def test_a_stop_and_going_on(number: signal.Signals, hosts: Hosts, write_config: WriteConfig, tmp_path: Path) -> None:
     config = steady(write_config, steps=60, seconds=0.02)
@@ -218,7 +217,7 @@ def test_others_go_on_without_a_lost_host_and_take_it_back(
     assert left(hosts) == []
 
 
-@pytest.mark.parametrize("how", ["kill", pytest.param("unplug", marks=NIGHTLY)])
+@pytest.mark.parametrize("how", ["kill", pytest.param("unplug", marks=nightly)])
 def test_the_first_host_is_lost(how: str, hosts: Hosts, write_config: WriteConfig, tmp_path: Path) -> None:
     config = steady(write_config, steps=5000, launch__max_restarts=2)
     job = launch(hosts, config, hosts.names, "--nodes", "1:3")
@@ -233,7 +232,7 @@ def test_the_first_host_is_lost(how: str, hosts: Hosts, write_config: WriteConfi
     assert [line for line in left(hosts) if how == "kill"] == []
 
 
-@NIGHTLY
+@nightly
 def test_a_job_of_a_fixed_size_waits_for_a_lost_host(hosts: Hosts, write_config: WriteConfig) -> None:
     config = steady(write_config, steps=300, launch__max_restarts=1)
     job = launch(hosts, config, ["host1", "host2"])
@@ -247,7 +246,7 @@ def test_a_job_of_a_fixed_size_waits_for_a_lost_host(hosts: Hosts, write_config:
     assert left(hosts) == []
 
 
-@NIGHTLY
+@nightly
 def test_it_does_not_wait_for_ever(hosts: Hosts, write_config: WriteConfig) -> None:
     changes = {"launch__max_restarts": 1, "launch__hosts__return_timeout": 5}
     job = launch(hosts, steady(write_config, steps=5000, **changes), ["host1", "host2"])
@@ -258,6 +257,7 @@ def test_it_does_not_wait_for_ever(hosts: Hosts, write_config: WriteConfig) -> N
     assert left(hosts) == []
 
 
+@nightly
 def test_a_launcher_that_is_killed_leaves_nothing(hosts: Hosts, write_config: WriteConfig, tmp_path: Path) -> None:
     job = launch(hosts, steady(write_config, steps=5000), ["host1", "host2"])
     reached(job, 10)
@@ -269,7 +269,7 @@ def test_a_launcher_that_is_killed_leaves_nothing(hosts: Hosts, write_config: Wr
     assert summary(tmp_path / "run")["status"] == "stopped"
 
 
-@NIGHTLY
+@nightly
 def test_a_host_that_is_not_needed_need_not_be_there(hosts: Hosts, write_config: WriteConfig, tmp_path: Path) -> None:
     job = launch(hosts, write_config(), ["host9", "host1", "host2", "host3"], "--nodes", "1:3")
     assert job.end() == 0, job.output()
@@ -280,7 +280,7 @@ def test_a_host_that_is_not_needed_need_not_be_there(hosts: Hosts, write_config:
     assert left(hosts) == []
 
 
-@NIGHTLY
+@nightly
 def test_a_second_ctrl_c_ends_it_now(hosts: Hosts, write_config: WriteConfig) -> None:
     job = launch(hosts, steady(write_config, steps=50, seconds=2.0), ["host1", "host2"])
     job.wait_for(lambda output: "run folder" in output)
@@ -293,7 +293,7 @@ def test_a_second_ctrl_c_ends_it_now(hosts: Hosts, write_config: WriteConfig) ->
     assert left(hosts) == []
 
 
-@NIGHTLY
+@nightly
 def test_the_digits(hosts: Hosts, train: Train, tmp_path: Path) -> None:
     config = REPOSITORY / "configs" / "digits.yaml"
     common = ["tracking.trackers=[]", "train.epochs=12", "launch.environment.OMP_NUM_THREADS=1"]
@@ -324,7 +324,7 @@ def test_accelerate_by_hand(hosts: Hosts, write_config: WriteConfig, tmp_path: P
     assert summary(tmp_path / "run")["status"] == "finished"
 
 
-@NIGHTLY
+@nightly
 def test_agents_by_hand(hosts: Hosts, write_config: WriteConfig, tmp_path: Path) -> None:
     config = str(write_config())
     options = ["--node-rank", "RANK", "--rendezvous", "host1", "--job", "monday-1", "--nodes", "2"]
@@ -333,7 +333,7 @@ def test_agents_by_hand(hosts: Hosts, write_config: WriteConfig, tmp_path: Path)
     assert summary(tmp_path / "run")["status"] == "finished"
 
 
-@NIGHTLY
+@nightly
 def test_what_a_dry_run_prints_can_be_pasted(hosts: Hosts, write_config: WriteConfig, tmp_path: Path) -> None:
     job = launch(hosts, write_config(), ["host1", "host2"], "--dry-run")
     assert job.end() == 0

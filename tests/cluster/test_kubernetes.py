@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from cluster_machines import Hosts
-from conftest import WriteConfig
+from conftest import WriteConfig, nightly
 from kubernetes_pods import JobController, job_of
 
 from launch import kubernetes
@@ -72,6 +72,7 @@ def status(run_dir: Path) -> tuple[str, int]:
     return summary["status"], summary["num_processes"]
 
 
+@nightly
 def test_a_train_job(start: Start, run_dir: Path) -> None:
     job = start(launch__kubernetes__kind="trainjob")
     assert job.wait() == "Complete", job.report()
@@ -96,6 +97,7 @@ def test_pods_that_are_replaced(start: Start, run_dir: Path) -> None:
     assert status(run_dir) == ("finished", 2)
 
 
+@nightly
 def test_a_pod_leaves_and_comes(start: Start, run_dir: Path) -> None:
     """The other one goes on without it, and with the one that takes its place under the same name of the job."""
     job = start("1:2", **long(0.04, 24))

@@ -13,6 +13,7 @@ import cluster_machines
 import psutil
 import pytest
 from cluster_machines import SLOTS, Hosts, Slurm
+from conftest import nightly
 from launching import alive
 
 LISTEN = """
@@ -59,6 +60,7 @@ def test_ssh_from_here_and_between_hosts(hosts: Hosts, tmp_path: Path) -> None:
         assert here.stdout == there.stdout == f"{name}\n"
 
 
+@nightly
 def test_a_host_has_its_own_network_shared_memory_and_local_folder(hosts: Hosts, tmp_path: Path) -> None:
     for i, folder in ((1, Path("/dev/shm")), (1, hosts.local)):
         assert hosts.run(i, ["touch", folder / "lockstep-mark"], tmp_path).returncode == 0
@@ -85,6 +87,7 @@ def say(speaker: subprocess.Popen[str], word: str) -> str:
     return speaker.stdout.readline().strip()
 
 
+@nightly
 def test_an_unplugged_host_is_silent(hosts: Hosts, tmp_path: Path) -> None:
     with conversation(hosts, tmp_path) as speaker:
         assert say(speaker, "one") == "heard one"
@@ -99,6 +102,7 @@ def test_an_unplugged_host_is_silent(hosts: Hosts, tmp_path: Path) -> None:
         speaker.kill()
 
 
+@nightly
 def test_a_killed_host_is_reset_and_mended(hosts: Hosts, tmp_path: Path) -> None:
     with conversation(hosts, tmp_path) as speaker:
         assert say(speaker, "one") == "heard one"
@@ -117,6 +121,7 @@ def test_a_step_runs_on_two_nodes(slurm: Slurm, tmp_path: Path) -> None:
     assert set(slurm.squeue().values()) <= {"COMPLETING"}
 
 
+@nightly
 def test_a_job_is_requeued(slurm: Slurm, tmp_path: Path) -> None:
     script = batch(
         tmp_path,
@@ -128,6 +133,7 @@ def test_a_job_is_requeued(slurm: Slurm, tmp_path: Path) -> None:
     assert re.findall(r"^try \d", (tmp_path / "out").read_text(), re.M) == ["try 0", "try 1"]
 
 
+@nightly
 def test_a_job_is_preempted_after_a_signal(slurm: Slurm, tmp_path: Path) -> None:
     script = batch(tmp_path, 'trap "echo told; exit 0" USR1; echo begun; sleep 100 & wait')
     every_node = ("--nodes=3", "--exclusive")
@@ -138,6 +144,7 @@ def test_a_job_is_preempted_after_a_signal(slurm: Slurm, tmp_path: Path) -> None
     assert (tmp_path / "out").read_text().startswith("begun\ntold\n")  # slurmstepd may add that the job has gone
 
 
+@nightly
 def test_a_failed_node_comes_back(slurm: Slurm, tmp_path: Path) -> None:
     job_id = slurm.submit(batch(tmp_path, "sleep 100"), "--nodelist=host2")
     slurm.wait_for_state(job_id, "RUNNING")
@@ -154,6 +161,7 @@ def flat(machines_slot: int) -> Slurm:
     return Slurm(machines_slot, None)
 
 
+@nightly
 def test_nodes_without_hosts(flat: Slurm, tmp_path: Path) -> None:
     show = ["srun", "--nodes=2", "--ntasks-per-node=1", "printenv", "SLURMD_NODENAME"]
     assert sorted(flat.run(show, tmp_path).stdout.split()) == ["node1", "node2"]

@@ -203,6 +203,7 @@ def test_inside_an_allocation(slurm: Slurm, folder: Path) -> None:
     assert processes_left(slurm) == []
 
 
+@nightly
 def test_an_array_of_two(slurm: Slurm, folder: Path) -> None:
     config = write(folder, run__seed=10)
     array = ["launch.slurm.array=0-1", "log.every=1"]
@@ -225,6 +226,7 @@ def test_an_array_of_two(slurm: Slurm, folder: Path) -> None:
     assert f"{number}_0" not in slurm.run([*COMMAND, "status", "run-1"], folder).stdout
 
 
+@nightly
 def test_the_others_go_on_when_a_node_is_lost(slurm: Slurm, folder: Path) -> None:
     config = write(folder, train__epochs=80, data__train=SLOW, **{**RARELY, "checkpoint__every": 5})
     (folder / "slowly").touch()

@@ -70,7 +70,7 @@ def collect(config_file: str, overrides: Sequence[str]) -> Facts:
     Raises:
         UserError: the config cannot be read here.
     """
-    config = load_config(config_file, overrides)
+    config = load_config(config_file, overrides).of_trial(os.environ)
     return Facts(
         hostname=socket.gethostname(),
         addresses=tuple(addresses(config.launch.interface)),

@@ -141,6 +141,24 @@ def test_dry_run(write_config: WriteConfig, capsys: pytest.CaptureFixture[str]) 
         assert inner.endswith("launch.processes=4 launch.nodes=2")
 
 
+def test_a_trial_of_a_sweep_is_the_same_run_on_every_host(
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = {"WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "t", "WANDB_PROJECT": "p", "WANDB_ENTITY": "e"}
+    for name, value in trial.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WANDB_SWEEP_PARAM_PATH", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    file = str(write_config())
+    launch = hosts.HostsLaunch(["a"], file, [], load_config(file))
+    there = {name: value for name, value in launch.ssh.variables.items() if name.startswith("WANDB")}
+    assert there == trial
+    assert " WANDB_SWEEP_ID=s WANDB_RUN_ID=t " in launch.command(HOSTS[0], 0, "job", Meeting("a", 1))[-1]
+    monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", "wandb/trial.yaml")
+    assert hosts._ssh(launch.config).variables["WANDB_SWEEP_PARAM_PATH"] == "wandb/trial.yaml"
+    assert host_facts.collect(file, []).config["run"]["name"] == "tiny-t"
+
+
 def test_one_way_to_name_hosts(write_config: WriteConfig, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(write_config())
     with pytest.raises(SystemExit):

@@ -17,8 +17,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,15 +71,31 @@ def collect(config_file: str, overrides: Sequence[str]) -> Facts:
         UserError: the config cannot be read here.
     """
     config = load_config(config_file, overrides).of_trial(os.environ)
+    with _variables(config.launch.environment):  # CUDA_VISIBLE_DEVICES and its like
+        found = devices()
     return Facts(
         hostname=socket.gethostname(),
         addresses=tuple(addresses(config.launch.interface)),
         versions=versions(),
         code=code_digests(),
         config=config.model_dump(mode="json"),
-        devices=devices(),
+        devices=found,
         num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
     )
+
+
+@contextmanager
+def _variables(values: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                del os.environ[name]
 
 
 def versions() -> dict[str, str]:

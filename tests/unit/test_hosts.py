@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import socket
 import subprocess
@@ -254,6 +255,17 @@ def test_facts_of_this_machine(write_config: WriteConfig) -> None:
     assert found.hostname == socket.gethostname()
     assert found.versions["torch"] == torch.__version__
     assert host_facts.addresses("no-such-interface") == []
+
+
+def test_devices_are_counted_as_the_ranks_will_see_them(
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_facts, "devices", lambda: tuple(os.environ["CUDA_VISIBLE_DEVICES"].split(",")))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    variables = {"CUDA_VISIBLE_DEVICES": "1,3", "LOCKSTEP_TEST": "x"}
+    assert host_facts.collect(str(write_config(launch__environment=variables)), []).devices == ("1", "3")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
+    assert "LOCKSTEP_TEST" not in os.environ
 
 
 def test_answers_are_lines_after_a_mark(write_config: WriteConfig, tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def check(hosts: Sequence[Host], ssh: Ssh, config: Config, arguments: tuple[str,
         file, overrides = arguments
         asked.there = opened
         answers = asked.ask(list(opened), "facts", _ANSWER_SECONDS, config=file, overrides=overrides)
-        facts = {host: Facts.from_answer(answer) for host, answer in answers.items()}
+        facts = asked.each(list(answers), lambda host: _read_facts(host, answers[host]))
         asked.there = {host: opened[host] for host in facts}
         clocks = asked.each(list(facts), lambda host: _read_clock(opened[host]))
         errors, warnings = judge(facts, clocks, here, config)
@@ -264,6 +264,13 @@ def _failure(conversation: Conversation, question: Mapping[str, object]) -> str 
     except UserError as error:
         return str(error.problems[0]).removeprefix(f"{conversation.host.name}: ")
     return None
+
+
+def _read_facts(host: Host, answer: dict[str, Any]) -> Facts:
+    try:
+        return Facts.from_answer(answer)
+    except UserError as error:
+        raise UserError(*(f"{host.name}: {problem}" for problem in error.problems)) from None
 
 
 def _read_clock(conversation: Conversation) -> Clock:

@@ -60,8 +60,15 @@ class Facts:
 
     @classmethod
     def from_answer(cls, answer: dict[str, Any]) -> Facts:
-        """Reads what has gone through JSON."""
-        return cls(**{**answer, "addresses": tuple(answer["addresses"]), "devices": tuple(answer["devices"])})
+        """Reads what has gone through JSON.
+
+        Raises:
+            UserError: it is the answer of another version of this file.
+        """
+        try:
+            return cls(**{**answer, "addresses": tuple(answer["addresses"]), "devices": tuple(answer["devices"])})
+        except (KeyError, TypeError):
+            raise UserError("other code than here: launch/host_facts.py") from None
 
 
 def collect(config_file: str, overrides: Sequence[str]) -> Facts:

@@ -268,6 +268,19 @@ def test_devices_are_counted_as_the_ranks_will_see_them(
     assert "LOCKSTEP_TEST" not in os.environ
 
 
+OTHER_FACTS = """
+from launch import host_facts
+
+def asdict(facts):
+    answer = dict(vars(facts))
+    {change}
+    return answer
+
+host_facts.asdict = asdict
+host_facts.main()
+"""
+
+
 def test_answers_are_lines_after_a_mark(write_config: WriteConfig, tmp_path: Path) -> None:
     """All questions, to this machine as if it were a host: no ssh is needed for that."""
     ssh = tmp_path / "ssh"
@@ -283,6 +296,15 @@ def test_answers_are_lines_after_a_mark(write_config: WriteConfig, tmp_path: Pat
         assert findings.lines(HOSTS) == []
         assert findings.meeting is not None
         assert not list(tmp_path.glob(".lockstep*"))
+        for change in ("answer['new'] = 1", "del answer['devices']", "del answer['num_cores']"):
+            other = tmp_path / "other.py"
+            other.write_text(OTHER_FACTS.format(change=change))
+            pretender = tmp_path / "python"
+            pretender.write_text(f"#!/bin/bash\nexec {sys.executable} {other}\n")
+            pretender.chmod(0o755)
+            differs = checks.check(HOSTS[:1], replace(settings, python=str(pretender)), config, arguments, here)
+            assert differs.lines(HOSTS[:1]) == ["host1: other code than here: launch/host_facts.py"]
+            assert differs.meeting is None
         bad = checks.check(HOSTS[:1], settings, config, (str(tmp_path / "none.yaml"), []), here)
         assert "none.yaml" in bad.lines(HOSTS[:1])[0]
         missing = checks.check(HOSTS[:1], replace(settings, folder="/nowhere"), config, arguments, here)

@@ -7,7 +7,9 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, WriteConfig
 
-from launch import checks, host_facts, hosts
+from launch import checks, host_facts, hosts, hosts_job
 from launch.checks import Clock, Findings, Meeting
 from launch.cli import main
 from launch.host_facts import Facts
@@ -429,3 +431,58 @@ def test_what_the_end_of_one_agent_means(
     made._joins[host] = joins
     made._note_end(Fake(host, code))
     assert (made._is_ending, host in made._try_at) == (is_ending, is_tried)
+
+
+def elastic_job_that_tries(monkeypatch: pytest.MonkeyPatch, recheck: Callable[..., Findings]) -> HostsJob:
+    """Returns a job of which the second host is lost, and due to be tried again."""
+    made = job(ELASTIC, [], {})
+    made._lost, made._needed, made._recheck = {SECOND: "gone"}, None, recheck
+    made._agents = {FIRST: Fake(FIRST, 0)}
+    made._try_at = {SECOND: 0.0}
+    monkeypatch.setattr(made, "_start", lambda host: made._agents.update({host: Fake(host, 0)}))
+    return made
+
+
+def test_an_attempt_that_breaks_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    def recheck(hosts: Sequence[Host], is_joining: bool) -> Findings:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(hosts_job, "end_all", lambda *_: {SECOND: 0})
+    made = elastic_job_that_tries(monkeypatch, recheck)
+    made._try_lost()
+    until = time.monotonic() + 10
+    while SECOND not in made._try_at and time.monotonic() < until:
+        time.sleep(0.01)
+        made._try_lost()
+    assert SECOND in made._try_at
+    assert "ZeroDivisionError: ours" in made._lost[SECOND]
+
+
+def test_nothing_of_an_earlier_start_kills_or_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_trying, may_end, events = threading.Event(), threading.Event(), list[str]()
+
+    def end_all(ssh: Ssh, found: Sequence[Host], name: str) -> dict[Host, int | None]:
+        if threading.current_thread() is not threading.main_thread():
+            is_trying.set()
+            may_end.wait(10)
+            events.append("killed by an attempt")
+        return dict.fromkeys(found, 0)
+
+    def recheck(found: Sequence[Host], is_joining: bool) -> Findings:
+        events.append("joining" if is_joining else "ready to start")
+        return Findings({host: [] for host in found}, meeting=Meeting("host1", 1))
+
+    monkeypatch.setattr(hosts_job, "end_all", end_all)
+    made = elastic_job_that_tries(monkeypatch, recheck)
+    earlier = made._tried
+    made._try_lost()
+    assert is_trying.wait(10)
+    threading.Timer(0.5, may_end.set).start()
+    gathered = made._gather()
+    assert gathered is not None
+    assert earlier.get(timeout=10) == (SECOND, None)
+    assert events.index("killed by an attempt") < events.index("ready to start")
+    made._tried.put((THIRD, None))
+    made._begin([FIRST], gathered[1], 1)
+    made._try_lost()
+    assert list(made._agents) == [FIRST]

@@ -170,10 +170,13 @@ def judge(
 
 
 def shared_folders(config: Config) -> list[str]:
-    """Returns the folders that must be the same on all hosts: none where checkpoints are in an object store."""
+    """Returns the folders that must be the same on all hosts.
+
+    Where checkpoints are in an object store these are none, or the run folder if a smaller micro-batch is noted there.
+    """
     saved = config.checkpoint.dir
     if saved is not None and "://" in saved:
-        return []
+        return [str(config.run_dir)] if config.memory.on_oom == "shrink" else []
     return [str(config.run_dir), *([saved] if saved is not None else [])]
 
 
@@ -224,7 +227,8 @@ class _Asked:
             if not is_seen:
                 self.errors[host].append(
                     f"{host.name}: {folder} is not shared: a file that {first.name} wrote is not seen "
-                    "(run.dir must be on a shared file system, or checkpoint.dir in an object store)"
+                    "(run.dir must be on a shared file system, or checkpoint.dir in an object store "
+                    "without memory.on_oom: shrink)"
                 )
         self.ask([first], "remove_file", path=path)
 

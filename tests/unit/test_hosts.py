@@ -248,6 +248,7 @@ def test_folders_that_must_be_shared(write_config: WriteConfig, tmp_path: Path) 
     assert folders() == [str(tmp_path / "run")]
     assert folders(checkpoint__dir="/saved") == [str(tmp_path / "run"), "/saved"]
     assert folders(checkpoint__dir="s3://bucket/run") == []
+    assert folders(checkpoint__dir="s3://bucket/run", memory__on_oom="shrink") == [str(tmp_path / "run")]
 
 
 def test_facts_of_this_machine(write_config: WriteConfig) -> None:

@@ -43,6 +43,7 @@ RICH = {
     "launch__nodes": "1:4",
     "launch__port": 30000,
 }
+STORED = {f"{PREFIX}volume_claim": None, "checkpoint__dir": "s3://bucket/run"}
 KINDS: dict[str, Manifest] = {
     "job": {},
     "trainjob": {f"{PREFIX}kind": "trainjob"},
@@ -354,6 +355,10 @@ def test_pods_without_gpus(made: Made) -> None:
     [
         ({f"{PREFIX}image": None}, "launch.kubernetes.image: is missing"),
         ({f"{PREFIX}volume_claim": None}, "launch.kubernetes.volume_claim: is missing: runs/tiny would be gone"),
+        (
+            {**STORED, "memory__on_oom": "shrink", "launch__nodes": "1:2"},
+            "memory.on_oom: needs a run folder that all pods",
+        ),
         ({f"{PREFIX}gpus_per_node": 2, "launch__processes": 3}, "launch.processes: 3 processes: each pod has 2 GPUs"),
         ({f"{PREFIX}memory_per_node": "8GiB"}, "launch.kubernetes.shared_memory: 8GiB counts as memory of the pod"),
         ({"launch__environment": {"POD_IP": "1"}}, "launch.environment: POD_IP is set by the job itself"),
@@ -411,6 +416,11 @@ def test_what_is_lost_with_a_pod(
         kubernetes.manifests(config_of(write_config, **changes))
     assert len(caplog.messages) == len(expected)
     assert all(message.startswith(start) for message, start in zip(caplog.messages, expected, strict=True))
+
+
+@pytest.mark.parametrize("changes", [{**STORED, "launch__nodes": 1}, {"launch__nodes": 2}])
+def test_a_smaller_micro_batch_is_kept_where_all_see_it(changes: Manifest, made: Made) -> None:
+    assert "Job" in made(**changes, memory__on_oom="shrink")
 
 
 def test_a_problem_names_the_line(write_config: WriteConfig, capsys: pytest.CaptureFixture[str]) -> None:

@@ -232,7 +232,10 @@ def _training_runtime(config: Config, name: str, config_map: str) -> Manifest:
     }
     job = {
         **_retry_policy(config, TRAINJOB_CONTAINER),
-        "template": {"spec": _pod_parts(config, config_map, container)},
+        "template": {
+            "metadata": {"labels": _metadata(config, name, name)["labels"]},
+            "spec": _pod_parts(config, config_map, container),
+        },
     }
     step = {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}}
     replicated = {"name": TRAINJOB_STEP, "replicas": 1, "template": {"metadata": step, "spec": job}}

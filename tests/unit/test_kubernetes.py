@@ -237,6 +237,14 @@ def test_which_pods_are_started_again(kind: str, made: Made) -> None:
     assert as_job(made(**KINDS[kind]))["spec"]["backoffLimit"] == 10
 
 
+@pytest.mark.parametrize("kind", ["job", "trainjob"])
+def test_logs_are_found_by_label(kind: str, made: Made) -> None:
+    manifests = made(**KINDS[kind])
+    labels = as_job(manifests)["spec"]["template"]["metadata"]["labels"]
+    assert labels["app.kubernetes.io/instance"] == "tiny"
+    assert all(labels.items() <= manifest["metadata"]["labels"].items() for manifest in manifests.values())
+
+
 def test_where_pods_meet(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     manifests = made(launch__nodes="1:4")
     job, service = manifests["Job"], manifests["Service"]

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import random
+import secrets
 import socket
 import sys
 import threading
@@ -197,7 +198,7 @@ class _Machine:
             with suppress(OSError):
                 os.listdir(Path(path).parent)  # which has NFS look again
             time.sleep(0.1)
-        mine = Path(f"{path}.{socket.gethostname()}")
+        mine = Path(f"{path}.{secrets.token_hex(4)}")  # several hosts may have one name
         mine.write_text("")
         mine.unlink()
         return True

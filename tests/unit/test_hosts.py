@@ -314,6 +314,21 @@ def test_answers_are_lines_after_a_mark(write_config: WriteConfig, tmp_path: Pat
         assert missing.lines(HOSTS[:1])[0].startswith("host1: there is no folder /nowhere (launch.hosts.folder)")
 
 
+def test_hosts_of_one_name_look_for_a_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, found, unlink = host_facts._Machine(), list[bool](), Path.unlink
+    path = machine.leave_file(str(tmp_path), ".lockstep-x")
+
+    def another_is_quicker(file: Path, missing_ok: bool = False) -> None:
+        monkeypatch.setattr(Path, "unlink", unlink)
+        found.append(machine.find_file(path, 1.0))
+        unlink(file, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", another_is_quicker)
+    found.append(machine.find_file(path, 1.0))
+    assert found == [True, True]
+    assert [file.name for file in tmp_path.iterdir()] == [".lockstep-x"]
+
+
 def test_a_greeting_proves_who_listens() -> None:
     machine = host_facts._Machine()
     port = machine.listen(None, "hello")

@@ -257,7 +257,7 @@ class HostsJob:
         for host in [host for host, due in self._try_at.items() if now >= due]:
             del self._try_at[host]
             is_searched = threading.Event()
-            self._searches.append(is_searched)
+            self._searches = [search for search in self._searches if not search.is_set()] + [is_searched]
             given = (host, self._head, is_searched, self._tried)
             threading.Thread(target=self._try, args=given, daemon=True).start()
         while not self._tried.empty():

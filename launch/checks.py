@@ -101,7 +101,7 @@ def check(hosts: Sequence[Host], ssh: Ssh, config: Config, arguments: tuple[str,
         file, overrides = arguments
         asked.there = opened
         answers = asked.ask(list(opened), "facts", _ANSWER_SECONDS, config=file, overrides=overrides)
-        facts = {host: Facts.from_answer(answer) for host, answer in answers.items()}
+        facts = asked.each(list(answers), lambda host: _read_facts(host, answers[host]))
         asked.there = {host: opened[host] for host in facts}
         clocks = asked.each(list(facts), lambda host: _read_clock(opened[host]))
         errors, warnings = judge(facts, clocks, here, config)
@@ -170,10 +170,13 @@ def judge(
 
 
 def shared_folders(config: Config) -> list[str]:
-    """Returns the folders that must be the same on all hosts: none where checkpoints are in an object store."""
+    """Returns the folders that must be the same on all hosts.
+
+    Where checkpoints are in an object store these are none, or the run folder if a smaller micro-batch is noted there.
+    """
     saved = config.checkpoint.dir
     if saved is not None and "://" in saved:
-        return []
+        return [str(config.run_dir)] if config.memory.on_oom == "shrink" else []
     return [str(config.run_dir), *([saved] if saved is not None else [])]
 
 
@@ -224,7 +227,8 @@ class _Asked:
             if not is_seen:
                 self.errors[host].append(
                     f"{host.name}: {folder} is not shared: a file that {first.name} wrote is not seen "
-                    "(run.dir must be on a shared file system, or checkpoint.dir in an object store)"
+                    "(run.dir must be on a shared file system, or checkpoint.dir in an object store "
+                    "without memory.on_oom: shrink)"
                 )
         self.ask([first], "remove_file", path=path)
 
@@ -264,6 +268,13 @@ def _failure(conversation: Conversation, question: Mapping[str, object]) -> str 
     except UserError as error:
         return str(error.problems[0]).removeprefix(f"{conversation.host.name}: ")
     return None
+
+
+def _read_facts(host: Host, answer: dict[str, Any]) -> Facts:
+    try:
+        return Facts.from_answer(answer)
+    except UserError as error:
+        raise UserError(*(f"{host.name}: {problem}" for problem in error.problems)) from None
 
 
 def _read_clock(conversation: Conversation) -> Clock:

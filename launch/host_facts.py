@@ -18,8 +18,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,15 @@ class Facts:
 
     @classmethod
     def from_answer(cls, answer: dict[str, Any]) -> Facts:
-        """Reads what has gone through JSON."""
-        return cls(**{**answer, "addresses": tuple(answer["addresses"]), "devices": tuple(answer["devices"])})
+        """Reads what has gone through JSON.
+
+        Raises:
+            UserError: it is the answer of another version of this file.
+        """
+        try:
+            return cls(**{**answer, "addresses": tuple(answer["addresses"]), "devices": tuple(answer["devices"])})
+        except (KeyError, TypeError):
+            raise UserError("other code than here: launch/host_facts.py") from None
 
 
 def collect(config_file: str, overrides: Sequence[str]) -> Facts:
@@ -71,16 +78,32 @@ def collect(config_file: str, overrides: Sequence[str]) -> Facts:
     Raises:
         UserError: the config cannot be read here.
     """
-    config = load_config(config_file, overrides)
+    config = load_config(config_file, overrides).of_trial(os.environ)
+    with _variables(config.launch.environment):  # CUDA_VISIBLE_DEVICES and its like
+        found = devices()
     return Facts(
         hostname=socket.gethostname(),
         addresses=tuple(addresses(config.launch.interface)),
         versions=versions(),
         code=code_digests(),
         config=config.model_dump(mode="json"),
-        devices=devices(),
+        devices=found,
         num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
     )
+
+
+@contextmanager
+def _variables(values: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                del os.environ[name]
 
 
 def versions() -> dict[str, str]:

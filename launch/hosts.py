@@ -31,6 +31,8 @@ from trainer.errors import Problem, UserError
 logger = logging.getLogger("lockstep")
 
 _STOP_MARGIN = 15  # beyond what an agent gives its ranks
+# By which `wandb agent` says which trial of which sweep a process is.
+_TRIAL_VARIABLES = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_SWEEP_PARAM_PATH")
 
 
 def choose_names(names: Sequence[str] | None, hostfile: str | None, config: Config) -> list[str]:
@@ -206,10 +208,11 @@ def _ssh(config: Config) -> Ssh:
     paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     if hosts.folder is None and Path.cwd() != ROOT and str(ROOT) not in paths:
         paths.insert(0, str(ROOT))
+    variables = {name: os.environ[name] for name in _TRIAL_VARIABLES if os.environ.get(name)}
     return Ssh(
         options=hosts.ssh_options,
         folder=hosts.folder or os.getcwd(),
         python=hosts.python or sys.executable,
         setup=hosts.setup,
-        variables={"PYTHONPATH": os.pathsep.join(paths)} if paths else {},
+        variables={**({"PYTHONPATH": os.pathsep.join(paths)} if paths else {}), **variables},
     )

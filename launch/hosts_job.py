@@ -25,6 +25,7 @@ from launch.ssh import LOST, Host, Ssh, end_all
 from launch.stopping import SIGNALS
 from trainer.cli import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USAGE
 from trainer.config_values import NodeRange
+from trainer.errors import one_line
 from trainer.faults.stopping import REPEAT_SECONDS
 
 logger = logging.getLogger("lockstep")
@@ -96,6 +97,7 @@ class HostsJob:
         # Hosts that are tried again, and what came of it:
         self._try_at: dict[Host, float] = {}
         self._tried: queue.Queue[tuple[Host, str | None]] = queue.Queue()
+        self._searches: list[threading.Event] = []  # for what is left on them: set when that is over
         self._joins: dict[Host, int] = {}
 
     def run(self, present: Sequence[Host], meeting: Meeting) -> int:
@@ -134,6 +136,7 @@ class HostsJob:
         self._ended, self._lost, self._needed = [], {}, None
         self._is_ending, self._ask_at, self._kill_at = False, float("inf"), float("inf")
         self._try_at = {host: time.monotonic() + RETRY_SECONDS for host in self._hosts if host not in present}
+        self._tried = queue.Queue()  # what still comes of an earlier start is of no use
         for host in present:
             self._start(host)
 
@@ -253,7 +256,10 @@ class HostsJob:
         now = time.monotonic()
         for host in [host for host, due in self._try_at.items() if now >= due]:
             del self._try_at[host]
-            threading.Thread(target=self._try, args=(host, self._head), daemon=True).start()
+            is_searched = threading.Event()
+            self._searches = [search for search in self._searches if not search.is_set()] + [is_searched]
+            given = (host, self._head, is_searched, self._tried)
+            threading.Thread(target=self._try, args=given, daemon=True).start()
         while not self._tried.empty():
             host, problem = self._tried.get()
             if self._is_ending or not self._agents or host in self._agents:
@@ -269,14 +275,30 @@ class HostsJob:
                 self._lost[host] = problem
             self._try_at[host] = time.monotonic() + RETRY_SECONDS
 
-    def _try(self, host: Host, head: Host) -> None:
-        """Ends what is left on a host, and sees whether it may join."""
-        if end_all(self._ssh, [host], self._settings.name)[host] is None:
-            self._tried.put((host, self._lost.get(host, f"{host.name} does not answer")))
-            return
-        findings = self._recheck([head, host], True)
-        problems = findings.lines([host])
-        self._tried.put((host, problems[0] if problems else None))
+    def _try(
+        self, host: Host, head: Host, is_searched: threading.Event, tried: queue.Queue[tuple[Host, str | None]]
+    ) -> None:
+        """Ends what is left on a host, and sees whether it may join. Whatever happens, the host is tried again."""
+        problem: str | None = f"{host.name}: the attempt to reach it has failed"
+        try:
+            left = end_all(self._ssh, [host], self._settings.name)[host]
+            is_searched.set()
+            if left is None:
+                problem = self._lost.get(host, f"{host.name} does not answer")
+            else:
+                problem = next(iter(self._recheck([head, host], True).lines([host])), None)
+        except Exception as error:
+            problem = f"{host.name}: {one_line(error)}"
+        finally:
+            is_searched.set()
+            tried.put((host, problem))
+
+    def _wait_for_searches(self) -> None:
+        """Waits until nobody is about to kill what the launch runs on a host, which would be what is started next."""
+        for is_searched in self._searches:
+            while not is_searched.wait(_TICK_SECONDS):
+                self._pass_signals()
+        self._searches = []
 
     def _gather(self) -> tuple[list[Host], Meeting] | None:
         """Waits until enough hosts can start again; returns them and where they meet, or None where that is not so."""
@@ -284,6 +306,7 @@ class HostsJob:
         needed = nodes.least if nodes.is_elastic else len(self._hosts)
         until = time.monotonic() + self._settings.return_seconds
         is_said = False
+        self._wait_for_searches()
         while self._asked_at is None:
             left = end_all(self._ssh, self._hosts, self._settings.name)
             present = [host for host in self._hosts if left[host] is not None]

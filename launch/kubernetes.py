@@ -111,6 +111,9 @@ def _problems(config: Config) -> list[Problem]:
     if is_own_disk and not folder.startswith("/"):
         message = f"is missing: {folder} would be gone with its pod; or save elsewhere, as checkpoint.dir: s3://..."
         found.append(Problem(message, f"{prefix}.volume_claim"))
+    if config.memory.on_oom == "shrink" and config.launch.nodes.most > 1 and settings.volume_claim is None:
+        message = f"needs a run folder that all pods see: set {prefix}.volume_claim"
+        found.append(Problem(message, "memory.on_oom"))
     processes, gpus = config.launch.processes, settings.gpus_per_node
     if processes and gpus and processes > gpus:
         found.append(Problem(f"{processes} processes: each pod has {gpus} GPUs", "launch.processes"))
@@ -229,7 +232,10 @@ def _training_runtime(config: Config, name: str, config_map: str) -> Manifest:
     }
     job = {
         **_retry_policy(config, TRAINJOB_CONTAINER),
-        "template": {"spec": _pod_parts(config, config_map, container)},
+        "template": {
+            "metadata": {"labels": _metadata(config, name, name)["labels"]},
+            "spec": _pod_parts(config, config_map, container),
+        },
     }
     step = {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}}
     replicated = {"name": TRAINJOB_STEP, "replicas": 1, "template": {"metadata": step, "spec": job}}

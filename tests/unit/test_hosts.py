@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, WriteConfig
 
-from launch import checks, host_facts, hosts
+from launch import checks, host_facts, hosts, hosts_job
 from launch.checks import Clock, Findings, Meeting
 from launch.cli import main
 from launch.host_facts import Facts
@@ -141,6 +144,24 @@ def test_dry_run(write_config: WriteConfig, capsys: pytest.CaptureFixture[str]) 
         assert inner.endswith("launch.processes=4 launch.nodes=2")
 
 
+def test_a_trial_of_a_sweep_is_the_same_run_on_every_host(
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = {"WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "t", "WANDB_PROJECT": "p", "WANDB_ENTITY": "e"}
+    for name, value in trial.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WANDB_SWEEP_PARAM_PATH", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    file = str(write_config())
+    launch = hosts.HostsLaunch(["a"], file, [], load_config(file))
+    there = {name: value for name, value in launch.ssh.variables.items() if name.startswith("WANDB")}
+    assert there == trial
+    assert " WANDB_SWEEP_ID=s WANDB_RUN_ID=t " in launch.command(HOSTS[0], 0, "job", Meeting("a", 1))[-1]
+    monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", "wandb/trial.yaml")
+    assert hosts._ssh(launch.config).variables["WANDB_SWEEP_PARAM_PATH"] == "wandb/trial.yaml"
+    assert host_facts.collect(file, []).config["run"]["name"] == "tiny-t"
+
+
 def test_one_way_to_name_hosts(write_config: WriteConfig, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(write_config())
     with pytest.raises(SystemExit):
@@ -227,6 +248,7 @@ def test_folders_that_must_be_shared(write_config: WriteConfig, tmp_path: Path) 
     assert folders() == [str(tmp_path / "run")]
     assert folders(checkpoint__dir="/saved") == [str(tmp_path / "run"), "/saved"]
     assert folders(checkpoint__dir="s3://bucket/run") == []
+    assert folders(checkpoint__dir="s3://bucket/run", memory__on_oom="shrink") == [str(tmp_path / "run")]
 
 
 def test_facts_of_this_machine(write_config: WriteConfig) -> None:
@@ -236,6 +258,30 @@ def test_facts_of_this_machine(write_config: WriteConfig) -> None:
     assert found.hostname == socket.gethostname()
     assert found.versions["torch"] == torch.__version__
     assert host_facts.addresses("no-such-interface") == []
+
+
+def test_devices_are_counted_as_the_ranks_will_see_them(
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_facts, "devices", lambda: tuple(os.environ["CUDA_VISIBLE_DEVICES"].split(",")))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    variables = {"CUDA_VISIBLE_DEVICES": "1,3", "LOCKSTEP_TEST": "x"}
+    assert host_facts.collect(str(write_config(launch__environment=variables)), []).devices == ("1", "3")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
+    assert "LOCKSTEP_TEST" not in os.environ
+
+
+OTHER_FACTS = """
+from launch import host_facts
+
+def asdict(facts):
+    answer = dict(vars(facts))
+    {change}
+    return answer
+
+host_facts.asdict = asdict
+host_facts.main()
+"""
 
 
 def test_answers_are_lines_after_a_mark(write_config: WriteConfig, tmp_path: Path) -> None:
@@ -253,10 +299,34 @@ def test_answers_are_lines_after_a_mark(write_config: WriteConfig, tmp_path: Pat
         assert findings.lines(HOSTS) == []
         assert findings.meeting is not None
         assert not list(tmp_path.glob(".lockstep*"))
+        for change in ("answer['new'] = 1", "del answer['devices']", "del answer['num_cores']"):
+            other = tmp_path / "other.py"
+            other.write_text(OTHER_FACTS.format(change=change))
+            pretender = tmp_path / "python"
+            pretender.write_text(f"#!/bin/bash\nexec {sys.executable} {other}\n")
+            pretender.chmod(0o755)
+            differs = checks.check(HOSTS[:1], replace(settings, python=str(pretender)), config, arguments, here)
+            assert differs.lines(HOSTS[:1]) == ["host1: other code than here: launch/host_facts.py"]
+            assert differs.meeting is None
         bad = checks.check(HOSTS[:1], settings, config, (str(tmp_path / "none.yaml"), []), here)
         assert "none.yaml" in bad.lines(HOSTS[:1])[0]
         missing = checks.check(HOSTS[:1], replace(settings, folder="/nowhere"), config, arguments, here)
         assert missing.lines(HOSTS[:1])[0].startswith("host1: there is no folder /nowhere (launch.hosts.folder)")
+
+
+def test_hosts_of_one_name_look_for_a_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, found, unlink = host_facts._Machine(), list[bool](), Path.unlink
+    path = machine.leave_file(str(tmp_path), ".lockstep-x")
+
+    def another_is_quicker(file: Path, missing_ok: bool = False) -> None:
+        monkeypatch.setattr(Path, "unlink", unlink)
+        found.append(machine.find_file(path, 1.0))
+        unlink(file, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", another_is_quicker)
+    found.append(machine.find_file(path, 1.0))
+    assert found == [True, True]
+    assert [file.name for file in tmp_path.iterdir()] == [".lockstep-x"]
 
 
 def test_a_greeting_proves_who_listens() -> None:
@@ -377,3 +447,58 @@ def test_what_the_end_of_one_agent_means(
     made._joins[host] = joins
     made._note_end(Fake(host, code))
     assert (made._is_ending, host in made._try_at) == (is_ending, is_tried)
+
+
+def elastic_job_that_tries(monkeypatch: pytest.MonkeyPatch, recheck: Callable[..., Findings]) -> HostsJob:
+    """Returns a job of which the second host is lost, and due to be tried again."""
+    made = job(ELASTIC, [], {})
+    made._lost, made._needed, made._recheck = {SECOND: "gone"}, None, recheck
+    made._agents = {FIRST: Fake(FIRST, 0)}
+    made._try_at = {SECOND: 0.0}
+    monkeypatch.setattr(made, "_start", lambda host: made._agents.update({host: Fake(host, 0)}))
+    return made
+
+
+def test_an_attempt_that_breaks_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    def recheck(hosts: Sequence[Host], is_joining: bool) -> Findings:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(hosts_job, "end_all", lambda *_: {SECOND: 0})
+    made = elastic_job_that_tries(monkeypatch, recheck)
+    made._try_lost()
+    until = time.monotonic() + 10
+    while SECOND not in made._try_at and time.monotonic() < until:
+        time.sleep(0.01)
+        made._try_lost()
+    assert SECOND in made._try_at
+    assert "ZeroDivisionError: ours" in made._lost[SECOND]
+
+
+def test_nothing_of_an_earlier_start_kills_or_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_trying, may_end, events = threading.Event(), threading.Event(), list[str]()
+
+    def end_all(ssh: Ssh, found: Sequence[Host], name: str) -> dict[Host, int | None]:
+        if threading.current_thread() is not threading.main_thread():
+            is_trying.set()
+            may_end.wait(10)
+            events.append("killed by an attempt")
+        return dict.fromkeys(found, 0)
+
+    def recheck(found: Sequence[Host], is_joining: bool) -> Findings:
+        events.append("joining" if is_joining else "ready to start")
+        return Findings({host: [] for host in found}, meeting=Meeting("host1", 1))
+
+    monkeypatch.setattr(hosts_job, "end_all", end_all)
+    made = elastic_job_that_tries(monkeypatch, recheck)
+    earlier = made._tried
+    made._try_lost()
+    assert is_trying.wait(10)
+    threading.Timer(0.5, may_end.set).start()
+    gathered = made._gather()
+    assert gathered is not None
+    assert earlier.get(timeout=10) == (SECOND, None)
+    assert events.index("killed by an attempt") < events.index("ready to start")
+    made._tried.put((THIRD, None))
+    made._begin([FIRST], gathered[1], 1)
+    made._try_lost()
+    assert list(made._agents) == [FIRST]

@@ -43,6 +43,7 @@ RICH = {
     "launch__nodes": "1:4",
     "launch__port": 30000,
 }
+STORED = {f"{PREFIX}volume_claim": None, "checkpoint__dir": "s3://bucket/run"}
 KINDS: dict[str, Manifest] = {
     "job": {},
     "trainjob": {f"{PREFIX}kind": "trainjob"},
@@ -236,6 +237,14 @@ def test_which_pods_are_started_again(kind: str, made: Made) -> None:
     assert as_job(made(**KINDS[kind]))["spec"]["backoffLimit"] == 10
 
 
+@pytest.mark.parametrize("kind", ["job", "trainjob"])
+def test_logs_are_found_by_label(kind: str, made: Made) -> None:
+    manifests = made(**KINDS[kind])
+    labels = as_job(manifests)["spec"]["template"]["metadata"]["labels"]
+    assert labels["app.kubernetes.io/instance"] == "tiny"
+    assert all(labels.items() <= manifest["metadata"]["labels"].items() for manifest in manifests.values())
+
+
 def test_where_pods_meet(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
     manifests = made(launch__nodes="1:4")
     job, service = manifests["Job"], manifests["Service"]
@@ -306,6 +315,25 @@ def test_the_config_travels(write_config: WriteConfig, tmp_path: Path, capsys: p
     assert next(yaml.safe_load_all(capsys.readouterr().out))["metadata"]["name"] != config_map["metadata"]["name"]
 
 
+@pytest.mark.parametrize(("document", "base"), [("README.md", "photos.yaml"), ("docs/launch-kubernetes.md", None)])
+def test_the_first_command_works_as_written(
+    document: str, base: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (REPOSITORY / document).read_text()
+    command = re.search(r"^    python -m launch (kubernetes .*) \| kubectl apply -f -$", text, re.MULTILINE)
+    assert command is not None
+    block = re.findall(r"```yaml\n(.*?)```", text[: command.start()], re.DOTALL)[-1]
+    words = command[1].split()
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    (tmp_path / words[words.index("--config") + 1]).write_text(
+        "base: configs/digits.yaml\n" * (base is not None) + block
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 0
+    for manifest in yaml.safe_load_all(capsys.readouterr().out):
+        check(manifest)
+
+
 @pytest.mark.parametrize(
     ("run_name", "longest", "expected"),
     [
@@ -354,6 +382,10 @@ def test_pods_without_gpus(made: Made) -> None:
     [
         ({f"{PREFIX}image": None}, "launch.kubernetes.image: is missing"),
         ({f"{PREFIX}volume_claim": None}, "launch.kubernetes.volume_claim: is missing: runs/tiny would be gone"),
+        (
+            {**STORED, "memory__on_oom": "shrink", "launch__nodes": "1:2"},
+            "memory.on_oom: needs a run folder that all pods",
+        ),
         ({f"{PREFIX}gpus_per_node": 2, "launch__processes": 3}, "launch.processes: 3 processes: each pod has 2 GPUs"),
         ({f"{PREFIX}memory_per_node": "8GiB"}, "launch.kubernetes.shared_memory: 8GiB counts as memory of the pod"),
         ({"launch__environment": {"POD_IP": "1"}}, "launch.environment: POD_IP is set by the job itself"),
@@ -411,6 +443,11 @@ def test_what_is_lost_with_a_pod(
         kubernetes.manifests(config_of(write_config, **changes))
     assert len(caplog.messages) == len(expected)
     assert all(message.startswith(start) for message, start in zip(caplog.messages, expected, strict=True))
+
+
+@pytest.mark.parametrize("changes", [{**STORED, "launch__nodes": 1}, {"launch__nodes": 2}])
+def test_a_smaller_micro_batch_is_kept_where_all_see_it(changes: Manifest, made: Made) -> None:
+    assert "Job" in made(**changes, memory__on_oom="shrink")
 
 
 def test_a_problem_names_the_line(write_config: WriteConfig, capsys: pytest.CaptureFixture[str]) -> None:

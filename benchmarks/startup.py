@@ -52,7 +52,7 @@ def seconds_to_first_step(command: Sequence[str], cwd: Path) -> tuple[float, flo
 def commands(processes: int, run_dir: Path) -> dict[str, list[str]]:
     """Returns both jobs by name."""
     ours = [sys.executable, "-m", "launch", "local", "--config", str(REPOSITORY / "configs" / "digits.yaml")]
-    ours += ["--processes", str(processes), f"run.dir={run_dir}", "train={steps: 2, batch_size: 96}"]
+    ours += ["--processes", str(processes), f"run.dir={run_dir}", "train={steps: 2, epochs: null, batch_size: 96}"]
     ours += ["schedule.warmup=0", "log.every=1", "eval.every=1000", "checkpoint.every=1000", "tracking.trackers=[]"]
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", str(processes)]
     return {"lockstep": ours, "bare": [*torchrun, str(_BARE)]}

@@ -139,9 +139,14 @@ def _submit(config: Config, text: str) -> Submission:
     is_ours = "output" not in config.launch.slurm.extra
     submission = Submission(job, str(file), stop_seconds(config), tasks, is_ours)
     submission.write(folder)
+    output: Path | str
     for task, path in tasks.items():
         replace(submission, job=f"{job}_{task}", tasks={}).write(Path(path))
-    output = _first_look(submission, config)
+    try:
+        output = _first_look(submission, config)
+    except slurm_jobs.NoAnswerError as error:  # the job is Slurm's by now
+        logger.warning("job %s: how it stands is not known: %s", job, error)
+        output = "(see scontrol show job)"
     sys.stdout.write(f"job {job} submitted\nscript  {file}\noutput  {output}\n")
     sys.stdout.write(f"`python -m launch slurm status {_shown(config)}` shows its state, `cancel` ends it\n")
     sys.stdout.flush()
@@ -153,6 +158,7 @@ def _first_look(submission: Submission, config: Config) -> Path | str:
 
     Raises:
         UserError: it could never run; it is taken back then.
+        NoAnswerError: Slurm has accepted the job, and does not answer any more.
     """
     end = time.monotonic() + _FIRST_LOOK_SECONDS
     while True:

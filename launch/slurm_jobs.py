@@ -56,6 +56,10 @@ _REFUSALS = (
 )
 
 
+class NoAnswerError(UserError):
+    """Slurm cannot be asked at the moment. It says nothing about jobs, which go on."""
+
+
 @dataclass(frozen=True)
 class Record:
     """What Slurm says of a job, or of a task of an array.
@@ -108,27 +112,27 @@ def call(*command: str, environment: Mapping[str, str] | None = None) -> subproc
     """Runs a command of Slurm to its end.
 
     Raises:
-        UserError: it does not answer.
+        NoAnswerError: it does not answer.
     """
     try:
         return subprocess.run(
             command, env=environment, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
-        raise UserError(f"{command[0]} does not answer: is Slurm running?") from None
+        raise NoAnswerError(f"{command[0]} does not answer: is Slurm running?") from None
 
 
 def find(job: str) -> list[Record]:
     """Returns what Slurm knows of a job, a record for each task of an array; none where it has forgotten it.
 
     Raises:
-        UserError: Slurm cannot be asked.
+        NoAnswerError: Slurm cannot be asked at the moment.
     """
     answer = call("scontrol", "show", "job", "-o", job)
     if answer.returncode:
-        if "Invalid job id" in answer.stderr:
+        if "Invalid job id" in answer.stderr or re.search(r"^Job .*not found$", answer.stdout, re.MULTILINE):
             return []
-        raise UserError(f"scontrol: {first_line(answer.stderr)}")
+        raise NoAnswerError(f"scontrol: {first_line(answer.stderr)}")
     return [_record(line) for line in answer.stdout.splitlines() if line.startswith("JobId=")]
 
 

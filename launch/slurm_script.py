@@ -145,11 +145,6 @@ def sbatch_options(config: Config) -> Options:
     return options
 
 
-def requeues(config: Config) -> bool:
-    """Whether the script has Slurm start a run again that was stopped before its end."""
-    return "no-requeue" not in sbatch_options(config)
-
-
 def salloc(config: Config) -> list[str]:
     """Returns the command, up to what is to be run, that asks for an allocation such as a run's."""
     options = {name: value for name, value in sbatch_options(config).items() if name not in _ONLY_SBATCH}
@@ -181,7 +176,7 @@ def script(
         head += "".join(_directive(name, value) for name, value in options.items())
     else:
         head = "#!/bin/bash\n# Made by `python -m launch slurm` inside an allocation, where nothing is submitted.\n"
-    may_requeue = allocation is None and "no-requeue" not in options
+    may_requeue = allocation is None and "requeue" in options
     parts = [
         head,
         _SIGNALS.replace("SECONDS", str(notice_seconds(config))),
@@ -297,7 +292,7 @@ def _srun(
     before = _BEFORE
     if nodes.is_elastic and allocation is None:
         starter = '"$on_node"'
-        again = "scancel" if "no-requeue" in options else "scontrol requeue"
+        again = "scontrol requeue" if "requeue" in options else "scancel"
         before += _ON_NODE.replace("AGAIN", again)
     python = slurm.python or (sys.executable if slurm.container is None else "python")
     words = [*([slurm.container] if slurm.container else []), shlex.quote(python), "-m", "launch", "agent"]
@@ -351,6 +346,9 @@ trap 'signals=$((signals + 1)); [ -z "$step" ] || kill -s TERM "$step" 2>/dev/nu
 """
 
 _BEFORE = """\
+# For Slurm the number of an array's last task stands for all tasks.
+itself=${SLURM_ARRAY_TASK_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+itself=${itself:-$SLURM_JOB_ID}
 said() { sed -n "s/^  \\"$1\\": \\"\\{0,1\\}\\([^\\",]*\\).*/\\1/p" "$run_dir/summary.json" 2>/dev/null; }
 sum_up() { cat "$run_dir/summary.json" 2>/dev/null | cksum; }
 summary_before=$(sum_up)
@@ -366,12 +364,12 @@ trap : USR1 TERM INT  # they are for the agent
 code=$?
 if [ "$code" = 1 ] && [ "$SLURM_PROCID" != 0 ]; then
     try=(srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$FIRST_NODE" true)
-    timeout -k 5 30 "${try[@]}" >/dev/null 2>&1 </dev/null || AGAIN "$SLURM_JOB_ID"
+    timeout -k 5 30 "${try[@]}" >/dev/null 2>&1 </dev/null || AGAIN "$ITSELF"
 fi
 exit "$code"
 END
 )
-export FIRST_NODE=$first
+export FIRST_NODE=$first ITSELF=$itself
 """
 
 _ENDED = """\
@@ -398,9 +396,21 @@ esac
 
 _REQUEUE = """\
 # Stopped by a signal, and not by the user: Slurm starts this job again, and the run goes on from its checkpoint.
-again="" is_told_to_leave=""
-scontrol show job -o "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]' && is_told_to_leave=yes
-if [ "$code" = 75 ] && [ "$asked" != USR2 ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
+again="" is_told_to_leave="" about=""
+patiently() {  # Slurm may not answer for a moment
+    for try in 1 2 3 4 5; do
+        "$@" && return
+        [ "$try" = 5 ] || sleep 3
+    done
+    return 1
+}
+show_itself() { scontrol show job -o "$itself" | grep JobState=; }
+requeue() { (trap '' TERM && exec scontrol requeue "$itself"); }  # by which Slurm ends this script
+if [ "$code" = 75 ] && [ "$asked" != USR2 ]; then
+    about=$(patiently show_itself) || echo "error: not requeued: Slurm does not say how job $itself stands" >&2
+fi
+if [[ $about == *" JobState=RUNNING "* ]]; then
+    [[ $about == *" PreemptTime="[0-9]* ]] && is_told_to_leave=yes
     case "$status:$(said stopped_by)" in
         stopped:*STOP*) ;;
         stopped:SIG*)
@@ -414,8 +424,11 @@ if [ "$code" = 75 ] && [ "$asked" != USR2 ] && [ "$(squeue -h -j "$SLURM_JOB_ID"
             [ -n "$again" ] || echo "not started again: it was asked to stop before it had begun to train" >&2 ;;
     esac
     if [ -n "$again" ]; then
-        echo "requeued: job $SLURM_JOB_ID goes on from its checkpoint when Slurm starts it again" >&2
-        scontrol requeue "$SLURM_JOB_ID"  # ends this script
+        if patiently requeue; then
+            echo "requeued: job $itself goes on from its checkpoint when Slurm starts it again" >&2
+        else
+            echo "error: not requeued: Slurm does not start job $itself again; start it again by hand" >&2
+        fi
     fi
 fi
 """

@@ -7,13 +7,14 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from launch import slurm_jobs
-from launch.slurm_jobs import Record
+from launch.slurm_jobs import NoAnswerError, Record
 from launch.slurm_script import CANCEL_SIGNAL
 from trainer.cli import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USAGE
 from trainer.config import Config
@@ -21,8 +22,10 @@ from trainer.errors import UserError
 
 logger = logging.getLogger("lockstep")
 
+_Answer = TypeVar("_Answer")
 _NOTE = "slurm.json"
 _LOOK_SECONDS, _SELDOM_SECONDS = 2.0, 15.0  # between questions to Slurm: at first, and when nothing happens for long
+_UNANSWERED_SECONDS = 5.0  # between questions that Slurm does not answer
 _READ_SECONDS = 0.3  # between looks into the output
 _SETTLE_SECONDS = 3.0  # after which an end that is none, as that of a node that fails, has become a new start
 _REMOVAL_SECONDS = 60.0  # which Slurm gets to end what it was told to
@@ -135,6 +138,7 @@ class Watch:
         self._outputs: dict[str, _Output] = {}
         self._said: dict[str, str] = {}
         self._codes: dict[str, int] = {}
+        self._is_answered = True
 
     def run(self) -> int:
         """Returns the exit code of the training; of an array, that of the task that ended worst."""
@@ -143,6 +147,9 @@ class Watch:
             if time.monotonic() - looked >= pause:
                 records = self._look()
                 looked = time.monotonic()
+                if records is None:  # not an end: nothing is known
+                    ended, pause = 0.0, _SELDOM_SECONDS
+                    continue
                 news = [self._tell(record) for record in records]
                 pause = _LOOK_SECONDS if any(news) else min(_SELDOM_SECONDS, 1.1 * pause)
                 if all(record.has_ended for record in records):
@@ -160,8 +167,18 @@ class Watch:
         worst_first = (EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED)
         return next((code for code in worst_first if code in codes), EXIT_FINISHED)
 
-    def _look(self) -> list[Record]:
-        records = slurm_jobs.find(self._submission.job)
+    def _look(self) -> list[Record] | None:
+        """Returns what Slurm says, and None where it does not answer: jobs go on without it."""
+        try:
+            records = slurm_jobs.find(self._submission.job)
+        except NoAnswerError as error:
+            if self._is_answered:
+                logger.warning("%s; asking again until Slurm answers", error)
+            self._is_answered = False
+            return None
+        if not self._is_answered:
+            logger.info("Slurm answers again")
+            self._is_answered = True
         for record in records:  # Slurm may forget it later on
             if record.has_ended:
                 self._codes[record.job] = _exit_code(record, self._submission.folder_of(record, self._folder))
@@ -175,8 +192,9 @@ class Watch:
         if is_new and self._shows:
             self._show()
             logger.info("%s", text)
-            if record.waits and (problem := slurm_jobs.never_runs(record, self._config)) is not None:
-                logger.warning("job %s: %s", record.job, problem)
+            with suppress(NoAnswerError):
+                if record.waits and (problem := slurm_jobs.never_runs(record, self._config)) is not None:
+                    logger.warning("job %s: %s", record.job, problem)
         is_task = "_" in record.job
         if record.job not in self._outputs and not record.waits:
             prefix = f"[{record.job.rpartition('_')[2]}] " if is_task else ""
@@ -262,7 +280,7 @@ def cancel(folder: Path) -> int:
 
 
 def _how_it_ended(submission: Submission, record: Record, folder: Path) -> str:
-    now = slurm_jobs.find(record.job)
+    now = _patiently(lambda: slurm_jobs.find(record.job))
     code = now[0].exit_code if now else None
     summary = read_summary(folder)
     if code == EXIT_STOPPED and summary.get("status") == "stopped":
@@ -280,10 +298,23 @@ def _wait_for_end(submission: Submission, seconds: float) -> list[Record]:
     """Waits for the end of what runs and returns what is left. What waits in the queue does not end by itself."""
     end = time.monotonic() + seconds
     while True:
-        left = submission.running()
+        left = _patiently(submission.running)
         if not left or time.monotonic() >= end or all(record.waits for record in left):
             return left
         time.sleep(1)
+
+
+def _patiently(question: Callable[[], _Answer]) -> _Answer:
+    """Asks until Slurm answers."""
+    is_answered = True
+    while True:
+        try:
+            return question()
+        except NoAnswerError as error:
+            if is_answered:
+                logger.warning("%s; asking again until Slurm answers", error)
+            is_answered = False
+            time.sleep(_UNANSWERED_SECONDS)
 
 
 def _order(*command: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.doctor.agreed import FOLDER_VARIABLE, RANK_SCRIPT, Request, is_bare, verdict_file
-from trainer.cli import EXIT_FAILED, EXIT_FINISHED, show_problems
+from trainer.cli import EXIT_FAILED, EXIT_FINISHED, EXIT_USAGE, show_problems
 from trainer.config import Config, load_config
 from trainer.errors import UserError
 
@@ -95,11 +95,15 @@ def on_slurm(request: Request, arguments: Sequence[str], dry_run: bool) -> int:
             sys.stdout.write(shlex.join(command) + "\n")
             return EXIT_FINISHED
         slurm_jobs.need("salloc")
-        return EXIT_FAILED if subprocess.run(command, check=False).returncode else EXIT_FINISHED
+        code = subprocess.run(command, check=False).returncode
+        return code if code in (EXIT_FINISHED, EXIT_USAGE) else EXIT_FAILED
     if "nodes" not in request.config.launch.model_fields_set:
         overrides.append(f"launch.nodes={os.environ.get('SLURM_JOB_NUM_NODES', '1')}")
     config = load_config(request.file, overrides)
     allocation = slurm.allocation_of(config)
+    if allocation is not None and config.launch.nodes.is_elastic:  # the doctor waits for all that can come
+        overrides.append(f"launch.nodes={allocation.num_nodes}")
+        config = load_config(request.file, overrides)
     text = slurm_script.script(config, request.file, overrides, allocation, ["--doctor", *request.options])
     if dry_run:
         sys.stdout.write(text)

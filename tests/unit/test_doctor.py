@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -22,7 +23,7 @@ from conftest import WriteConfig
 from doctoring import place, readings, said, situation
 from torch.distributed import HashStore
 
-from launch.doctor import devices, disks, exchange, machine, nvml, report
+from launch.doctor import devices, disks, exchange, machine, nvml, report, start
 from launch.doctor.checks import CHECKS
 from launch.doctor.meeting import Meeting
 from launch.doctor.situation import Check, Situation, take
@@ -351,3 +352,30 @@ def test_dry_runs(
     script = capsys.readouterr().out
     assert "srun --nodes=3" in script
     assert "--doctor --json" in script
+
+
+def test_the_doctor_waits_for_the_nodes_of_its_allocation(
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(write_config())
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for given, wanted, num_nodes in (("2", "1:4", 2), ("8", "1:4", 4), ("3", "3", 3)):
+        monkeypatch.setenv("SLURM_JOB_NUM_NODES", given)
+        assert command("--config", file, "--slurm", "--nodes", wanted, "--dry-run") == 0
+        shown = capsys.readouterr().out
+        assert f"srun --nodes={num_nodes} " in shown
+        assert [word for word in shown.split() if word.startswith("launch.nodes=")][-1] == f"launch.nodes={num_nodes}"
+        assert "--nodes 1:" not in shown
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
+    assert command("--config", file, "--slurm", "--nodes", "2:4", "--dry-run") == 2
+
+
+@pytest.mark.parametrize(("ended", "code"), [(0, 0), (1, 1), (2, 2), (75, 1), (-9, 1)])
+def test_the_doctors_exit_code_from_an_allocation(
+    ended: int, code: int, write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    answer = subprocess.CompletedProcess[str]([], ended, "", "")
+    monkeypatch.setattr(start.subprocess, "run", lambda *command, **options: answer)
+    assert command("--config", str(write_config()), "--slurm") == code

@@ -177,7 +177,7 @@ def test_inside_an_allocation(write_config: WriteConfig, monkeypatch: pytest.Mon
 
 def run_script(text: str, folder: Path, **variables: str) -> list[str]:
     """Runs a script with `SRUN` and returns what the agent would be called with."""
-    commands = {"srun": SRUN, "scontrol": "#!/bin/bash\necho ' NodeAddr=10.0.0.1 '", "squeue": "#!/bin/bash"}
+    commands = {"srun": SRUN, "scontrol": "#!/bin/bash\necho ' NodeAddr=10.0.0.1 '"}
     bin_folder = folder / "bin"
     bin_folder.mkdir(exist_ok=True)
     for name, body in {**commands, "py thon": PRINT.format(sys.executable, folder / "seen.json")}.items():
@@ -325,3 +325,12 @@ def test_refusals_name_the_key(
     (problem,) = slurm_jobs.refusal(f"sbatch: error: {said}\n", config).problems
     assert problem.path == f"launch.slurm.{path}"
     assert said.removeprefix("Batch job submission failed: ") in problem.message
+
+
+def test_no_requeue_of_any_kind(write_config: WriteConfig) -> None:
+    for slurm in ({"extra": {"requeue": False}}, {"requeue": False}, {"extra": {"no-requeue": True}}):
+        text = text_of(read(write_config, launch={"nodes": "1:4", "slurm": slurm}))
+        assert "scontrol requeue" not in text
+        assert '|| scancel "$ITSELF"' in text
+        assert "#SBATCH --requeue" not in text
+    assert text_of(read(write_config, launch__nodes="1:4")).count("scontrol requeue") == 2

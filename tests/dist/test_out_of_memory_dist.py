@@ -66,7 +66,7 @@ def test_two_shrinking_processes_start_again_by_themselves(write_config: WriteCo
     assert "train.micro_batch_size: 3 instead of 6, which ran out of memory at step 7" in done.stdout
     assert "continuing from step 5 " in done.stdout
     assert "batch      12 = 2 processes x 3 x 2 micro-batches" in done.stdout
-    assert done.stderr.count("error: rank 1 ran out of memory") == 1
+    assert (tmp_path / "run" / "logs" / "rank-1.log").read_text().count("error: rank 1 ran out of memory") == 1
     found = record(tmp_path / "run")
     assert (found["micro_batch_size"], found["was"], found["configured"], found["attempt"]) == (3, 6, None, 1)
     assert summary(tmp_path / "run")["status"] == "finished"

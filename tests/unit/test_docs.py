@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from benchmarks import checkpoint, faults, feed, memory, soak, switches
+from benchmarks import checkpoint, faults, feed, memory, soak, startup, switches
 
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
 TABLES = [
@@ -24,6 +24,7 @@ MAKERS = {
     "feed-cpu": feed.table,
     "memory-cpu": memory.table,
     "soak-cpu": soak.table,
+    "startup-cpu": startup.table,
     "switches-cpu": switches.table,
 }
 

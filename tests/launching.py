@@ -40,7 +40,7 @@ def local(config: Path, processes: int, *overrides: str, **variables: str) -> su
 def on_processes(count: int, script: str, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs a script of `support/` on so many processes under torchrun, a thread each, to its end."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    return run([*command, str(SUPPORT / script), *arguments], cwd, OMP_NUM_THREADS="1")
+    return run([*command, str(SUPPORT / script), *arguments], cwd, 280, OMP_NUM_THREADS="1")  # some compile for minutes
 
 
 class Job:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from trainer.config import Config
 from trainer.errors import UserError, nearest
-from trainer.units import parse_bytes
+from trainer.units import counted, parse_bytes
 
 _SECONDS = 60  # after which Slurm is taken not to answer
 _ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"}
@@ -262,12 +262,12 @@ def _impossible(text: str, config: Config) -> UserError:
         memory = max(node.memory_mib for node in nodes)
         wanted_gpus = int(str(slurm.gpus_per_node or 0).rpartition(":")[2])
         if config.launch.nodes.least > len(nodes):
-            return UserError(f"{config.launch.nodes}: {where} has {_count(len(nodes), 'node')}", path="launch.nodes")
+            return UserError(f"{config.launch.nodes}: {where} has {counted(len(nodes), 'node')}", path="launch.nodes")
         if wanted_gpus > gpus:
-            message = f"{slurm.gpus_per_node}: a node of {where} has at most {_count(gpus, 'GPU')}"
+            message = f"{slurm.gpus_per_node}: a node of {where} has at most {counted(gpus, 'GPU')}"
             return UserError(message, path="launch.slurm.gpus_per_node")
         if (slurm.cpus_per_node or 0) > cpus:
-            message = f"{slurm.cpus_per_node}: a node of {where} has at most {_count(cpus, 'core')}"
+            message = f"{slurm.cpus_per_node}: a node of {where} has at most {counted(cpus, 'core')}"
             return UserError(message, path="launch.slurm.cpus_per_node")
         if slurm.memory_per_node is not None and parse_bytes(slurm.memory_per_node) > memory * 2**20:
             message = f"{slurm.memory_per_node}: a node of {where} has at most {memory} MiB"
@@ -313,7 +313,3 @@ def _value(config: Config, key: str) -> object:
     name = key.rpartition(".")[2]
     instead = {"gpus_per_node": "gpus-per-node", "cpus_per_node": "cpus-per-task", "memory_per_node": "mem"}
     return slurm.extra.get(instead.get(name, name), getattr(slurm, name, None))
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

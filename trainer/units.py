@@ -25,3 +25,8 @@ def format_bytes(num_bytes: float) -> str:
         if abs(num_bytes) >= 0.1 * 1024**power:
             return f"{num_bytes / 1024**power:.2f} {unit}"
     return f"{num_bytes / 1024:.0f} KiB"
+
+
+def counted(number: int, what: str) -> str:
+    """Returns `1 node` or `3 nodes`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"

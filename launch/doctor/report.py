@@ -10,6 +10,7 @@ from typing import Any
 
 from launch.doctor.situation import PROBLEM, SKIPPED, Check
 from launch.doctor.verdicts import Finding, Judgement, Place, Reading, Values, Verdict, worst
+from trainer.units import counted
 
 WIDTH = 100  # and the name of a host before it, where lines come from several
 _MOST_FINDINGS = 6  # of a check in the table; all are in the JSON
@@ -49,7 +50,7 @@ class Report:
         """Returns a line per check, and more about those that are not as they should be."""
         machines = len({place.node for place in self.places})
         devices = ", ".join(dict.fromkeys(place.device.partition(":")[0] for place in self.places))
-        parts = [f"{_count(len(self.places), 'rank')} on {_count(machines, 'machine')} ({devices})"]
+        parts = [f"{counted(len(self.places), 'rank')} on {counted(machines, 'machine')} ({devices})"]
         if self.facts.get("config"):
             parts.append(str(self.facts["config"]))
         lines = [f"doctor: {', '.join(parts)}"]
@@ -134,7 +135,3 @@ def _wrap(text: str, head: str, indent: int) -> list[str]:
     return textwrap.wrap(
         text, WIDTH, initial_indent=head, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
     ) or [head.rstrip()]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -24,6 +24,7 @@ from pydantic_core import ErrorDetails
 
 from trainer import yaml_source
 from trainer.config_launch import LaunchConfig
+from trainer.config_reporting import LogConfig, ProfileConfig, TrackingConfig
 from trainer.config_values import (
     Amount,
     Bool,
@@ -434,12 +435,6 @@ class EvalConfig(Section):
     )
 
 
-class LogConfig(Section):
-    """Reports: the only moments when the host waits for the device."""
-
-    every: Every = Field(Interval(50), description="Report this often: steps, or like `1 epoch`.")
-
-
 class BestConfig(Section):
     """Which evaluation decides the best checkpoint."""
 
@@ -516,28 +511,6 @@ class FaultsConfig(Section):
     )
 
 
-class WandbConfig(Section):
-    """Weights & Biases, used when `tracking.trackers` names it."""
-
-    mode: Literal["online", "offline", "disabled"] | None = Field(
-        None, description="Default: WANDB_MODE if set, else online where an API key is found, else offline."
-    )
-    project: str = Field("lockstep", description="Project that the run belongs to.")
-    entity: str | None = Field(None, description="User or team. Default: the account's own.")
-    group: str | None = Field(None, description="Group of runs shown together.")
-    tags: tuple[str, ...] = Field((), description="Tags of the run.")
-    notes: str | None = Field(None, description="A longer description of the run.")
-
-
-class TrackingConfig(Section):
-    """Experiment trackers, through Accelerate, on rank 0 only. `metrics.jsonl` is always written."""
-
-    trackers: tuple[Literal["wandb", "tensorboard"], ...] = Field(
-        ("wandb",), description="Trackers to write to; an empty list for none."
-    )
-    wandb: WandbConfig = Field(default_factory=WandbConfig, description="Weights & Biases settings.")
-
-
 class Config(Section):
     """A whole run: what `train.py --config FILE` reads and `--print-config` prints."""
 
@@ -565,6 +538,7 @@ class Config(Section):
         default_factory=FaultsConfig, description="What is done about whatever goes wrong in a long run."
     )
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="Experiment trackers.")
+    profile: ProfileConfig = Field(default_factory=ProfileConfig, description="Traces of a few steps.")
     launch: LaunchConfig = Field(default_factory=LaunchConfig, description="How a job is started and restarted.")
 
     _source: yaml_source.Source = PrivateAttr(default_factory=yaml_source.Source)

@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
-from trainer.config import Config, WandbConfig, flatten
+from trainer.config import Config, flatten
+from trainer.config_reporting import WandbConfig
 from trainer.errors import UserError, one_line
 
 logger = logging.getLogger("lockstep")

@@ -1,0 +1,59 @@
+"""The sections that say what a run tells of itself: `log`, `tracking` and `profile`. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from trainer.config_values import Bool, Every, Interval, PositiveInt, Section
+
+
+class LogConfig(Section):
+    """Reports: the only moments when the host waits for the device."""
+
+    every: Every = Field(Interval(50), description="Report this often: steps, or like `1 epoch`.")
+    time_split: Bool = Field(
+        True,
+        description="Say in every report where the time went: waiting for data, copies, forward, backward, "
+        "communication, optimizer, checkpoints, evaluation, the host.",
+    )
+
+
+class WandbConfig(Section):
+    """Weights & Biases, used when `tracking.trackers` names it."""
+
+    mode: Literal["online", "offline", "disabled"] | None = Field(
+        None, description="Default: WANDB_MODE if set, else online where an API key is found, else offline."
+    )
+    project: str = Field("lockstep", description="Project that the run belongs to.")
+    entity: str | None = Field(None, description="User or team. Default: the account's own.")
+    group: str | None = Field(None, description="Group of runs shown together.")
+    tags: tuple[str, ...] = Field((), description="Tags of the run.")
+    notes: str | None = Field(None, description="A longer description of the run.")
+
+
+class TrackingConfig(Section):
+    """Experiment trackers, through Accelerate, on rank 0 only. `metrics.jsonl` is always written."""
+
+    trackers: tuple[Literal["wandb", "tensorboard"], ...] = Field(
+        ("wandb",), description="Trackers to write to; an empty list for none."
+    )
+    wandb: WandbConfig = Field(default_factory=WandbConfig, description="Weights & Biases settings.")
+
+
+class ProfileConfig(Section):
+    """Traces of a few steps by torch's profiler, a file per rank, in `profile` in the run folder."""
+
+    steps: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="First and last step to trace, such as `[10, 15]`, counted from 1. Default: none."
+    )
+    memory: Bool = Field(True, description="With `steps`: also write down every allocation, as a memory snapshot.")
+    stacks: Bool = Field(False, description="With `steps`: also record where in Python each operation was called.")
+    shapes: Bool = Field(False, description="With `steps`: also record the shapes that each operation was called with.")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ProfileConfig:
+        if self.steps is not None and self.steps[0] > self.steps[1]:
+            raise ValueError(f"steps: the first ({self.steps[0]}) comes after the last ({self.steps[1]})")
+        return self

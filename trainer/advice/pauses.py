@@ -1,0 +1,81 @@
+"""Rules about what interrupts the steps: checkpoints and evaluations."""
+
+from __future__ import annotations
+
+import math
+
+from trainer.advice.measured import Advice, Measured, Setting, line, percent, speed_up
+
+_SAVES = 0.04  # of the time in checkpoints; written behind the training they take next to nothing
+_SAVES_AFTER = 0.02  # of the time that rarer checkpoints may still take
+_EVALUATIONS = 0.2  # of the time; some of it is wanted
+_EVALUATIONS_AFTER = 0.1  # that rarer evaluations take
+_BETWEEN = 1.25  # times what a write takes, from one save to the next, so that no save waits for the last one
+
+
+def checkpoints(measured: Measured) -> Advice | None:
+    """The training waits for checkpoints."""
+    share, pauses = measured.share("checkpoint"), measured.pauses
+    if share < _SAVES or pauses.num_saves == 0:
+        return None
+    stall = share * measured.seconds / pauses.num_saves
+    training = (1 - share) * measured.seconds / pauses.num_saves  # from one save to the next
+    begin = f"Checkpoints took {percent(share)} of the time, {stall:.1f} s each."
+    if not pauses.is_async:
+        # What stays is the copy, and where a write takes longer than the steps until the next save, the rest of it.
+        left = max(pauses.copy_seconds, pauses.write_seconds - training)
+        saved = share * max(1 - left / stall, 0.0)
+        if saved >= _SAVES / 2:
+            settings: dict[str, Setting] = {"checkpoint.async_save": True}
+            text = f"{begin} Write them behind the training: set {line(settings)}."
+            if left > pauses.copy_seconds:
+                text += f" A write takes longer than the {training:.1f} s until the next one, so that some waiting stays."
+            return Advice("checkpoints", text, settings, speed_up(saved), share)
+    return _rarer_saves(measured, begin, stall, training)
+
+
+def _rarer_saves(measured: Measured, begin: str, stall: float, training: float) -> Advice:
+    share, pauses = measured.share("checkpoint"), measured.pauses
+    # Each interval waits for the copy, and for what is left of the write before it.
+    copy = min(pauses.copy_seconds, stall) if pauses.is_async else stall
+    by_write = _BETWEEN * pauses.write_seconds / training if pauses.is_async else 1.0
+    by_copy = copy / training * (1 - _SAVES_AFTER) / _SAVES_AFTER
+    factor = max(by_write, by_copy, 1.0)
+    every, times = _rounded(pauses.save_every, factor, pauses.save_unit)
+    settings: dict[str, Setting] = {"checkpoint.every": every}
+    after = copy / (times * training + copy)
+    gain = (1 - after) / (1 - share) - 1
+    why = "a save waits until the one before it is written" if by_write >= by_copy else "each has to be copied"
+    text = (
+        f"{begin} One comes every {training:.1f} s and takes {pauses.write_seconds:.1f} s to write, and {why}: set "
+        f"{line(settings)}. A run that is killed then loses up to {times * training:.0f} s of work."
+    )
+    return Advice("checkpoints", text, settings, gain, share)
+
+
+def evaluations(measured: Measured) -> Advice | None:
+    """Evaluating takes much of the time."""
+    share, pauses = measured.share("evaluation"), measured.pauses
+    if share < _EVALUATIONS or pauses.num_evaluations == 0:
+        return None
+    seconds = share * measured.seconds / pauses.num_evaluations
+    training = (1 - share) * measured.seconds / pauses.num_evaluations
+    factor = seconds / training * (1 - _EVALUATIONS_AFTER) / _EVALUATIONS_AFTER
+    every, times = _rounded(pauses.evaluate_every, factor, pauses.evaluate_unit)
+    after = seconds / (times * training + seconds)
+    gain = (1 - after) / (1 - share) - 1
+    settings: dict[str, Setting] = {"eval.every": every}
+    text = (
+        f"Evaluations took {percent(share)} of the time, {seconds:.1f} s each after {training:.1f} s of training: set "
+        f"{line(settings)}. The best checkpoint is then chosen among fewer."
+    )
+    return Advice("evaluations", text, settings, gain, share)
+
+
+def _rounded(every: float, factor: float, unit: str) -> tuple[Setting, float]:
+    """Returns an interval that is at least so many times as long, as it is written, and how many times it really is."""
+    if unit == "minutes":
+        count = math.ceil(10 * every * factor) / 10
+        return f"{count:g} minutes", count / every
+    whole = math.ceil(every * factor)
+    return (whole if unit == "steps" else f"{whole} epochs"), whole / every

@@ -22,7 +22,8 @@ def host_bound(measured: Measured) -> Advice | None:
     if measured.device == "cuda":
         begin = "The GPU waits for the host, which takes longer to start operations than they take."
     else:
-        begin = f"Starting {host.num_operations:,} small operations for each micro-batch took {percent(overhead)} of the time."
+        begin = f"Starting {host.num_operations:,} small operations for each micro-batch took {percent(overhead)} of "
+        begin += "the time."
     larger = _largest_that_fits(measured)
     if larger > batch.micro_batch_size:
         gain = gain_of_micro_batch(measured, larger)

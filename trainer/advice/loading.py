@@ -1,7 +1,8 @@
-"""Rules about samples on their way to the device: too few workers, loading that is too dear, copies, memory of workers."""
+"""Rules about samples on their way to the device: workers, the cost of loading, copies, memory of workers."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from trainer.advice.measured import Advice, Measured, Setting, line, percent, speed_up
@@ -54,10 +55,11 @@ def copies(measured: Measured) -> Advice | None:
         settings = {"data.feed": "resident"}
         text = f"{begin} The data fits on the device: set {line(settings)}"
         return Advice("copies", text, settings, speed_up(share), share)
-    text = f"{begin} They run beside the step and take longer than it"
-    if loading.is_float:
-        text += "; samples travel as 4-byte numbers: give uint8, and normalise on the device (data.normalize)"
-    return Advice("copies", f"{text}. At most {percent(speed_up(share))} are to be gained.", {}, None, share)
+    text = (
+        f"{begin} They run beside the step and take longer than it: let samples be smaller, such as pictures in uint8 "
+        "that are normalised on the device (data.normalize)."
+    )
+    return Advice("copies", f"{text} At most {percent(speed_up(share))} are to be gained.", {}, None, share)
 
 
 def loader_memory(measured: Measured) -> Advice | None:
@@ -67,7 +69,7 @@ def loader_memory(measured: Measured) -> Advice | None:
         return None
     (first_at, first), (last_at, last) = series[-_GROWTH_REPORTS - 1], series[-1]
     recent = [size for _, size in series[-_GROWTH_REPORTS - 1 :]]
-    grows = all(after > before for before, after in zip(recent, recent[1:], strict=False))
+    grows = all(after > before for before, after in itertools.pairwise(recent))
     begun_at, begun = series[0]
     growth = last - begun
     if not grows or growth < max(_GROWTH_BYTES, _GROWTH_SHARE * begun):
@@ -113,9 +115,9 @@ def _deeper_queue(measured: Measured, begin: str) -> Advice:
     loading = measured.loading
     settings: dict[str, Setting] = {"data.prefetch_factor": 4 * loading.prefetch_factor}
     text = (
-        f"{begin} On average {_who_delivers(measured, 'deliver')}, more than the {_rate(measured, _busy_seconds(measured))} "
-        f"that the model can take, but some batches take much longer than others: let more wait, "
-        f"{line(settings)}. The gain depends on how they are spread, and is at most "
+        f"{begin} On average {_who_delivers(measured)}, and the model can take "
+        f"{_rate(measured, _busy_seconds(measured))}, but some batches take much longer than others: let more of them "
+        f"wait, {line(settings)}. The gain depends on how they are spread, and is at most "
         f"{percent(speed_up(measured.share('data_wait')))}."
     )
     return Advice("data_wait", text, settings, None, measured.share("data_wait"))
@@ -141,15 +143,14 @@ def _cheaper_loading(measured: Measured, begin: str) -> Advice:
     return Advice("data_wait", text, settings, None, wait)
 
 
-def _who_delivers(measured: Measured, verb: str = "deliver") -> str:
+def _who_delivers(measured: Measured) -> str:
     loading, workers = measured.loading, measured.loading.num_workers
     where = "" if measured.exchange.num_ranks == 1 else " on each rank"
     if workers == 0:
         busy = _busy_seconds(measured)
         return f"Loading in the thread of the step leaves {_rate(measured, busy + loading.seconds)}{where}"
     who = "1 worker" if workers == 1 else f"{workers} workers"
-    verb += "s" if workers == 1 else ""
-    return f"{who}{where} {verb} {_rate(measured, loading.seconds / workers)}"
+    return f"{who}{where} deliver{'s' if workers == 1 else ''} {_rate(measured, loading.seconds / workers)}"
 
 
 def _room(measured: Measured, workers: int) -> str:

@@ -27,7 +27,6 @@ class Loading:
         cpu_seconds: of these on a core; the rest it waits, for a disk or a network.
         prefetch_factor: micro-batches that each worker has ready or in work.
         alternatives: cheaper ways that this data and this device have: `cache`, `device_decode`, `resident`.
-        is_float: whether numbers travel to the device in four bytes each.
         worker_bytes: memory of all workers of this rank at each report so far: (seconds, bytes).
     """
 
@@ -37,7 +36,6 @@ class Loading:
     cpu_seconds: float = 0.0
     prefetch_factor: int = 2
     alternatives: tuple[str, ...] = ()
-    is_float: bool = False
     worker_bytes: tuple[tuple[float, int], ...] = ()
 
 
@@ -145,6 +143,7 @@ class Pauses:
         save_unit: which of them.
         is_async: whether saves are written behind the training.
         num_saves: in this stretch.
+        num_due: of these, by the interval; the others are of new best results.
         write_seconds: of one save, from its beginning until it is on the disk.
         copy_seconds: of one save, for the copy in memory that writing behind the training needs.
         evaluate_every: `eval.every`.
@@ -156,6 +155,7 @@ class Pauses:
     save_unit: Literal["steps", "epochs", "minutes"] = "epochs"
     is_async: bool = True
     num_saves: int = 0
+    num_due: int = 0
     write_seconds: float = 0.0
     copy_seconds: float = 0.0
     evaluate_every: int = 1

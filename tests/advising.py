@@ -20,12 +20,16 @@ class Followed:
     Args:
         advice: the record in summary.json.
         gain: the speed-up of the run that followed it; 0.3 is 30% faster.
+        split: shares of the first run's time, by part.
+        split_after: the same of the second run.
         log: what the first run said.
         remaining: rules that speak in the second run.
     """
 
     advice: dict[str, Any]
     gain: float
+    split: dict[str, float]
+    split_after: dict[str, float]
     log: str
     remaining: list[str]
 
@@ -57,7 +61,14 @@ def follow(run: Run, config: Path, tmp_path: Path, rule: str, *instead: str) -> 
     assert second.code == 0, second.err
     after = tmp_path / "followed"
     remaining = [advice["rule"] for advice in summary(after)["advice"]]
-    return Followed(advice, steps_per_second(after) / steps_per_second(folder) - 1, first.err, remaining)
+    return Followed(
+        advice,
+        steps_per_second(after) / steps_per_second(folder) - 1,
+        summary(folder)["time_split"],
+        summary(after)["time_split"],
+        first.out + first.err,
+        remaining,
+    )
 
 
 def steps_per_second(run: Path) -> float:

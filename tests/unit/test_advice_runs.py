@@ -1,7 +1,7 @@
 """Runs of one process that really have a problem: what they are told, and what following it gains.
 
-A promise is kept where the measured gain is between half and twice of it. What takes time here sleeps wherever it can,
-so that the load of the machine does not decide.
+A promise is kept within the margin of `advising.Followed`. What takes time here sleeps wherever it can, so that the
+load of the machine does not decide.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def test_more_workers_where_one_is_too_slow(train: Train, write_config: WriteCon
     followed = follow(train, config, tmp_path, "data_wait")
     assert followed.advice["settings"] == {"data.workers": pytest.approx(4, abs=1)}
     assert followed.keeps_its_promise(), followed
-    assert followed.log.count("advice: The device waited 6") == 2, followed.log
+    assert followed.log.count("advice: The device waited") == 2, followed.log
     assert "data_wait" not in followed.remaining
 
 
@@ -137,10 +137,10 @@ def test_keeping_activations_where_memory_is_idle(train: Train, write_config: Wr
     config = write_config(
         data__eval=None,
         checkpoint__every=1000,
-        model=_sleeping(0.02, 0.02, num_blocks=4),
+        model=_sleeping(0.04, 0.04, num_blocks=4),
         memory__checkpointing="full",
-        train={"steps": 48, "batch_size": 12},
-        log__every=12,
+        train={"steps": 32, "batch_size": 12},
+        log__every=8,
     )
     followed = follow(train, config, tmp_path, "recomputation")
     assert followed.advice["settings"] == {"memory.checkpointing": "none"}

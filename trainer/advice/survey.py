@@ -31,7 +31,7 @@ from trainer.faults.pace import Straggler
 from trainer.memory.blocks import repeated_blocks
 from trainer.resumable import Resumable
 from trainer.runtime import Runtime
-from trainer.telemetry.efficiency import count_operations
+from trainer.telemetry.efficiency import OperationCounter
 from trainer.telemetry.memory import memory_use
 from trainer.telemetry.observer import Observation
 from trainer.telemetry.stopwatch import PARTS
@@ -359,30 +359,31 @@ def cheaper_ways(config: Config, feed: DeviceFeed, runtime: Runtime) -> tuple[st
 
 
 class _OperationTimes:
-    """What forward and backward of one operation take on a CPU that has next to nothing to compute.
+    """What one operation takes on a CPU that has next to nothing to compute, in forward and backward.
 
     Tried a few times in the course of a run, because it depends on what else the machine does.
     """
 
     def __init__(self) -> None:
         with preserved_generators():
-            self._model = nn.Sequential(*(part for _ in range(_TRIED_LAYERS) for part in (nn.Linear(4, 4), nn.GELU())))
+            parts = (part for _ in range(_TRIED_LAYERS) for part in (nn.Linear(4, 4), nn.LayerNorm(4), nn.GELU()))
+            self._model = nn.Sequential(*parts)
+            with OperationCounter() as counter:
+                self._pass()
+        self._num_operations = counter.num_operations
         self._times: list[float] = []
 
     def median(self) -> float:
         """Returns the median of the trials so far, and makes another one where they are few."""
         if len(self._times) < _TRIALS:
-            if not self._times:
-                self._try()  # which warms up
-            self._times.append(self._try())
+            started = time.perf_counter()
+            self._pass()
+            self._times.append((time.perf_counter() - started) / self._num_operations)
         return statistics.median(self._times)
 
-    def _try(self) -> float:
-        started = time.perf_counter()
+    def _pass(self) -> None:
         with torch.enable_grad():
-            outputs = self._model(torch.ones(1, 4))
-            outputs.sum().backward()
-        return (time.perf_counter() - started) / count_operations([outputs])
+            self._model(torch.ones(1, 4)).sum().backward()
 
 
 def copied_per_second() -> float:

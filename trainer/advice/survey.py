@@ -110,7 +110,7 @@ class Survey:
         self._straggler: Straggler | None = None  # the one that cost most
         self._straggler_steps = 0  # in windows that had one
         self._worker_bytes: list[tuple[float, int]] = []
-        self._last: Measured | None = None
+        self._seen: Sequence[Observation] = ()  # at the last report that counts
         self._is_cuda = runtime.device.type == "cuda"
         self._num_threads = 1 if self._is_cuda else torch.get_num_threads()
         self._operation_times = None if self._is_cuda else _OperationTimes()
@@ -160,7 +160,7 @@ class Survey:
             self._straggler_steps += num_steps
             if self._straggler is None or straggler.share > self._straggler.share:
                 self._straggler = straggler
-        self._last = self._measured(self._all, seen, self._lasting_straggler())
+        self._seen = seen
         if self._recent.num_steps < LEAST_STEPS or math.fsum(self._recent.seconds.values()) < LEAST_SECONDS:
             return []
         recent, self._recent = self._recent, _Stretch()
@@ -168,7 +168,7 @@ class Survey:
 
     def conclude(self) -> list[Advice]:
         """Returns advice for the next run, from this attempt without its first steps, the most useful first."""
-        return advice(self._last) if self._last is not None else []
+        return advice(self._measured(self._all, self._seen, self._lasting_straggler())) if self._all.num_steps else []
 
     def _lasting_straggler(self) -> Straggler | None:
         """Returns the slow rank, with what it cost over all steps."""

@@ -34,6 +34,7 @@ from trainer.faults.lookout import Lookout
 from trainer.faults.numbers import NumberGuard, bad_step_report
 from trainer.faults.stopping import StopRequests
 from trainer.goodput import Ledger
+from trainer.profiling.recording import Profiling
 from trainer.random_state import generator_states, restore_generators
 from trainer.reporting import Reporter
 from trainer.telemetry import Clock
@@ -58,6 +59,7 @@ class Resumable(Assembly):
     stop_requests: StopRequests
     ledger: Ledger | None  # on rank 0, where it trains
     lookout: Lookout | None  # where it trains
+    profiling: Profiling | None  # where steps are to be traced
     reporter: Reporter | None  # on rank 0, once the run has started
     window: Window
     first_step: int  # of this attempt
@@ -231,6 +233,8 @@ class Resumable(Assembly):
         if self.lookout is not None:
             step = self.progress.step + (place in WITHIN_A_STEP)
             self.lookout.at(place, step, batch, is_first=self.progress.step == self.first_step)
+        if self.profiling is not None:
+            self.profiling.at(place)
 
     def beat(self) -> None:
         if self.lookout is not None:

@@ -48,7 +48,8 @@ class ProfileConfig(Section):
     """Traces of a few steps by torch's profiler, a file per rank, in `profile` in the run folder."""
 
     steps: tuple[PositiveInt, PositiveInt] | None = Field(
-        None, description="First and last step to trace, such as `[10, 15]`, counted from 1; at most 100. Default: none."
+        None,
+        description="First and last step to trace, such as `[10, 15]`, counted from 1; at most 100. None: none.",
     )
     memory: Bool = Field(True, description="With `steps`: also write down every allocation, as a memory snapshot.")
     stacks: Bool = Field(False, description="With `steps`: also record where in Python each operation was called.")
@@ -62,5 +63,7 @@ class ProfileConfig(Section):
             if first > last:
                 raise ValueError(f"the first step ({first}) comes after the last ({last})")
             if last - first >= MOST_PROFILED_STEPS:
-                raise ValueError(f"{last - first + 1} steps, and a trace that can be opened has {MOST_PROFILED_STEPS}")
+                raise ValueError(
+                    f"{last - first + 1} steps, and a trace that can be opened has at most {MOST_PROFILED_STEPS}"
+                )
         return steps

@@ -30,20 +30,27 @@ _BY_PLACE = {
 }
 _EXCHANGES = (AFTER_STEP, "report")  # what these wait for is the other ranks
 
-# The first that is found in a name wins. Names are those of cuBLAS, cuDNN, CUTLASS, NCCL, Triton (torch.compile), ATen.
+_ATEN = {
+    "copies": "copy_ _to_copy to clone contiguous cat _foreach_copy_ pin_memory _pin_memory index_select",
+    "matmul": "mm bmm addmm baddbmm addmv mv dot",
+    "elementwise": "add sub mul div neg pow exp log sqrt rsqrt abs sin cos sum mean max min amax argmax where eq ne lt "
+    "gt le ge all any clamp clamp_min clamp_max fill zero zeros ones masked_fill isfinite bernoulli uniform normal "
+    "random lerp addcmul addcdiv logical_and logical_not bitwise_and",
+}
+_BY_OPERATOR = {
+    f"aten::{name}{end}": kind for kind, names in _ATEN.items() for name in names.split() for end in ("", "_")
+}
+
+# The first that is found in a name wins. The names are those of NCCL, cuBLAS, cuDNN, CUTLASS, Triton and ATen.
 _PATTERNS = (
-    ("communication", r"nccl|rccl|gloo|c10d|all_?reduce|all_?gather|reduce_?scatter|record_param_comms|multimem"),
+    ("communication", r"nccl|rccl|gloo|c10d|all_?reduce|all_?gather|reduce_?scatter|param_comms|wait_tensor|multimem"),
     ("optimizer", r"multi_tensor_apply|fused_?(adam|sgd|adagrad)|^optimizer\.step"),
     ("copies", r"^memcpy|^memset|_copy_kernel|CatArrayBatchedCopy|nchwToNhwc|nhwcToNchw"),
-    ("copies", r"^aten::(copy_|_to_copy|to|clone|contiguous|cat|_foreach_copy_|_pin_memory|pin_memory|index_select)$"),
     ("normalisation", r"(batch|layer|group|instance|rms)_?norm|bn_(fw|bw)|RowwiseMoments|welford|GammaBeta"),
-    ("matmul", r"gemm|gemv|cutlass|xmma|nvjet|winograd|wgrad|dgrad|fprop|cudnn|splitK|triton_tem"),
-    ("matmul", r"conv(?!ert)|fmha|flash|attention|matmul|linear(?!alg)|cublas|^aten::(mm|bmm|addmm|baddbmm|addmv|mv|dot)$"),
+    ("matmul", r"gemm|gemv|cutlass|xmma|nvjet|winograd|wgrad|dgrad|fprop|cudnn|cublas|splitK|triton_tem"),
+    ("matmul", r"conv(?!ert)|fmha|flash|attention|matmul|linear(?!alg)"),
     ("elementwise", r"elementwise|reduce_kernel|softmax|dropout|pool|triton_(poi|per|red)|nll_loss|cross_entropy"),
     ("elementwise", r"threshold|relu|gelu|silu|sigmoid|tanh|vector_norm|distribution|_foreach_"),
-    ("elementwise", r"^aten::(add|sub|mul|div|neg|pow|exp|log|sqrt|rsqrt|sum|mean|max|min|amax|argmax|where|eq|ne|lt|gt)_?$"),
-    ("elementwise", r"^aten::(le|ge|clamp|fill|zero|masked_fill|abs|isfinite|bernoulli|uniform|normal|random|lerp|sin|cos)_?$"),
-    ("elementwise", r"^aten::(clamp_min|clamp_max|addcmul|addcdiv|logical_and|logical_not|bitwise_and|all|any|zeros|ones)_?$"),
 )
 _COMPILED = tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in _PATTERNS)
 
@@ -56,15 +63,20 @@ def kind_of(name: str, place: str | None) -> str:
         name: of it.
         place: of the loop where it was called, if known. There the optimizer's additions are the optimizer's.
     """
-    by_name = next((kind for kind, pattern in _COMPILED if pattern.search(name)), "other")
+    by_name = _BY_OPERATOR.get(name) or next((kind for kind, pattern in _COMPILED if pattern.search(name)), "other")
     if by_name == "communication" or (by_name == "copies" and place == LOADING):
         return by_name
     return _BY_PLACE.get(place or "", by_name)
 
 
-def kind_outside(place: str | None) -> str:
-    """Returns the kind of the host's time between operators, in a place of the loop."""
-    if place in _EXCHANGES:
+def kind_outside(place: str | None, is_alone: bool) -> str:
+    """Returns the kind of the host's time between operators, in a place of the loop.
+
+    Args:
+        place: if it is in one.
+        is_alone: there is no other rank.
+    """
+    if place in _EXCHANGES and not is_alone:
         return "communication"
     by_place = _BY_PLACE.get(place or "", "python")
     return "python" if by_place == "optimizer" else by_place

@@ -23,7 +23,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from trainer.config_reporting import ProfileConfig
 from trainer.errors import UserError, one_line_text
-from trainer.profiling.traces import Analysis, analyse, kernels_text, step_range
+from trainer.profiling.tables import kernels_text
+from trainer.profiling.traces import Analysis, analyse, step_range
 from trainer.telemetry import Clock
 
 logger = logging.getLogger("lockstep")
@@ -237,7 +238,7 @@ class Profiling:
             with open(plain, encoding="utf-8", errors="replace") as stream:
                 trace = json.load(stream)
             self._beat()
-            found = analyse(trace)
+            found = analyse(trace, is_alone=self._num_ranks == 1)
             self._beat()
             with (
                 self._replacing("trace.json.gz") as staged,

@@ -10,7 +10,7 @@ from typing import Any
 
 from trainer.errors import UserError, one_line_text
 from trainer.profiling.kinds import KINDS
-from trainer.profiling.traces import format_seconds, kernel_lines, memory_lines
+from trainer.profiling.tables import format_seconds, kernel_lines, memory_lines
 from trainer.units import counted, format_bytes
 
 _NUM_KERNELS = 15
@@ -29,11 +29,14 @@ def summarise(run_dir: Path) -> dict[str, Any]:
         UserError: there are none, or they cannot be read.
     """
     folder = run_dir / "profile"
-    records = _records(run_dir, folder)
+    found = combine(_records(run_dir, folder))
+    return {"folder": str(folder), "files": sorted(file.name for file in folder.glob("rank-*.*")), **found}
+
+
+def combine(records: Sequence[Record]) -> dict[str, Any]:
+    """Returns what ranks say together, each of them as it wrote it in `rank-N.kernels.json`."""
     first = records[0]
-    names = sorted(file.name for file in folder.glob("rank-*.*"))
     return {
-        "folder": str(folder),
         "num_ranks": first["num_ranks"],
         "torch": first["torch"],
         "kinds_are_of": first["kinds_are_of"],
@@ -42,7 +45,6 @@ def summarise(run_dir: Path) -> dict[str, Any]:
         "kernels": _all_kernels(records),
         "differences": _differences(records),
         "ranks": [{**record, "kernels": record["kernels"][:_NUM_KERNELS]} for record in records],
-        "files": names,
     }
 
 
@@ -148,11 +150,11 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     sections.append(_split_lines(what, ranks, "place_seconds", places, {name: name for name in places}))
     what = "GPU kernels" if is_gpu else "CPU operators, time of their own"
     sections.append([f"most time: {what}", *kernel_lines(summary["kernels"], _NAME_WIDTH)])
-    for record in ranks:
-        if record["memory"] is not None:
-            lines = memory_lines(record["memory"], _NUM_HOLDERS)
-            sections.append([f"memory of rank {record['rank']}: {lines[0]}", *lines[1:]])
-            break  # that of one is that of all, but for what is said next
+    with_memory = [record for record in ranks if record["memory"] is not None]
+    if with_memory:
+        record = max(with_memory, key=lambda record: record["memory"]["peak_bytes"])
+        lines = memory_lines(record["memory"], _NUM_HOLDERS)
+        sections.append([f"memory of rank {record['rank']}: {lines[0]}", *lines[1:]])
     if len(ranks) > 1:
         sections.append(_difference_lines(summary))
     sections.append(_file_lines(summary))

@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from operator import itemgetter
 from typing import Any
 
+from trainer.faults.judging import LOADING
 from trainer.profiling.kinds import kind_of, kind_outside
-from trainer.units import format_bytes
 
 _GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 _LAUNCHES = ("cuda_runtime", "cuda_driver")
@@ -84,8 +85,13 @@ class Analysis:
         places: of the main thread, in order.
         operators: of the CPU by (name, kind): those of the main thread.
         kernels: of the GPU by (name, kind).
+        host_kinds: microseconds of the main thread by kind.
+        host_places: and by the place in the loop.
+        host_waits: microseconds of it in which it waits for the GPU.
+        pauses: start, end and kind of its time between operators.
         busy: when the GPU did anything, merged.
         computing: when it did anything but communicate, merged.
+        work: start, end and name of everything that the GPU did, in order.
         changes: of memory on the device, in order; on the CPU where there is no GPU.
         is_gpu_memory: whose it is.
     """
@@ -97,9 +103,10 @@ class Analysis:
     host_kinds: dict[str, float] = field(default_factory=dict)
     host_places: dict[str, float] = field(default_factory=dict)
     host_waits: float = 0.0
+    pauses: list[tuple[float, float, str]] = field(default_factory=list)
     busy: list[Span] = field(default_factory=list)
     computing: list[Span] = field(default_factory=list)
-    work: list[tuple[float, float, str]] = field(default_factory=list)  # of the GPU, in order
+    work: list[tuple[float, float, str]] = field(default_factory=list)
     changes: list[Allocation] = field(default_factory=list)
     is_gpu_memory: bool = False
 
@@ -155,7 +162,7 @@ class Analysis:
     def _gaps(self) -> list[dict[str, Any]]:
         """Returns the longest times in which the GPU did nothing, and what the host did meanwhile."""
         edges = [(self.start, self.start), *self.busy, (self.end, self.end)]
-        gaps = [(a, b) for (_, a), (b, _) in zip(edges, edges[1:], strict=False) if b > a]
+        gaps = [(a, b) for (_, a), (b, _) in pairwise(edges) if b > a]
         gaps.sort(key=lambda gap: gap[0] - gap[1])
         return [self._gap(*gap) for gap in gaps[:_NUM_GAPS]]
 
@@ -193,7 +200,8 @@ class Analysis:
         holders: dict[tuple[str, str], list[int]] = defaultdict(list)
         for change in alive.values():
             place = self.place_at(change.time)
-            holders[change.operator or "no operator", place.name if place else "another thread"].append(change.num_bytes)
+            where = place.name if place else "another thread"
+            holders[change.operator or "no operator", where].append(change.num_bytes)
         largest = sorted(holders.items(), key=lambda item: -sum(item[1]))[:_NUM_LARGEST]
         peak_place = self.place_at(self.changes[peak_index].time) if peak_index >= 0 else None
         return {
@@ -217,11 +225,12 @@ class Analysis:
         return {"columns": ["seconds", "bytes", "bytes_alive", "operator"], "allocations": rows}
 
 
-def analyse(trace: Mapping[str, Any]) -> Analysis:
+def analyse(trace: Mapping[str, Any], is_alone: bool = True) -> Analysis:
     """Reads a trace.
 
     Args:
         trace: the object in the file.
+        is_alone: it is that of the only rank.
 
     Raises:
         ValueError: it holds no step.
@@ -233,13 +242,10 @@ def analyse(trace: Mapping[str, Any]) -> Analysis:
     for event in events:
         if event.get("cat") in _HOST_WORK or event["name"] == "[memory]":
             by_thread[event["pid"], event["tid"]].append(event)
-    launched: dict[int, float] = {}
     for thread, of_thread in by_thread.items():
-        _walk(found, of_thread, is_main=thread == main)
-        for event in of_thread:
-            if event.get("cat") in _LAUNCHES and "correlation" in event["args"]:
-                launched[event["args"]["correlation"]] = event["ts"]
-    _add_gpu(found, events, launched)
+        _walk(found, of_thread, is_main=thread == main, is_alone=is_alone)
+    _add_pauses(found, _merged(_exchanges(events, main)))
+    _add_gpu(found, events, _launches(found, by_thread, main))
     _sort_memory(found)
     return found
 
@@ -265,19 +271,25 @@ class _Open:
     category: str
     microseconds: float  # without those of what it calls
     operator: str | None  # that memory allocated in it is put down to
+    reached: float  # the end of what it called last
 
 
-def _walk(found: Analysis, events: list[dict[str, Any]], is_main: bool) -> None:
+def _walk(found: Analysis, events: list[dict[str, Any]], is_main: bool, is_alone: bool) -> None:
     """Follows one thread through its nested pieces of work, and through its allocations."""
     events.sort(key=lambda event: (event["ts"], -event.get("dur", 0)))  # stable: the outer ones come first
     stack: list[_Open] = []
     step: int | None = None
     place: str | None = None
 
+    def pause(within: _Open, until: float) -> None:
+        if is_main and step is not None and within.category == "user_annotation":
+            found.pauses.append((within.reached, until, kind_outside(place, is_alone)))
+
     def leave() -> None:
         nonlocal step, place
         done = stack.pop()
         if is_main and step is not None:
+            pause(done, done.end)
             _count_host(found, done, place)
         if len(stack) < 2:
             place = None
@@ -292,7 +304,7 @@ def _walk(found: Analysis, events: list[dict[str, Any]], is_main: bool) -> None:
             _add_memory(found, event, next((x.operator for x in reversed(stack) if x.operator), None))
             continue
         name, category, duration = event["name"], event["cat"], event["dur"]
-        if is_main and category == "user_annotation":
+        if is_main and category == "user_annotation":  # a step, a place in it, or anything else
             if not stack and (match := _STEP.fullmatch(name)):
                 step, place = int(match[1]), None
             elif len(stack) == 1 and step is not None:
@@ -300,9 +312,11 @@ def _walk(found: Analysis, events: list[dict[str, Any]], is_main: bool) -> None:
                 found.places.append(Place(start, start + duration, name, step))
                 found.host_places[name] = found.host_places.get(name, 0.0) + duration
         if stack:
+            pause(stack[-1], start)
+            stack[-1].reached = start + duration
             stack[-1].microseconds -= duration
         operator = name if category == "cpu_op" and not _ALLOCATES.match(name) else None
-        stack.append(_Open(name, start + duration, category, duration, operator))
+        stack.append(_Open(name, start + duration, category, duration, operator, start))
     while stack:
         leave()
 
@@ -316,9 +330,32 @@ def _count_host(found: Analysis, done: _Open, place: str | None) -> None:
     elif done.category == "cpu_op":
         kind = kind_of(done.name, place)
         _use(found.operators, done.name, kind, microseconds)
-    else:
-        kind = kind_outside(place)
+    else:  # counted by its pauses
+        return
     found.host_kinds[kind] = found.host_kinds.get(kind, 0.0) + microseconds
+
+
+def _exchanges(events: Iterable[Mapping[str, Any]], main: Any) -> list[Span]:
+    """Returns when other threads of this process exchanged something, as gloo's do."""
+    found = []
+    for event in events:
+        is_range = event.get("cat") == "user_annotation" and (event["pid"], event["tid"]) != main
+        if is_range and kind_of(event["name"], None) == "communication":
+            found.append((event["ts"], event["ts"] + event["dur"]))
+    return found
+
+
+def _add_pauses(found: Analysis, exchanges: list[Span]) -> None:
+    """Adds the main thread's time between operators. While an exchange is under way, that is what it waits for."""
+    for start, end, kind in found.pauses:
+        waited = 0.0
+        for i in range(max(bisect_right(exchanges, (start,)) - 1, 0), len(exchanges)):
+            if exchanges[i][0] >= end:
+                break
+            waited += max(min(end, exchanges[i][1]) - max(start, exchanges[i][0]), 0.0)
+        for name, microseconds in ((kind, end - start - waited), ("communication", waited)):
+            if microseconds > 0:
+                found.host_kinds[name] = found.host_kinds.get(name, 0.0) + microseconds
 
 
 def _use(usages: dict[tuple[str, str], Usage], name: str, kind: str, microseconds: float) -> None:
@@ -327,7 +364,7 @@ def _use(usages: dict[tuple[str, str], Usage], name: str, kind: str, microsecond
     usage.microseconds += microseconds
 
 
-def _add_gpu(found: Analysis, events: Iterable[Mapping[str, Any]], launched: Mapping[int, float]) -> None:
+def _add_gpu(found: Analysis, events: Iterable[Mapping[str, Any]], launched_in: Mapping[int, str | None]) -> None:
     busy: list[Span] = []
     computing: list[Span] = []
     for event in events:
@@ -336,9 +373,7 @@ def _add_gpu(found: Analysis, events: Iterable[Mapping[str, Any]], launched: Map
         start, end = max(event["ts"], found.start), min(event["ts"] + event["dur"], found.end)
         if start > end:
             continue
-        launch = launched.get(event["args"].get("correlation"))
-        place = found.place_at(launch) if launch is not None else None
-        kind = kind_of(event["name"], place.name if place else None)
+        kind = kind_of(event["name"], launched_in.get(event["args"].get("correlation")))
         _use(found.kernels, event["name"], kind, end - start)
         found.work.append((start, end, event["name"]))
         busy.append((start, end))
@@ -346,6 +381,24 @@ def _add_gpu(found: Analysis, events: Iterable[Mapping[str, Any]], launched: Map
             computing.append((start, end))
     found.work.sort()
     found.busy, found.computing = _merged(busy), _merged(computing)
+
+
+def _launches(
+    found: Analysis, by_thread: Mapping[Any, Iterable[Mapping[str, Any]]], main: Any
+) -> dict[int, str | None]:
+    """Returns in which place of the loop work was given to the GPU, by what connects the two.
+
+    Autograd has threads of its own while the main thread is in backward; all others work for the feed.
+    """
+    launched_in: dict[int, str | None] = {}
+    for thread, events in by_thread.items():
+        is_in_loop = thread == main or any(event["name"].startswith("autograd::") for event in events)
+        for event in events:
+            if event.get("cat") in _LAUNCHES and "correlation" in event["args"]:
+                place = found.place_at(event["ts"]) if is_in_loop else None
+                name = place.name if place else None
+                launched_in[event["args"]["correlation"]] = name if is_in_loop else LOADING
+    return launched_in
 
 
 def _merged(spans: list[Span]) -> list[Span]:
@@ -397,55 +450,3 @@ def _table(usages: Mapping[tuple[str, str], Usage], all_microseconds: float) -> 
         }
         for (name, kind), usage in rows
     ]
-
-
-def kernels_text(record: Mapping[str, Any], num_rows: int = _NUM_KERNELS) -> str:
-    """Returns the table of kernels of a rank, and what held its memory, as a person reads it.
-
-    Args:
-        record: as `Analysis.record` returned it, with what the recording knows.
-        num_rows: at most so many.
-    """
-    steps = record["steps"]
-    what = "GPU kernels" if record["kinds_are_of"] == "gpu" else "CPU operators (time of their own)"
-    title = f"rank {record['rank']}, steps {steps[0]} to {steps[-1]}: {what}"
-    lines = [title, "", *kernel_lines(record["kernels"][:num_rows])]
-    if record["memory"] is not None:
-        lines += ["", *memory_lines(record["memory"])]
-    return "\n".join(lines) + "\n"
-
-
-def kernel_lines(rows: Sequence[Mapping[str, Any]], width: int = 0) -> list[str]:
-    """Returns the lines of a table of kernels.
-
-    Args:
-        rows: with `share`, `seconds`, `mean_seconds`, `calls`, `kind` and `name`.
-        width: longest name that is shown whole; 0: all are.
-    """
-    lines = [f"{'share':>6} {'total':>10} {'mean':>10} {'calls':>8}  {'kind':<14} name"]
-    for row in rows:
-        total, mean = format_seconds(row["seconds"]), format_seconds(row["mean_seconds"])
-        name = row["name"] if not width or len(row["name"]) <= width else row["name"][: width - 3] + "..."
-        lines.append(f"{row['share']:>6.1%} {total:>10} {mean:>10} {row['calls']:>8}  {row['kind']:<14} {name}")
-    return lines
-
-
-def memory_lines(memory: Mapping[str, Any], num_rows: int = _NUM_LARGEST) -> list[str]:
-    """Returns the peak of the memory and what held it, in lines."""
-    where = f" in {memory['place']}, step {memory['step']}" if memory["place"] is not None else ""
-    if memory["of"] == "gpu":
-        held = f", {format_bytes(memory['before_bytes'])} of it from before these steps"
-    else:
-        held = " beyond what was there before these steps"
-    lines = [f"peak {format_bytes(memory['peak_bytes'])}{where}{held}; allocated in them and held then:"]
-    for row in memory["held_by"][:num_rows]:
-        size = format_bytes(row["bytes"])
-        lines.append(f"{size:>12} {row['allocations']:>6} x  {row['operator']}, in {row['place']}")
-    return lines
-
-
-def format_seconds(seconds: float) -> str:
-    """Returns a duration as a person reads it, such as `1.25 s`, `12.5 ms` or `3.1 us`."""
-    if seconds >= 1:
-        return f"{seconds:.2f} s"
-    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"

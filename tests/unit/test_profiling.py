@@ -44,12 +44,13 @@ def ranges(events: list[dict[str, Any]]) -> list[str]:
 def test_a_run_leaves_a_profile_and_is_the_same(
     train: Train, write_config: WriteConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert train("--config", write_config("plain.yaml", run__dir=str(tmp_path / "plain"))).code == 0
+    model = {"name": "mlp", "args": {"in_features": 8, "hidden": [256, 256], "dropout": 0.2}}
+    assert train("--config", write_config("plain.yaml", run__dir=str(tmp_path / "plain"), model=model)).code == 0
     assert not (tmp_path / "plain" / "profile").exists()
     folder = tmp_path / "run"
     (folder / "profile").mkdir(parents=True)
     (folder / "profile" / "rank-7.kernels.json").touch()  # of an earlier start with more ranks
-    done = train("--config", write_config(profile={"steps": [3, 5]}))
+    done = train("--config", write_config(profile={"steps": [3, 5]}, model=model))
     assert done.code == 0, done.err
     assert "profile    steps 3 to 5" in done.out
     assert_same_end(folder, tmp_path / "plain")
@@ -73,15 +74,15 @@ def test_a_run_leaves_a_profile_and_is_the_same(
     assert sum(kernels["kind_seconds"].values()) == pytest.approx(kernels["traced_seconds"], rel=0.02)
     assert set(PLACES) <= set(kernels["place_seconds"])
     calls = {(row["name"], row["kind"]): row["calls"] for row in kernels["kernels"]}
-    assert calls["aten::addmm", "matmul"] == 3 * 2  # an MLP of two layers
+    assert calls["aten::addmm", "matmul"] == 3 * 3  # an MLP of three layers
     assert "aten::addmm" in (folder / "profile" / "rank-0.kernels.txt").read_text()
 
-    # The memory: a layer's outputs, that its backward needs, are there at the peak.
+    # The memory: gradients are there at the peak.
     memory = json.loads((folder / "profile" / "rank-0.memory.json").read_text())
     alive = [row[memory["columns"].index("bytes_alive")] for row in memory["allocations"]]
     assert max(alive) == kernels["memory"]["peak_bytes"]
     held = {(row["operator"], row["place"]): row for row in kernels["memory"]["held_by"]}
-    assert held["aten::addmm", "forward"]["bytes"] >= 12 * 16 * 4
+    assert held["aten::mm", "backward"]["bytes"] >= 256 * 256 * 4
 
     capfd.readouterr()
     assert main(["profile", str(folder)]) == 0
@@ -289,6 +290,7 @@ def test_what_a_trace_of_a_gpu_says() -> None:
     assert "rank-N.memory.pickle   drop it on https://pytorch.org/memory_viz (N = 0)" in text
     assert "the GPU was idle 46% of the traced steps" in text
     assert "did nothing but communicate 10% of them" in text
+    assert "the host waited for it 9% of the time" in text
     assert "150.0 us  at 0.0000 s: step 7, the host in 'loading a batch', then nvjet_hsh" in text
     assert "rank 1: 300.0 us in 'loading a batch', rank 0: 100.0 us" in text
     assert "peak 15 KiB in forward, step 7, 10 KiB of it from before these steps" in text

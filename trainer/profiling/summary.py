@@ -189,6 +189,8 @@ def _gpu_lines(ranks: Sequence[Record]) -> list[str]:
         lines[0] += f" (from {min(idle):.0%} on rank {least['rank']} to {max(idle):.0%} on rank {most['rank']})"
     if any("communication" in record["kind_seconds"] for record in ranks):
         lines[0] += f", and did nothing but communicate {alone:.0%} of them"
+    waits = sum(record["gpu"]["host_waits_seconds"] / record["traced_seconds"] for record in ranks) / len(ranks)
+    lines.append(f"the host waited for it {waits:.0%} of the time")
     gaps = most["gpu"]["gaps"]
     if gaps:
         lines.append(f"the longest gaps of rank {most['rank']}:")

@@ -270,7 +270,6 @@ class _Open:
     end: float
     category: str
     microseconds: float  # without those of what it calls
-    operator: str | None  # that memory allocated in it is put down to
     reached: float  # the end of what it called last
 
 
@@ -301,7 +300,7 @@ def _walk(found: Analysis, events: list[dict[str, Any]], is_main: bool, is_alone
         while stack and stack[-1].end <= start + _SLACK:
             leave()
         if event["name"] == "[memory]":
-            _add_memory(found, event, next((x.operator for x in reversed(stack) if x.operator), None))
+            _add_memory(found, event, _allocator(stack))
             continue
         name, category, duration = event["name"], event["cat"], event["dur"]
         if is_main and category == "user_annotation":  # a step, a place in it, or anything else
@@ -315,10 +314,17 @@ def _walk(found: Analysis, events: list[dict[str, Any]], is_main: bool, is_alone
             pause(stack[-1], start)
             stack[-1].reached = start + duration
             stack[-1].microseconds -= duration
-        operator = name if category == "cpu_op" and not _ALLOCATES.match(name) else None
-        stack.append(_Open(name, start + duration, category, duration, operator, start))
+        stack.append(_Open(name, start + duration, category, duration, start))
     while stack:
         leave()
+
+
+def _allocator(stack: Iterable[_Open]) -> str | None:
+    """Returns the operator that memory is allocated for: the innermost one that does more than that, if there is."""
+    operators = [piece.name for piece in stack if piece.category == "cpu_op"]
+    telling = [name for name in operators if not _ALLOCATES.match(name)]
+    named = telling or operators
+    return named[-1] if named else None
 
 
 def _count_host(found: Analysis, done: _Open, place: str | None) -> None:

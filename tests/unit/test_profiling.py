@@ -293,7 +293,9 @@ def test_what_a_trace_of_a_gpu_says() -> None:
     assert "the host waited for it 9% of the time" in text
     assert "150.0 us  at 0.0000 s: step 7, the host in 'loading a batch', then nvjet_hsh" in text
     assert "rank 1: 300.0 us in 'loading a batch', rank 0: 100.0 us" in text
-    assert "peak 15 KiB in forward, step 7, 10 KiB of it from before these steps" in text
+    assert (
+        "peak 15 KiB in forward of step 7, 10 KiB of it from before these steps; allocated since and held then:" in text
+    )
 
 
 @pytest.mark.parametrize(

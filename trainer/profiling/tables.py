@@ -40,12 +40,13 @@ def kernel_lines(rows: Sequence[Mapping[str, Any]], width: int = 0) -> list[str]
 
 def memory_lines(memory: Mapping[str, Any], num_rows: int | None = None) -> list[str]:
     """Returns the peak of the memory and what held it, in lines."""
-    where = f" in {memory['place']}, step {memory['step']}" if memory["place"] is not None else ""
+    peak, before = format_bytes(memory["peak_bytes"]), format_bytes(memory["before_bytes"])
+    where = f" in {memory['place']} of step {memory['step']}" if memory["place"] is not None else ""
     if memory["of"] == "gpu":
-        held = f", {format_bytes(memory['before_bytes'])} of it from before these steps"
+        peak += f"{where}, {before} of it from before these steps"
     else:
-        held = " beyond what was there before these steps"
-    lines = [f"peak {format_bytes(memory['peak_bytes'])}{where}{held}; allocated in them and held then:"]
+        peak += f" more than before these steps{',' if where else ''}{where}"
+    lines = [f"peak {peak}; allocated since and held then:"]
     for row in memory["held_by"][:num_rows]:
         size = format_bytes(row["bytes"])
         lines.append(f"{size:>12} {row['allocations']:>6} x  {row['operator']}, in {row['place']}")

@@ -158,7 +158,7 @@ def test_a_profile_that_cannot_be_written_ends_no_run(train: Train, write_config
     (tmp_path / "run" / "profile").touch()
     done = train("--config", write_config(profile={"steps": [1, 2]}))
     assert done.code == 0, done.err
-    assert re.search("step 2: the profile cannot be written to '.*/run/profile': .*File exists", done.out)
+    assert re.search("step 2: the profile is not whole in '.*/run/profile': .*File exists", done.out)
     assert summary(tmp_path / "run")["status"] == "finished"
 
 
@@ -214,9 +214,29 @@ def test_no_room_for_the_trace(
     monkeypatch.setattr(profile, "export_chrome_trace", lambda _, path: Path(path).write_text('{"traceEvents": ['))
     with caplog.at_level(logging.WARNING):
         pass_step(profiling, 1)
-    assert "the profile cannot be written" in caplog.text
+    assert "step 1: the profile is not whole in" in caplog.text
     assert "torch's trace is cut short; is there room in" in caplog.text
-    assert list((tmp_path / "profile").iterdir()) == []
+
+
+def test_a_trace_that_is_too_large_to_look_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pass_step(make(tmp_path / "profile", 1, 1), 1)
+    assert len(list((tmp_path / "profile").iterdir())) == 4
+    monkeypatch.setattr("trainer.profiling.recording._MOST_BYTES", 1000)
+    with caplog.at_level(logging.WARNING):
+        pass_step(make(tmp_path / "profile", 1, 1), 1)
+    assert "KiB are too much to look into; trace fewer steps" in caplog.text
+    assert [file.name for file in (tmp_path / "profile").iterdir()] == ["rank-0.trace.json.gz"]
+    assert "step 1" in ranges(read_trace(tmp_path))
+
+
+def test_a_run_that_fails_leaves_what_it_traced(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
+    data = {"name": "vectors:Buggy", "args": {"length": 60}}
+    assert train("--config", write_config(data__train=data, profile={"steps": [1, 10]})).code == 1
+    kernels = read_kernels(tmp_path / "run")
+    assert kernels["given_up"] == kernels["steps"][-1]
+    assert kernels["steps"][0] == 1
 
 
 # ---- a GPU's trace, made by hand ------------------------------------------------------------------------------

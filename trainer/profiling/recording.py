@@ -22,14 +22,16 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from trainer.config_reporting import ProfileConfig
-from trainer.errors import UserError, one_line_text
+from trainer.errors import UserError, one_line, one_line_text
 from trainer.profiling.tables import kernels_text
-from trainer.profiling.traces import Analysis, analyse, step_range
+from trainer.profiling.traces import Analysis, analyse, read_trace, step_range
 from trainer.telemetry import Clock
+from trainer.units import format_bytes
 
 logger = logging.getLogger("lockstep")
 
 _MOST_ALLOCATIONS = 1_000_000  # in a snapshot, a ring buffer of the last ones
+_MOST_BYTES = 1 << 30  # of a trace that is looked into: each takes about five times that, in memory
 _GZIP_LEVEL = 5  # 1% larger than the default of 9, in a third of the time
 _QUIET = "99"  # level of what libkineto writes to stderr: nothing, as a machine without a GPU is an error to it
 
@@ -215,16 +217,17 @@ class Profiling:
             self._beat()
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                if self._rank == 0:
-                    self._remove_others()
+                self._remove_old()
                 if self._records_snapshot:
                     with self._replacing("memory.pickle") as staged:
                         torch.cuda.memory._dump_snapshot(str(staged))
                     self._beat()
                 self._write_trace(profiler, steps)
-            except (OSError, ValueError, RuntimeError) as error:  # torch has RuntimeErrors for full disks
-                where = f"'{self._folder}'"
-                logger.warning("step %d: the profile cannot be written to %s: %s", steps[-1], where, _why(error))
+            except (
+                Exception
+            ) as error:  # whatever torch, the disk or a trace of a kind never seen may do: training goes on
+                message = "step %d: the profile is not whole in '%s': %s"
+                logger.warning(message, steps[-1], self._folder, _why(error))
             finally:
                 if self._records_snapshot:
                     torch.cuda.memory._record_memory_history(enabled=None)
@@ -235,17 +238,18 @@ class Profiling:
             plain = Path(folder) / "trace.json"
             profiler.export_chrome_trace(str(plain))
             self._beat()
-            with open(plain, encoding="utf-8", errors="replace") as stream:
-                trace = json.load(stream)
-            self._beat()
-            found = analyse(trace, is_alone=self._num_ranks == 1)
-            self._beat()
             with (
                 self._replacing("trace.json.gz") as staged,
                 open(plain, "rb") as source,
                 gzip.open(staged, "wb", compresslevel=_GZIP_LEVEL) as packed,
             ):
                 shutil.copyfileobj(source, packed, 1 << 20)
+            self._beat()
+            if plain.stat().st_size > _MOST_BYTES:
+                size = format_bytes(plain.stat().st_size)
+                raise ValueError(f"only the trace is there: {size} are too much to look into; trace fewer steps")
+            with open(plain, encoding="utf-8", errors="replace") as stream:
+                found = analyse(read_trace(stream), is_alone=self._num_ranks == 1)
         self._beat()
         if self._config.memory and self._device.type != "cuda":
             self._write_text("memory.json", json.dumps(found.allocations()))
@@ -258,8 +262,7 @@ class Profiling:
 
     def _warn_of_missing_kernels(self, found: Analysis) -> None:
         if self._device.type == "cuda" and not found.has_gpu:
-            message = "the profile has no GPU kernels: the driver may keep its counters to administrators"
-            logger.warning("%s (NVreg_RestrictProfilingToAdminUsers)", message)
+            logger.warning("the profile has no GPU kernels: another profiler may be on, or the driver may not allow it")
 
     def _about(self, steps: list[int]) -> dict[str, Any]:
         is_cuda = self._device.type == "cuda"
@@ -291,15 +294,16 @@ class Profiling:
             with contextlib.suppress(OSError):
                 staged.unlink()
 
-    def _remove_others(self) -> None:
-        """Removes the files of ranks that the run had more of before: they are of other steps."""
+    def _remove_old(self) -> None:
+        """Removes this rank's files, and those of ranks that there are no more: what is left would be of other steps."""
         for file in self._folder.glob("rank-*.*"):
             number = file.name.removeprefix("rank-").partition(".")[0]
-            if number.isdigit() and int(number) >= self._num_ranks:
+            is_mine = number == str(self._rank)
+            if is_mine or (self._rank == 0 and number.isdigit() and int(number) >= self._num_ranks):
                 file.unlink()
 
 
 def _why(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"torch's trace is cut short; is there room in '{tempfile.gettempdir()}'?"
-    return one_line_text(error)
+    return one_line_text(error) if isinstance(error, OSError | ValueError) else one_line(error)

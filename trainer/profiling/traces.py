@@ -6,6 +6,7 @@ say together is `trainer.profiling.summary`.
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_right
 from collections import defaultdict
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from operator import itemgetter
-from typing import Any
+from typing import IO, Any
 
 from trainer.faults.judging import LOADING
 from trainer.profiling.kinds import kind_of, kind_outside
@@ -225,6 +226,17 @@ class Analysis:
         return {"columns": ["seconds", "bytes", "bytes_alive", "operator"], "allocations": rows}
 
 
+def read_trace(stream: IO[str]) -> dict[str, Any]:
+    """Reads the file of a trace, without the events that `analyse` does not look at, which may be the most."""
+    return json.load(stream, object_hook=_looked_at)
+
+
+def _looked_at(found: dict[str, Any]) -> dict[str, Any] | None:
+    if "ph" not in found or found.get("cat") in (*_HOST_WORK, *_GPU_WORK) or found.get("name") == "[memory]":
+        return found
+    return None
+
+
 def analyse(trace: Mapping[str, Any], is_alone: bool = True) -> Analysis:
     """Reads a trace.
 
@@ -235,7 +247,7 @@ def analyse(trace: Mapping[str, Any], is_alone: bool = True) -> Analysis:
     Raises:
         ValueError: it holds no step.
     """
-    events = [event for event in trace["traceEvents"] if event.get("ph") in ("X", "i")]
+    events = [event for event in trace["traceEvents"] if event is not None and event["ph"] in ("X", "i")]
     main, steps = _steps(events)
     found = Analysis(steps, [])
     by_thread: defaultdict[Any, list[dict[str, Any]]] = defaultdict(list)

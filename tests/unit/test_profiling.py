@@ -331,6 +331,7 @@ def test_what_a_trace_of_a_gpu_says() -> None:
         ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer", "optimizer"),
         ("Memset (Device)", "forward", "copies"),
         ("aten::convolution_backward", "backward", "matmul"),
+        ("## Call CompiledFxGraph f7jgda3c6t3cekw4 ##", "forward", "elementwise"),
         ("aten::convert_something", "forward", "other"),
         ("aten::linalg_vector_norm", "backward", "elementwise"),
         ("aten::copy_", "loading a batch", "copies"),

@@ -215,22 +215,23 @@ class Profiling:
             profiler.stop_trace()
             self._profiler, self._steps = None, []
             self._beat()
-            try:
+            with self._tolerant(steps[-1]):
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._remove_old()
-                if self._records_snapshot:
-                    with self._replacing("memory.pickle") as staged:
-                        torch.cuda.memory._dump_snapshot(str(staged))
-                    self._beat()
                 self._write_trace(profiler, steps)
-            except (
-                Exception
-            ) as error:  # whatever torch, the disk or a trace of a kind never seen may do: training goes on
-                message = "step %d: the profile is not whole in '%s': %s"
-                logger.warning(message, steps[-1], self._folder, _why(error))
-            finally:
-                if self._records_snapshot:
-                    torch.cuda.memory._record_memory_history(enabled=None)
+            if self._records_snapshot:
+                with self._tolerant(steps[-1]), self._replacing("memory.pickle") as staged:
+                    torch.cuda.memory._dump_snapshot(str(staged))
+                torch.cuda.memory._record_memory_history(enabled=None)
+        self._beat()
+
+    @contextlib.contextmanager
+    def _tolerant(self, step: int) -> Iterator[None]:
+        """Makes a warning of whatever torch, a disk, or a trace unlike any seen does: training goes on."""
+        try:
+            yield
+        except Exception as error:
+            logger.warning("step %d: the profile is not whole in '%s': %s", step, self._folder, _why(error))
         self._beat()
 
     def _write_trace(self, profiler: profile, steps: list[int]) -> None:
@@ -252,7 +253,7 @@ class Profiling:
                 found = analyse(read_trace(stream), is_alone=self._num_ranks == 1)
         self._beat()
         if self._config.memory and self._device.type != "cuda":
-            self._write_text("memory.json", json.dumps(found.allocations()))
+            self._write_text("memory.json", json.dumps(found.memory.table(found.start)))
         record = {**self._about(steps), **found.record()}
         self._write_text("kernels.json", json.dumps(record, indent=1))
         self._write_text("kernels.txt", kernels_text(record))
@@ -295,7 +296,7 @@ class Profiling:
                 staged.unlink()
 
     def _remove_old(self) -> None:
-        """Removes this rank's files, and those of ranks that there are no more: what is left would be of other steps."""
+        """Removes this rank's files, and those of ranks that there are no more, which are of other steps."""
         for file in self._folder.glob("rank-*.*"):
             number = file.name.removeprefix("rank-").partition(".")[0]
             is_mine = number == str(self._rank)

@@ -57,8 +57,8 @@ def test_every_place_of_the_loop_belongs_to_a_part() -> None:
 
 def test_what_takes_long_is_named(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
     changes = {
-        "data__train": {"name": "slow:SlowVectors", "args": {"length": 60, "seconds": 0.004}},
-        "model": {"name": "slow:SlowModel", "args": {"forward": 0.03, "backward": 0.06}},
+        "data__train": {"name": "slow:Steady", "args": {"length": 60, "seconds": 0.004}},
+        "model": {"name": "slow_model:SlowModel", "args": {"forward": 0.03, "backward": 0.06}},
         "log__every": 5,
         "eval__every": 10,
     }

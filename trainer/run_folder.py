@@ -1,7 +1,7 @@
 """The files that a run leaves behind, other than checkpoints: the contract that users' scripts read.
 
-`config.yaml`, `environment.json`, `metrics.jsonl` and `summary.json`; rank 0 writes them all. Where there is no room,
-what is to be written waits in memory until there is.
+`config.yaml`, `environment.json`, `metrics.jsonl`, `ranks.jsonl` and `summary.json`; rank 0 writes them all. Where
+there is no room, what is to be written waits in memory until there is.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from trainer.config import Config
 from trainer.errors import UserError, one_line_text
 
 logger = logging.getLogger("lockstep")
+
+
+RANKS_FILE = "ranks.jsonl"  # what tells ranks apart, a record per report of several
 
 
 class RunFolder:
@@ -62,9 +65,14 @@ class RunFolder:
 
     def cut_metrics(self, step: int, evaluated_step: int) -> None:
         """Drops what a run that goes on from `step` writes again: later records, and evaluations new to it."""
-        if not self.metrics_file.exists():
+        for name in ("metrics.jsonl", RANKS_FILE):
+            self._cut(name, step, evaluated_step)
+
+    def _cut(self, name: str, step: int, evaluated_step: int) -> None:
+        file = self.path / name
+        if not file.exists():
             return
-        before = self.metrics_file.read_text(encoding="utf-8")
+        before = file.read_text(encoding="utf-8")
         kept = []
         for line in before.splitlines():
             try:
@@ -75,7 +83,7 @@ class RunFolder:
             except (ValueError, KeyError, TypeError, AttributeError):  # a line that a killed run left half written
                 continue
         if "".join(kept) != before:
-            self.write("metrics.jsonl", "".join(kept))
+            self.write(name, "".join(kept))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Appends a record to `metrics.jsonl` and flushes it."""

@@ -33,6 +33,7 @@ from trainer.data.transforms import HostTransform, build_transforms
 from trainer.data.tuning import WorkerTuner
 from trainer.data.workers import WorkerPool
 from trainer.errors import UserError, place_at
+from trainer.units import counted
 
 logger = logging.getLogger("lockstep")
 
@@ -102,6 +103,10 @@ class DeviceFeed:
         self.seed = seed
         self.task = task
         self.data_wait_seconds = 0.0
+        self.copy_wait_seconds = 0.0
+        """A part of `data_wait_seconds`: while a batch was copied to the device, and decoded there."""
+        self.on_arrival: Callable[[], None] | None = None
+        """Called when a batch of a step is on the device, before the device half of the transforms."""
         self._reading: tuple[int, float] | None = None  # which sample this process reads, and since when
         self.num_skipped = 0  # reads of samples that could not be read
         self._num_read = 0
@@ -113,6 +118,7 @@ class DeviceFeed:
         logger.info("%s: feed %s: %s", self.name, route.mode, route.reason)
         if self._is_train and (unused := without_effect(config, route)):
             logger.info("without effect here: %s", ", ".join(f"data.{key}" for key in unused))
+        self.mode = route.mode
         self._build(route, dtype, ranks or Share(), max_workers)
         self._pool: WorkerPool | None = None
         self._prefetcher: Prefetcher | None = None
@@ -122,6 +128,15 @@ class DeviceFeed:
             self._tuner = WorkerTuner(max_workers)
         self._batches: Iterator[DeviceBatch] | None = None
         self._micro_batches: MicroBatchSampler | None = None
+
+    @property
+    def workers_text(self) -> str:
+        """Who loads, in words."""
+        if self._loader is None:
+            return "no workers needed"
+        if self._num_workers == 0:
+            return "loaded in the training process"
+        return f"up to {counted(self._num_workers, 'worker')} per process, {self.config.prefetch} batches ahead"
 
     @property
     def resident_bytes(self) -> int:
@@ -190,6 +205,8 @@ class DeviceFeed:
         for i, num_samples in enumerate(sizes):
             item = self._next(self._batches)
             assert item is not None
+            if self.on_arrival is not None:
+                self.on_arrival()
             yield MicroBatch(self._augmented(item), num_samples, item.batch.sample_ids, is_last=i == len(sizes) - 1)
         self._settle_workers()
 
@@ -231,6 +248,10 @@ class DeviceFeed:
         sample, since = self._reading
         return [f"{self.name}: has been reading {self._reader.describe(sample)} for {time.monotonic() - since:.1f} s"]
 
+    def worker_pids(self) -> list[int]:
+        """Returns the process ids of the loader workers."""
+        return self._pool.pids() if self._pool is not None else []
+
     def close(self) -> None:
         """Ends the thread and the workers, and gives shared memory back."""
         self._stop()
@@ -251,6 +272,8 @@ class DeviceFeed:
         waited = time.perf_counter() - started
         self.data_wait_seconds += waited
         if item is not None:
+            if item.copying is not None:  # of which the step has waited for the last part, or for none
+                self.copy_wait_seconds += max(min(item.copying[1], started + waited) - max(item.copying[0], started), 0)
             self._count(item.batch)
             if self._tuner is not None:
                 self._tuner.observe(started, waited, item.load_seconds)
@@ -295,11 +318,13 @@ class DeviceFeed:
                 raise UserError(*batch.problems)
             if len(batch.keys):
                 self._check(batch)
+            began = time.perf_counter()
             if self._decoder is not None:
                 batch = self._decoder.finish(batch, loader, self.seed)
             else:
                 batch = batch._replace(data=map_tensors(self._moved, batch.data))
-            yield self._drawn(batch)
+            copying = began, time.perf_counter()
+            yield self._drawn(batch)._replace(copying=copying)
 
     def _begin_reading(self, sample: int) -> None:
         self._reading = sample, time.monotonic()

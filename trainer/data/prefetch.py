@@ -36,6 +36,7 @@ class DeviceBatch(NamedTuple):
     plan: AugmentationPlan | None
     load_seconds: float = 0.0  # that one worker took
     copied: torch.cuda.Event | None = None
+    copying: tuple[float, float] | None = None  # from when to when it was copied, by time.perf_counter
 
 
 class _Failure(NamedTuple):
@@ -143,9 +144,10 @@ class Prefetcher:
             raise UserError(*batch.problems)
         if len(batch.keys):
             self._check(batch)
+        began = time.perf_counter()
         if self._stream is None:
             batch = self._move(batch)
-            return DeviceBatch(batch, self._draw(batch), loaded.load_seconds)
+            return DeviceBatch(batch, self._draw(batch), loaded.load_seconds, copying=(began, time.perf_counter()))
         with torch.cuda.stream(self._stream):
             batch = self._move(batch)
             plan = self._draw(batch)
@@ -154,7 +156,7 @@ class Prefetcher:
             copied.record(self._stream)
         # This thread has nothing else to do, and the workers may write into the slot again only after the copy.
         copied.synchronize()
-        return DeviceBatch(batch, plan, loaded.load_seconds, copied)
+        return DeviceBatch(batch, plan, loaded.load_seconds, copied, (began, time.perf_counter()))
 
     def _put(self, item: DeviceBatch | _Failure | None) -> bool:
         """Hands an item over as soon as there is room; returns False once closed."""

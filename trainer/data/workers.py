@@ -182,6 +182,10 @@ class WorkerPool:
         """Worker processes that take batches now."""
         return len(self._workers)
 
+    def pids(self) -> list[int]:
+        """Returns the process ids of the workers that take batches now."""
+        return [worker.process.pid for worker in self._workers]
+
     def resize(self, num_workers: int) -> None:
         """Starts or retires workers; batches and their order stay the same.
 

@@ -223,8 +223,8 @@ def _make_faults(folder: Path) -> None:
     fault = {"rank": 2, "kind": "lost", "message": "its process is gone (signal 9)", "step": 1600, "place": "backward"}
     _write(folder / "faults" / "attempt-002" / "first.json", {**fault, "samples": [], "host": "node-b", "pid": 4242, "restart": True, "time": START})
     bad = [
-        {"step": 1484, "rank": 1, "what": "loss is nan", "samples": [1207, 88, 4031]},
-        {"step": 1485, "rank": 0, "what": "gradient norm is inf", "samples": list(range(40))},
+        {"step": 1484, "ranks": [1], "message": "the loss of rank 1 is nan", "samples": [1207, 88, 4031]},
+        {"step": 1485, "ranks": [0, 1, 2, 3], "message": "the norm of the gradients is inf", "samples": list(range(40))},
     ]
     (folder / "faults" / "bad-steps.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in bad))
 

@@ -108,7 +108,7 @@ def _row(run: Run, attempt: Attempt, first: float, scale: float, start: Path) ->
     pieces = bar(attempt.seconds, width, left=min(left, _WIDTH - width))
     steps = "–"
     if attempt.first_step is not None and attempt.step is not None:
-        steps = f"{attempt.first_step} → {attempt.step}"
+        steps = f"{attempt.first_step:,} → {attempt.step:,}"
     return [
         attempt.number,
         status_chip(attempt.status, run.status if attempt is run.attempts[-1] else None),

@@ -1,6 +1,7 @@
 // Charts with legends, a crosshair that all charts share, and values under the pointer or the arrow keys.
 
 const HEIGHT = 196;
+const WIDE_HEIGHT = 260;
 const drawn = [];
 
 function element(name, className, parent, content) {
@@ -74,8 +75,8 @@ class Chart {
     this.width = width;
     const { kind } = this.data;
     const top = kind === "heat" || kind === "matrix" ? 8 : 20;
-    this.area = { left: 52, right: width - 14, top, bottom: HEIGHT - 34 };
-    this.height = HEIGHT;
+    this.height = width > 640 ? WIDE_HEIGHT : HEIGHT;
+    this.area = { left: 52, right: width - 14, top, bottom: this.height - 34 };
     if (kind === "matrix") this.layOutMatrix(width);
     if (kind === "heat") this.area.bottom = top + Math.max(Math.min(this.data.rows.length * 18, 360), 40);
     if (kind === "heat") this.height = this.area.bottom + 34;
@@ -125,7 +126,7 @@ class Chart {
   layOutMatrix(width) {
     const longest = Math.max(...this.data.classes.map((name) => Math.min(name.length, 14)));
     const margin = Math.max(longest * 6.4 + 12, 30);
-    this.cell = Math.max(Math.min((width - margin - 8) / this.data.classes.length, 40), 4);
+    this.cell = Math.max(Math.min((width - margin - 8) / this.data.classes.length, 44), 4);
     const size = this.cell * this.data.classes.length;
     this.area = { left: margin, right: margin + size, top: 8, bottom: 8 + size };
     this.height = size + margin + 12;

@@ -204,13 +204,14 @@ def system(curves: Curves, end: float) -> list[Chart]:
             node, figure = "", node
         device = re.match(r"([a-z]+)(\d+)[_/]", figure)
         kind = re.sub(r"^([a-z]+)\d+([_/])", r"\1\2", figure)
-        name = " ".join(part for part in (f"node {node}" if node else "", f"{device[1]} {device[2]}" if device else "") if part)
+        name = " ".join(part for part in (f"node {node}" if node else "", f"{device[1].upper()} {device[2]}" if device else "") if part)
         groups.setdefault(kind, []).append((name or figure, key))
     charts = []
     for kind, members in groups.items():
         ending, unit = next(((ending, unit) for ending, unit in _UNITS if kind.endswith(ending)), ("", ""))
         title = kind.removesuffix(ending).replace("_", " ").replace("/", " ")
-        title = re.sub(r"\b(cpu|gpu)\b", lambda found: found[0].upper(), title[:1].upper() + title[1:])
+        title = re.sub(r"\b(cpu|gpu)\b", lambda found: found[0].upper(), title)
+        title = title[:1].upper() + title[1:] + (" in use" if unit == "percent" else "")
         series = [Line(name, curves.by_key[key], colour(i), dashed=i >= _NUM_COLOURS) for i, (name, key) in enumerate(members)]
         options = {"top": 100} if unit == "percent" and all((c.curve.best(True) or (0, 0))[1] <= 100 for c in series) else {}
         charts.append(lines(f"system-{len(charts)}", title, series, end, zero=True, format=unit, showLegend=True, **options))

@@ -35,7 +35,7 @@ class Curve:
         self._per_stretch = 2
 
     def add(self, step: float, value: float) -> None:
-        """Adds the value at a step that comes after all others; NaN for one that is not known."""
+        """Adds the value at a step that comes after all others; one that is not finite counts as not known."""
         self._steps.append(step)
         self._values.append(value)
         if len(self._steps) >= _AT_ONCE:
@@ -119,7 +119,8 @@ def _stretches(steps: Sequence[float], values: Sequence[float], length: int) -> 
     x, y = np.full(num * length, math.nan), np.full(num * length, math.nan)
     x[: len(steps)], y[: len(values)] = steps, values
     x, y = x.reshape(num, length), y.reshape(num, length)
-    known, rows = ~np.isnan(y), np.arange(num)
+    known, rows = np.isfinite(y), np.arange(num)
+    y[~known] = math.nan
     low_at, high_at = np.where(known, y, math.inf).argmin(axis=1), np.where(known, y, -math.inf).argmax(axis=1)
     return {
         "first": x[:, 0],
@@ -261,20 +262,17 @@ class Curves:
             self.last_epoch = epoch
         if _is_number(samples := record.get("samples")):
             self.last_samples = samples
+        by_key = self.by_key
         for key, value in record.items():
-            if key in _NOT_CURVES:
-                continue
-            if value is None:
-                value = math.nan
-            elif type(value) is not float and not _is_number(value):
-                continue
-            curve = self.by_key.get(key)
+            curve = by_key.get(key)
             if curve is None:
-                curve = self.by_key[key] = Curve()
-            curve.add(step, value if math.isfinite(value) else math.nan)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.by_key
+                if key in _NOT_CURVES or not (value is None or _is_number(value)):
+                    continue
+                curve = by_key[key] = Curve()
+            if type(value) is float:
+                curve.add(step, value)
+            elif value is None or _is_number(value):
+                curve.add(step, math.nan if value is None else value)
 
     def get(self, key: str) -> Curve | None:
         """Returns the curve of a key that has a value."""

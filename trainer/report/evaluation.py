@@ -52,7 +52,7 @@ def _sample(entry: dict[str, Any], picture: bytes | None) -> Html:
     image = tag("span", "no picture", class_="blank")
     if picture is not None:
         source = "data:image/png;base64," + base64.b64encode(picture).decode()
-        image = Html(f'<img src="{source}" alt="{safe(f"sample of {target}")}" loading="lazy">')
+        image = Html(f'<img src="{source}" alt="{safe(f"sample of {target}")}">')
     mark = tag("b", "✗ ", class_="bad") if is_wrong else tag("b", "✓ ", class_="good")
     lines = [tag("span", mark, prediction, class_="prediction")]
     if is_wrong:
@@ -78,7 +78,7 @@ def confusion(folder: Path) -> tuple[Html, list[Chart]]:
     chart = Chart("confusion", "Confusion matrix", {"kind": "matrix", "classes": names, "counts": counts})
     few = table(["is", "taken for", "samples", "of this class"], rows[:10], numeric=(2, 3), class_="narrow") if rows else ""
     beside = tag("div", tag("h3", "Most often confused"), few) if rows else ""
-    return tag("div", figure(chart.identity, chart.title), beside, class_="beside"), [chart]
+    return tag("div", figure(chart.identity, chart.title), beside, class_="beside matrix"), [chart]
 
 
 def _is_square(counts: list[Any], size: int) -> bool:

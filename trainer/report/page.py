@@ -30,6 +30,7 @@ from trainer.report.parts import (
     tag,
 )
 from trainer.report.reading import Advice, Run, as_number
+from trainer.units import counted
 
 _MOST_LINKS = 100
 
@@ -104,7 +105,11 @@ def header(run: Run) -> Html:
         lines.append(tag("p", known, class_="error"))
     elif run.status == "stopped" and run.summary.get("stopped_by"):
         lines.append(tag("p", f"Stopped by {run.summary['stopped_by']}.", class_="subtitle"))
-    figures = [tag("div", tag("dt", name), tag("dd", value)) for name, value in key_figures(run) if value != "–"]
+    figures = [
+        tag("div", tag("dt", name), tag("dd", value, " ", tag("small", more) if more else ""))
+        for name, value, more in key_figures(run)
+        if value != "–"
+    ]
     return tag("header", heading, *lines, tag("dl", *figures, class_="figures"))
 
 
@@ -136,29 +141,29 @@ def device(run: Run) -> str:
     return f"{ranks:g} × {'CPU process' if name == 'cpu' else name}"
 
 
-def key_figures(run: Run) -> list[tuple[str, str]]:
-    """Returns the figures of a run by name."""
-    best, metrics = run.summary.get("best"), run.summary.get("metrics")
-    figures = [("step", f"{number(run.step)} of {number(total)}" if (total := run.number("total_steps")) else number(run.step))]
-    figures.append(("epoch", number(run.number("epoch") or run.curves.last_epoch)))
+def key_figures(run: Run) -> list[tuple[str, str, str]]:
+    """Returns the figures of a run: name, value, and what else there is to say."""
+    best, metrics, total = run.summary.get("best"), run.summary.get("metrics"), run.number("total_steps")
+    epoch, speed, peak = run.number("epoch"), run.number("samples_per_second"), run.number("peak_memory_bytes")
+    speeds = run.curves.get("train/samples_per_second")
+    figures = [
+        ("step", number(run.step), f"of {number(total)}" if total else ""),
+        ("epoch", number(epoch if epoch is not None else run.curves.last_epoch), ""),
+    ]
     if isinstance(best, dict) and (value := as_number(best.get("value"))) is not None:
-        figures.append((f"best {best.get('metric')}", f"{number(value)} at {number(as_number(best.get('step')))}"))
+        figures.append((f"best {best.get('metric')}", number(value), f"at step {number(as_number(best.get('step')))}"))
     if isinstance(metrics, dict):
         for name, value in list(metrics.items())[:3]:
-            figures.append((str(name).removeprefix("eval/"), number(as_number(value))))
+            figures.append((f"{str(name).removeprefix('eval/')}, last", number(as_number(value)), ""))
     elif loss := run.curves.get("train/loss"):
-        figures.append(("train loss", number(loss.last)))
-    speed = run.number("samples_per_second")
-    if speed is None and (curve := run.curves.get("train/samples_per_second")) is not None:
-        speed = curve.mean
-    figures += [
-        ("samples/s", number(speed)),
-        ("MFU", percent(run.number("mfu"))),
-        ("goodput", percent(run.goodput)),
-        ("peak memory", f"{peak / 2**30:.2f} GiB" if (peak := run.number("peak_memory_bytes")) else "–"),
-        ("attempts", number(len(run.attempts)) if run.attempts else "–"),
+        figures.append(("train loss", number(loss.last), ""))
+    return [
+        *figures,
+        ("samples/s", number(speed if speed is not None else speeds.mean if speeds is not None else None), ""),
+        ("MFU", percent(run.number("mfu")), ""),
+        ("goodput", percent(run.goodput), f"in {counted(len(run.attempts), 'attempt')}" if run.attempts else ""),
+        ("peak memory", f"{peak / 2**30:.2f} GiB" if peak else "–", ""),
     ]
-    return figures
 
 
 # ---- sections --------------------------------------------------------------------------------------------------
@@ -233,26 +238,24 @@ def trouble(run: Run) -> Html:
     """Returns which steps had bad numbers, and what else was lost on the way."""
     facts = []
     for key, what in (
-        ("num_rollbacks", "rollbacks"),
-        ("bad_steps", "bad steps"),
-        ("skipped_steps", "skipped steps"),
-        ("skipped_samples", "samples that could not be read"),
+        ("num_rollbacks", "rollback"),
+        ("bad_steps", "bad step"),
+        ("skipped_steps", "skipped step"),
+        ("skipped_samples", "unreadable sample"),
     ):
         if count := run.number(key):
-            facts.append(f"{number(count)} {what}")
+            facts.append(counted(int(count), what))
     avoided = run.summary.get("avoided_steps")
     if isinstance(avoided, list) and avoided:
         facts.append(f"left out after a rollback: step {', '.join(map(str, avoided[:20]))}")
-    rows = [[entry.get("step", "–"), _what_was_bad(entry), _short_list(entry.get("samples"))] for entry in run.bad_steps]
-    shown = table(["step", "what", "samples"], rows) if rows else ""
+    rows = [
+        [entry.get("step", "–"), *(_short_list(entry.get(key)) for key in ("message", "ranks", "samples"))]
+        for entry in run.bad_steps
+    ]
+    shown = table(["step", "what was wrong", "ranks", "samples"], rows, class_="medium") if rows else ""
     if not facts and not rows:
         return Html("")
     return join((tag("p", "; ".join(facts) + ".", class_="fact") if facts else "", shown))
-
-
-def _what_was_bad(entry: Mapping[str, Any]) -> str:
-    known = {key: value for key, value in entry.items() if key not in ("step", "samples", "time")}
-    return ", ".join(f"{key.replace('_', ' ')} {_short_list(value)}" for key, value in known.items())
 
 
 def _short_list(value: Any, most: int = 12) -> str:

@@ -51,6 +51,12 @@ function logScale(low, high, pixels, { count }) {
   return { at, ticks, low: 10 ** start, high: 10 ** end };
 }
 
+/** Rounds to a number of digits, but to no less than ones. */
+function rounded(value, digits) {
+  const whole = Math.max(Math.floor(Math.log10(Math.abs(value))) + 1, 0);
+  return String(Number(value.toPrecision(Math.min(Math.max(digits, whole), 15))));
+}
+
 function withoutZeros(text) {
   return text.includes(".") ? text.replace(/\.?0+$/, "") : text;
 }
@@ -60,11 +66,10 @@ function shortNumber(value, digits = 3) {
   const size = Math.abs(value);
   if (size === 0) return "0";
   for (const [limit, suffix] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e4, "k"]]) {
-    const unit = limit === 1e4 ? 1e3 : limit;
-    if (size >= limit) return withoutZeros((value / unit).toPrecision(Math.max(digits, String(Math.floor(size / unit)).length))) + suffix;
+    if (size >= limit) return rounded(value / (limit === 1e4 ? 1e3 : limit), digits) + suffix;
   }
   if (size < 1e-3) return value.toExponential(Math.max(digits - 2, 0)).replace(/\.?0*e/, "e").replace("e+", "e");
-  return withoutZeros(value.toPrecision(size >= 1000 ? Math.max(digits, 4) : digits));
+  return rounded(value, digits);
 }
 
 /** Text of a value: `format` is `share` (0.31 is 31%), `percent` (31 is 31%) or a unit that follows the number. */
@@ -85,6 +90,6 @@ function tickTexts(ticks, format) {
 }
 
 function tickText(tick, format, digits) {
-  if (format === "share") return `${Number((tick * 100).toPrecision(digits + 1))}%`;
-  return format === "percent" ? `${Number(tick.toPrecision(digits + 1))}%` : shortNumber(tick, digits);
+  if (format === "share" || format === "percent") return `${tick ? rounded(format === "share" ? tick * 100 : tick, digits) : 0}%`;
+  return shortNumber(tick, digits);
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -16,6 +17,7 @@ from typing import Literal
 
 import torch
 
+from trainer.advice.survey import Survey
 from trainer.agreement import Decisions
 from trainer.buffers import BufferCopy
 from trainer.checkpoint.folder import open_folder
@@ -73,6 +75,7 @@ class Trainer(Resumable):
             self.stop_requests = StopRequests()
             self.decisions = Decisions(runtime, self.stop_requests)
             self.reporter: Reporter | None = None  # on rank 0, once the run has started
+            self.survey: Survey | None = None  # the same
             self.first_step = 0  # of this attempt
             self.profiling: Profiling | None = None
             self._micro_batch = 0  # of the present step
@@ -508,6 +511,7 @@ class Trainer(Resumable):
         """Reports the steps since the last report. The only place where training waits for the device."""
         self.at("report")
         window, step = self.window, self.progress.step
+        arrived = time.perf_counter()
         totals = self.runtime.sum(
             {
                 "loss": window.loss_sum,
@@ -516,6 +520,7 @@ class Trainer(Resumable):
                 "skipped": torch.tensor(self._num_skipped()),
             }
         )
+        device_wait = time.perf_counter() - arrived
         self._skipped_samples = int(totals["skipped"])
         if self.numbers.policy == "skip":
             self.count_bad_steps()
@@ -545,6 +550,9 @@ class Trainer(Resumable):
             record["goodput"] = self.ledger.summary().goodput
         if self.reporter is not None:
             self.reporter.publish(step, record)
+            if self.survey is not None:
+                said = self.survey.report(step, window.num_timed_steps, seen, self.straggler, device_wait)
+                self.reporter.advise(step, said)
             if len(seen) > 1:
                 self.folder.append(RANKS_FILE, {"step": step, **rank_record(seen)})
         self.window = Window(self.runtime, self.clock)
@@ -586,6 +594,7 @@ class Trainer(Resumable):
             self.feed.start(self.sampler, self.progress.step, self.total_steps)
         if self.ledger is not None:
             self.ledger.begin(self.progress.step, self.runtime.num_ranks, self.times()[2])
+            self.survey = Survey(self)
         self.first_step = self.progress.step
         self._measure_from_here()
         if self.config.faults.non_finite == "rollback" and self.saver.saved_step is None:
@@ -672,6 +681,7 @@ class Trainer(Resumable):
                 skipped,
                 self.saver.statistics,
                 self.ledger.summary(),
+                self.survey.conclude() if self.survey is not None else [],
                 {
                     "time_split": self.observer.time_split(),
                     "stopped_by": self.decisions.stopping or None,

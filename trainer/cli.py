@@ -76,6 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what = "the weights, or (onnx, torch_export) the model, whose inputs are already cropped and normalised"
     export.add_argument("--format", choices=formats, default="safetensors", help=f"{what} (default: safetensors)")
     export.add_argument("--output", required=True, metavar="FILE", help="file to write")
+    report = commands.add_parser("report", help="write a run's page, or one that compares runs, as one HTML file")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run folder, such as runs/digits")
+    default = "default: report.html in the run folder, or here where there are several runs"
+    report.add_argument("--output", metavar="FILE", help=f"file to write ({default})")
     pack = commands.add_parser("pack", help="pack an image folder into few large files, for data.cache")
     pack.add_argument("source", metavar="SRC", help="folder of class folders")
     pack.add_argument("path", metavar="DST", help="what data.cache.path will be; its folder of this pack is printed")
@@ -248,6 +252,12 @@ def _run_main(options: argparse.Namespace) -> int:
 
         summary = summarise(Path(options.run_dir))
         sys.stdout.write(json.dumps(summary, indent=2) + "\n" if options.json else summary_text(summary))
+        return EXIT_FINISHED
+    if options.command == "report":
+        from trainer.report import write_report
+
+        output = Path(options.output) if options.output is not None else None
+        sys.stdout.write(f"{write_report([Path(run) for run in options.runs], output)}\n")
         return EXIT_FINISHED
     from trainer import results
 

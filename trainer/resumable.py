@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -37,7 +38,8 @@ from trainer.goodput import Ledger
 from trainer.profiling.recording import Profiling
 from trainer.random_state import generator_states, restore_generators
 from trainer.reporting import Reporter
-from trainer.telemetry import Clock
+from trainer.telemetry.clock import Clock
+from trainer.telemetry.stopwatch import PART_OF_PLACE, Stopwatch
 from trainer.window import Window
 
 logger = logging.getLogger("lockstep")
@@ -63,6 +65,7 @@ class Resumable(Assembly):
     reporter: Reporter | None  # on rank 0, once the run has started
     window: Window
     first_step: int  # of this attempt
+    stopwatch: Stopwatch | None  # where it trains, and steps are split
 
     # ---- when ---------------------------------------------------------------------------------------------
 
@@ -230,11 +233,17 @@ class Resumable(Assembly):
 
     def at(self, place: str, batch: MicroBatch | None = None) -> None:
         """Says where this rank is."""
+        if self.stopwatch is not None and place in PART_OF_PLACE:
+            self.stopwatch.enter(PART_OF_PLACE[place])
         if self.lookout is not None:
             step = self.progress.step + (place in WITHIN_A_STEP)
             self.lookout.at(place, step, batch, is_first=self.progress.step == self.first_step)
         if self.profiling is not None:
             self.profiling.at(place)
+
+    def inside(self, part: str) -> AbstractContextManager[None]:
+        """Time in the body is spent on `part` of a step."""
+        return self.stopwatch.inside(part) if self.stopwatch is not None else nullcontext()
 
     def beat(self) -> None:
         if self.lookout is not None:

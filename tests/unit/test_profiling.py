@@ -22,7 +22,7 @@ from trainer.profiling.kinds import kind_of
 from trainer.profiling.recording import Profiling
 from trainer.profiling.summary import combine, summary_text
 from trainer.profiling.traces import analyse
-from trainer.telemetry import Clock
+from trainer.telemetry.clock import Clock
 
 PLACES = ["loading a batch", "forward", "backward", "optimizer", "exchange of decisions", "report"]
 

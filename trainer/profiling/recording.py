@@ -25,7 +25,7 @@ from trainer.config_reporting import ProfileConfig
 from trainer.errors import UserError, one_line, one_line_text
 from trainer.profiling.tables import kernels_text
 from trainer.profiling.traces import Analysis, analyse, read_trace, step_range
-from trainer.telemetry import Clock
+from trainer.telemetry.clock import Clock
 from trainer.units import format_bytes
 
 logger = logging.getLogger("lockstep")

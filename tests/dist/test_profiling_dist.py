@@ -31,9 +31,10 @@ def test_every_rank_leaves_a_profile(
         # The exchange of gradients is waited for in backward, where no operator runs, and is found nevertheless.
         assert record["kind_seconds"]["communication"] > 0
         table = json.loads((run / "profile" / f"rank-{record['rank']}.kernels.json").read_text())["kernels"]
-        by_name = {row["name"]: row for row in table}
-        assert by_name["c10d::allreduce_"]["kind"] == "communication"
-        assert by_name["aten::addmm"]["calls"] == 4 * 2
+        calls = {(row["name"], row["kind"]): row["calls"] for row in table}
+        assert calls["c10d::allreduce_", "communication"] >= 4
+        assert calls["aten::addmm", "matmul"] == 4 * 2
+        assert calls["aten::addmm", "evaluation"] == 2 * 2
 
     assert main(["profile", str(run)]) == 0
     text = capsys.readouterr().out

@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from trainer.config_reporting import ProfileConfig
 from trainer.errors import UserError, one_line, one_line_text
+from trainer.faults.judging import PROFILE
 from trainer.profiling.tables import kernels_text
 from trainer.profiling.traces import Analysis, analyse, read_trace, step_range
 from trainer.telemetry.clock import Clock
@@ -48,7 +49,7 @@ class Profiling:
         num_ranks: how many there are.
         device: that the model is on.
         clock: of this attempt: the time of writing is no training.
-        beat: called between long pieces of work.
+        at: told again and again, while files are written, that this is what goes on.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Profiling:
         num_ranks: int,
         device: torch.device,
         clock: Clock,
-        beat: Callable[[], None],
+        at: Callable[[str], None],
     ) -> None:
         assert config.steps is not None
         self._config = config
@@ -68,7 +69,7 @@ class Profiling:
         self._rank, self._num_ranks = rank, num_ranks
         self._device = device
         self._clock = clock
-        self._beat = beat
+        self._at = at
         self._profiler: profile | None = None  # once it warms up
         self._is_warm = False  # it was there for a whole step before the first one that it records
         self._steps: list[int] = []  # begun while recording
@@ -85,7 +86,7 @@ class Profiling:
         num_ranks: int,
         device: torch.device,
         clock: Clock,
-        beat: Callable[[], None],
+        at: Callable[[str], None],
         total_steps: int,
     ) -> Profiling | None:
         """Returns it where the config asks for it.
@@ -98,7 +99,7 @@ class Profiling:
         if config.steps[0] > total_steps:
             message = f"the run has {total_steps} steps, and the first to trace is {config.steps[0]}"
             raise UserError(message, path="profile.steps", agreed=True)
-        return cls(config, folder, rank, num_ranks, device, clock, beat)
+        return cls(config, folder, rank, num_ranks, device, clock, at)
 
     # ---- in the loop --------------------------------------------------------------------------------------
 
@@ -212,9 +213,9 @@ class Profiling:
         with self._clock.phase("profile"):
             self._wait_for_device()  # within the last step, whose work this is
             self._close_ranges()
-            profiler.stop_trace()
             self._profiler, self._steps = None, []
-            self._beat()
+            self._at(PROFILE)
+            profiler.stop_trace()
             with self._tolerant(steps[-1]):
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._remove_old()
@@ -223,7 +224,7 @@ class Profiling:
                 with self._tolerant(steps[-1]), self._replacing("memory.pickle") as staged:
                     torch.cuda.memory._dump_snapshot(str(staged))
                 torch.cuda.memory._record_memory_history(enabled=None)
-        self._beat()
+        self._at(PROFILE)
 
     @contextlib.contextmanager
     def _tolerant(self, step: int) -> Iterator[None]:
@@ -232,26 +233,26 @@ class Profiling:
             yield
         except Exception as error:
             logger.warning("step %d: the profile is not whole in '%s': %s", step, self._folder, _why(error))
-        self._beat()
+        self._at(PROFILE)
 
     def _write_trace(self, profiler: profile, steps: list[int]) -> None:
         with tempfile.TemporaryDirectory(prefix="lockstep-profile-") as folder:
             plain = Path(folder) / "trace.json"
             profiler.export_chrome_trace(str(plain))
-            self._beat()
+            self._at(PROFILE)
             with (
                 self._replacing("trace.json.gz") as staged,
                 open(plain, "rb") as source,
                 gzip.open(staged, "wb", compresslevel=_GZIP_LEVEL) as packed,
             ):
                 shutil.copyfileobj(source, packed, 1 << 20)
-            self._beat()
+            self._at(PROFILE)
             if plain.stat().st_size > _MOST_BYTES:
                 size = format_bytes(plain.stat().st_size)
                 raise ValueError(f"only the trace is there: {size} are too much to look into; trace fewer steps")
             with open(plain, encoding="utf-8", errors="replace") as stream:
                 found = analyse(read_trace(stream), is_alone=self._num_ranks == 1)
-        self._beat()
+        self._at(PROFILE)
         if self._config.memory and self._device.type != "cuda":
             self._write_text("memory.json", json.dumps(found.memory.table(found.start)))
         record = {**self._about(steps), **found.record()}

@@ -306,6 +306,6 @@ class Profiling:
 
 
 def _why(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"torch's trace is cut short; is there room in '{tempfile.gettempdir()}'?"
+    if isinstance(error, json.JSONDecodeError | FileNotFoundError):  # torch says nothing where it cannot write
+        return f"torch could not write the trace; is there room in '{tempfile.gettempdir()}'?"
     return one_line_text(error) if isinstance(error, OSError | ValueError) else one_line(error)

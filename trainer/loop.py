@@ -38,6 +38,7 @@ from trainer.goodput import Ledger
 from trainer.memory.checkpointing import check_compiled_buffers
 from trainer.memory.out_of_memory import Situation
 from trainer.parallel import in_lockstep, watch_exchanges
+from trainer.profiling.recording import Profiling
 from trainer.random_state import generator_states, restore_generators
 from trainer.reporting import Reporter
 from trainer.resumable import Resumable
@@ -76,6 +77,7 @@ class Trainer(Resumable):
             self.reporter: Reporter | None = None  # on rank 0, once the run has started
             self.survey: Survey | None = None  # the same
             self.first_step = 0  # of this attempt
+            self.profiling: Profiling | None = None
             self._micro_batch = 0  # of the present step
             self.ledger = Ledger(self.folder) if to_train and runtime.is_main else None
             self.lookout = self._lookout() if to_train else None
@@ -133,6 +135,11 @@ class Trainer(Resumable):
         self.window = Window(runtime, self.clock)
         self.observer = Observer(runtime, self.feed, self.stopwatch)
         self._skipped_samples = 0  # that could not be read, on all ranks, at the last report
+        if self.lookout is not None:
+            rank, num_ranks, folder = runtime.rank, runtime.num_ranks, self.folder.path / "profile"
+            self.profiling = Profiling.wanted(
+                config.profile, folder, rank, num_ranks, runtime.device, self.clock, self.at, self.total_steps
+            )
 
     def _time_parts(self, stopwatch: Stopwatch) -> None:
         """Has the time that steps take split into parts, also where the loop itself does not come through."""
@@ -162,7 +169,11 @@ class Trainer(Resumable):
         if self.evaluation_due():  # ended after a step, before it was evaluated
             self.evaluate_and_save(is_saved=True)
         while self.progress.step < self.total_steps and not self.decisions.stopping:
+            if self.profiling is not None:
+                self.profiling.before_step(self.progress.step + 1)
             if self.train_step():
+                if self.profiling is not None:
+                    self.profiling.after_step(self.progress.step)
                 self.after_step()
         return self.finish()
 
@@ -596,6 +607,8 @@ class Trainer(Resumable):
             SaveFailed: the end of the run is not saved, or there is no checkpoint at all to go on from.
         """
         self.at("ending")
+        if self.profiling is not None:
+            self.profiling.close()
         if self._any_alarm():
             self.recover()
         status: Literal["finished", "stopped"] = "finished" if self.complete() else "stopped"
@@ -624,6 +637,8 @@ class Trainer(Resumable):
         """Ends a run that failed: leaves a summary and no process behind. Waits for no other rank."""
         with self.lookout.leaving() if self.lookout is not None else nullcontext():
             self.saver.give_up(seconds=3)
+            if self.profiling is not None:
+                self.profiling.give_up()
             fault = self.ended_by()
             self._summarise("failed", str(fault) if fault is not None else one_line(error))
             self._close_feeds()

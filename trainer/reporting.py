@@ -1,4 +1,4 @@
-"""What a run shows and writes while it runs: reports, trackers, `summary.json`.
+"""What a run shows and writes while it runs: reports, trackers, `summary.json`, `report.html`.
 
 Exists on rank 0 only. What a terminal shows is `trainer.terminal`; what is measured and when a report is due is the
 loop's business.
@@ -21,6 +21,7 @@ from trainer.data.feed import DeviceFeed
 from trainer.data.sampler import BatchPlan
 from trainer.faults.fault import Fault
 from trainer.goodput import Goodput
+from trainer.report import write_page
 from trainer.run_folder import RunFolder
 from trainer.runtime import Runtime
 from trainer.telemetry.clock import Clock
@@ -100,7 +101,7 @@ class Reporter:
         events: Mapping[str, Any],
         error: str | None = None,
     ) -> None:
-        """Writes summary.json: the run so far with its goodput, and the time and throughput of this attempt.
+        """Writes summary.json and the page: the run so far with its goodput, this attempt's time and throughput.
 
         Args:
             advice: what to change for the next run, the most useful first.
@@ -142,6 +143,7 @@ class Reporter:
                 **events,
             }
         )
+        write_page(self.folder.path, self.folder.curves)
         self.trackers.summarise({"goodput": goodput.goodput, "advice": _as_text(advice)}, progress.step)
         logger.info("%s", goodput.line())
         for said in advice:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import torch
 
 from trainer.config import Config
 from trainer.errors import UserError, one_line_text
+from trainer.report.curves import Curves
 
 logger = logging.getLogger("lockstep")
 
@@ -44,6 +45,7 @@ class RunFolder:
         self._files: dict[str, str] = {}
         self._lines: list[str] = []
         self._is_behind = False
+        self.curves = Curves()  # of all records so far, for the run page
         self._torn_at: int | None = None  # where an append to `metrics.jsonl` began that failed
 
     def create(self) -> None:
@@ -65,10 +67,11 @@ class RunFolder:
 
     def cut_metrics(self, step: int, evaluated_step: int) -> None:
         """Drops what a run that goes on from `step` writes again: later records, and evaluations new to it."""
-        for name in ("metrics.jsonl", RANKS_FILE):
-            self._cut(name, step, evaluated_step)
+        self.curves = Curves()
+        self._cut("metrics.jsonl", step, evaluated_step, self.curves.add)
+        self._cut(RANKS_FILE, step, evaluated_step, self.curves.ranks.add)
 
-    def _cut(self, name: str, step: int, evaluated_step: int) -> None:
+    def _cut(self, name: str, step: int, evaluated_step: int, keep: Callable[[dict[str, Any]], None]) -> None:
         file = self.path / name
         if not file.exists():
             return
@@ -80,6 +83,7 @@ class RunFolder:
                 is_evaluation = any(key.startswith("eval/") for key in record)
                 if record["step"] <= (evaluated_step if is_evaluation else step):
                     kept.append(line + "\n")
+                    keep(record)
             except (ValueError, KeyError, TypeError, AttributeError):  # a line that a killed run left half written
                 continue
         if "".join(kept) != before:
@@ -87,12 +91,16 @@ class RunFolder:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Appends a record to `metrics.jsonl` and flushes it."""
-        self._lines.append(json.dumps(_finite({**record, "time": round(time.time(), 3)})) + "\n")
+        record = _finite({**record, "time": round(time.time(), 3)})
+        self.curves.add(record)
+        self._lines.append(json.dumps(record) + "\n")
         self._write_what_waits()
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Appends a record to another file, which matters less: it is lost where there is no room."""
         file = self.path / name
+        if name == RANKS_FILE:
+            self.curves.ranks.add(record)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with open(file, "a", encoding="utf-8") as stream:

@@ -119,7 +119,7 @@ def _report(draw: random.Random, step: int, steps: int, lr: float, speed: float,
     warm = min(step / (0.05 * steps), 1)
     rate = lr * warm * 0.5 * (1 + math.cos(math.pi * done))
     loss = 2.3 * math.exp(-3 * done) + 0.12 + draw.gauss(0, 0.05)
-    is_bad = 0.618 < done < 0.622
+    is_bad = 0.618 < done < 0.634
     waits = SPLIT["data_wait"] * (1.6 if 0.3 < done < 0.45 else 0.85) * draw.uniform(0.85, 1.15)
     split = {**SPLIT, "data_wait": waits}
     split = {part: share * draw.uniform(0.9, 1.1) / 1.0 for part, share in split.items()}

@@ -27,7 +27,7 @@ TIME_PARTS = {
 }
 _NUM_COLOURS = 8
 _MOST_LINES_OF_RANKS = 8
-_MOST_ROWS = 48
+_MOST_ROWS = 64
 _LOWER_IS_BETTER = re.compile(r"loss|err|perplexity|ppl|nll|bpb|bits|wer|cer|mae|mse|rmse|fid", re.IGNORECASE)
 
 

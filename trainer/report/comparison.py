@@ -89,7 +89,7 @@ def overview(runs: Sequence[Run], names: Sequence[str], start: Path) -> Html:
         steps = f"{number(run.step)} of {number(total)}" if (total := run.number("total_steps")) else number(run.step)
         name = join((mark, link(address(run.folder, start), names[i])))
         cells = [_cell(values, i, highest, show) for _, highest, values, show in columns]
-        rows.append([name, status_chip(run.status), device(run), steps, *cells])
+        rows.append([name, status_chip(run.status), tag("span", device(run), class_="whole"), steps, *cells])
     head = ["run", "status", "devices", "step", *(name for name, *_ in columns)]
     return table(head, rows, numeric=range(3, len(head)))
 

@@ -307,5 +307,5 @@ def _parsed(lines: list[bytes]) -> Iterator[Any]:
     for line in lines:
         try:
             yield json.loads(line)
-        except ValueError:  # half written by a run that was killed
+        except (ValueError, RecursionError):  # half written by a run that was killed
             continue

@@ -138,7 +138,7 @@ def device(run: Run) -> str:
     name = run.environment.get("device")
     if ranks is None or not isinstance(name, str):
         return str(name or "")
-    return f"{ranks:g} × {'CPU process' if name == 'cpu' else name}"
+    return f"{ranks:g} CPU process{'' if ranks == 1 else 'es'}" if name == "cpu" else f"{ranks:g} × {name}"
 
 
 def key_figures(run: Run) -> list[tuple[str, str, str]]:
@@ -188,7 +188,9 @@ def setting_text(value: object) -> str:
 
 
 def average_split(run: Run) -> dict[str, float]:
-    """Returns the shares of the time over the whole run, as far as its reports tell; else those of its last attempt."""
+    """Returns the shares of the time over the whole run: exact ones where it had one attempt, else what reports tell."""
+    if run.time_split and len(run.attempts) == 1 and run.status not in ("running", "killed"):
+        return run.time_split
     means = {key.removeprefix("time/"): run.curves.by_key[key].mean or 0.0 for key in run.curves.keys("time/")}
     return means or run.time_split
 

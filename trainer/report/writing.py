@@ -55,7 +55,8 @@ def write_page(folder: Path, curves: Curves | None = None) -> None:
 
 def _replace(file: Path, content: str) -> None:
     """Writes a file whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.parent.exists():
+        file.parent.mkdir(parents=True)
     staged = file.with_name(f".{file.name}.new")
     try:
         staged.write_text(content, encoding="utf-8")

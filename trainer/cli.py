@@ -89,6 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pack.add_argument("--workers", type=int, help="processes (default: one per core)")
     pack.add_argument("--on-error", choices=("raise", "skip"), default="raise", help="what a broken picture does")
     pack.add_argument("--verify", action="store_true", help="read everything back and compare checksums")
+    profile = commands.add_parser("profile", help="summarise the profiles of a run's ranks (profile.steps)")
+    profile.add_argument("run_dir", metavar="RUN_DIR", help="run folder, such as runs/digits")
+    profile.add_argument("--json", action="store_true", help="print it as JSON")
     commands.add_parser("schema", help="print the JSON Schema of config files")
     options = parser.parse_args(arguments)
     return run_command(lambda: _run_main(options), log_to_stderr=True)  # stdout is the result
@@ -244,6 +247,12 @@ def _run_main(options: argparse.Namespace) -> int:
         return EXIT_FINISHED
     if options.command == "pack":
         return _pack(options)
+    if options.command == "profile":
+        from trainer.profiling.summary import summarise, summary_text
+
+        summary = summarise(Path(options.run_dir))
+        sys.stdout.write(json.dumps(summary, indent=2) + "\n" if options.json else summary_text(summary))
+        return EXIT_FINISHED
     if options.command == "report":
         from trainer.report import write_report
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -16,6 +17,7 @@ from typing import Literal
 
 import torch
 
+from trainer.advice.survey import Survey
 from trainer.agreement import Decisions
 from trainer.buffers import BufferCopy
 from trainer.checkpoint.folder import open_folder
@@ -36,6 +38,7 @@ from trainer.goodput import Ledger
 from trainer.memory.checkpointing import check_compiled_buffers
 from trainer.memory.out_of_memory import Situation
 from trainer.parallel import in_lockstep, watch_exchanges
+from trainer.profiling.recording import Profiling
 from trainer.random_state import generator_states, restore_generators
 from trainer.reporting import Reporter
 from trainer.resumable import Resumable
@@ -72,7 +75,9 @@ class Trainer(Resumable):
             self.stop_requests = StopRequests()
             self.decisions = Decisions(runtime, self.stop_requests)
             self.reporter: Reporter | None = None  # on rank 0, once the run has started
+            self.survey: Survey | None = None  # the same
             self.first_step = 0  # of this attempt
+            self.profiling: Profiling | None = None
             self._micro_batch = 0  # of the present step
             self.ledger = Ledger(self.folder) if to_train and runtime.is_main else None
             self.lookout = self._lookout() if to_train else None
@@ -130,6 +135,11 @@ class Trainer(Resumable):
         self.window = Window(runtime, self.clock)
         self.observer = Observer(runtime, self.feed, self.stopwatch)
         self._skipped_samples = 0  # that could not be read, on all ranks, at the last report
+        if self.lookout is not None:
+            rank, num_ranks, folder = runtime.rank, runtime.num_ranks, self.folder.path / "profile"
+            self.profiling = Profiling.wanted(
+                config.profile, folder, rank, num_ranks, runtime.device, self.clock, self.beat, self.total_steps
+            )
 
     def _time_parts(self, stopwatch: Stopwatch) -> None:
         """Has the time that steps take split into parts, also where the loop itself does not come through."""
@@ -159,7 +169,11 @@ class Trainer(Resumable):
         if self.evaluation_due():  # ended after a step, before it was evaluated
             self.evaluate_and_save(is_saved=True)
         while self.progress.step < self.total_steps and not self.decisions.stopping:
+            if self.profiling is not None:
+                self.profiling.before_step(self.progress.step + 1)
             if self.train_step():
+                if self.profiling is not None:
+                    self.profiling.after_step(self.progress.step)
                 self.after_step()
         return self.finish()
 
@@ -497,6 +511,7 @@ class Trainer(Resumable):
         """Reports the steps since the last report. The only place where training waits for the device."""
         self.at("report")
         window, step = self.window, self.progress.step
+        arrived = time.perf_counter()
         totals = self.runtime.sum(
             {
                 "loss": window.loss_sum,
@@ -505,6 +520,7 @@ class Trainer(Resumable):
                 "skipped": torch.tensor(self._num_skipped()),
             }
         )
+        device_wait = time.perf_counter() - arrived
         self._skipped_samples = int(totals["skipped"])
         if self.numbers.policy == "skip":
             self.count_bad_steps()
@@ -534,6 +550,9 @@ class Trainer(Resumable):
             record["goodput"] = self.ledger.summary().goodput
         if self.reporter is not None:
             self.reporter.publish(step, record)
+            if self.survey is not None:
+                said = self.survey.report(step, window.num_timed_steps, seen, self.straggler, device_wait)
+                self.reporter.advise(step, said)
             if len(seen) > 1:
                 self.folder.append(RANKS_FILE, {"step": step, **rank_record(seen)})
         self.window = Window(self.runtime, self.clock)
@@ -575,6 +594,7 @@ class Trainer(Resumable):
             self.feed.start(self.sampler, self.progress.step, self.total_steps)
         if self.ledger is not None:
             self.ledger.begin(self.progress.step, self.runtime.num_ranks, self.times()[2])
+            self.survey = Survey(self)
         self.first_step = self.progress.step
         self._measure_from_here()
         if self.config.faults.non_finite == "rollback" and self.saver.saved_step is None:
@@ -587,6 +607,8 @@ class Trainer(Resumable):
             SaveFailed: the end of the run is not saved, or there is no checkpoint at all to go on from.
         """
         self.at("ending")
+        if self.profiling is not None:
+            self.profiling.close()
         if self._any_alarm():
             self.recover()
         status: Literal["finished", "stopped"] = "finished" if self.complete() else "stopped"
@@ -615,6 +637,8 @@ class Trainer(Resumable):
         """Ends a run that failed: leaves a summary and no process behind. Waits for no other rank."""
         with self.lookout.leaving() if self.lookout is not None else nullcontext():
             self.saver.give_up(seconds=3)
+            if self.profiling is not None:
+                self.profiling.give_up()
             fault = self.ended_by()
             self._summarise("failed", str(fault) if fault is not None else one_line(error))
             self._close_feeds()
@@ -657,6 +681,7 @@ class Trainer(Resumable):
                 skipped,
                 self.saver.statistics,
                 self.ledger.summary(),
+                self.survey.conclude() if self.survey is not None else [],
                 {
                     "time_split": self.observer.time_split(),
                     "stopped_by": self.decisions.stopping or None,

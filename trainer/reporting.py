@@ -7,12 +7,13 @@ loop's business.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from trainer.advice.measured import Advice
 from trainer.checkpoint.manifest import Progress
 from trainer.checkpoint.writing import SaveStatistics
 from trainer.config import Config
@@ -96,12 +97,14 @@ class Reporter:
         skipped_samples: int,
         saves: SaveStatistics,
         goodput: Goodput,
+        advice: Sequence[Advice],
         events: Mapping[str, Any],
         error: str | None = None,
     ) -> None:
-        """Writes summary.json (the run so far with its goodput, and the time and throughput of this attempt) and the page.
+        """Writes summary.json and the page: the run so far with its goodput, this attempt's time and throughput.
 
         Args:
+            advice: what to change for the next run, the most useful first.
             events: what else happened, by the keys that it gets there.
         """
         split = clock.split()
@@ -136,12 +139,22 @@ class Reporter:
                 "checkpoints": asdict(saves),
                 "num_processes": self.runtime.num_ranks,
                 "micro_batch_size": self.plan.micro_batch_size,
+                "advice": [said.record() for said in advice],
                 **events,
             }
         )
         write_page(self.folder.path, self.folder.curves)
-        self.trackers.summarise({"goodput": goodput.goodput}, progress.step)
+        self.trackers.summarise({"goodput": goodput.goodput, "advice": _as_text(advice)}, progress.step)
         logger.info("%s", goodput.line())
+        for said in advice:
+            logger.info("advice: %s", said.text)
+
+    def advise(self, step: int, advice: Sequence[Advice]) -> None:
+        """Tells of advice as soon as it is known."""
+        for said in advice:
+            logger.info("step %d: advice: %s", step, said.text)
+        if advice:
+            self.trackers.summarise({"advice": _as_text(advice)}, step)
 
     def bad_step(self, fault: Fault, record: Mapping[str, Any]) -> None:
         """Tells of a step whose numbers are wrong, and keeps which samples it had in `faults/bad-steps.jsonl`."""
@@ -152,3 +165,7 @@ class Reporter:
         """Closes the progress bar and the trackers."""
         self.display.close()
         self.trackers.finish(failed)
+
+
+def _as_text(advice: Sequence[Advice]) -> str:
+    return "\n".join(said.text for said in advice) or "none"

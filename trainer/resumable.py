@@ -35,6 +35,7 @@ from trainer.faults.lookout import Lookout
 from trainer.faults.numbers import NumberGuard, bad_step_report
 from trainer.faults.stopping import StopRequests
 from trainer.goodput import Ledger
+from trainer.profiling.recording import Profiling
 from trainer.random_state import generator_states, restore_generators
 from trainer.reporting import Reporter
 from trainer.telemetry.clock import Clock
@@ -60,6 +61,7 @@ class Resumable(Assembly):
     stop_requests: StopRequests
     ledger: Ledger | None  # on rank 0, where it trains
     lookout: Lookout | None  # where it trains
+    profiling: Profiling | None  # where steps are to be traced
     reporter: Reporter | None  # on rank 0, once the run has started
     window: Window
     first_step: int  # of this attempt
@@ -236,6 +238,8 @@ class Resumable(Assembly):
         if self.lookout is not None:
             step = self.progress.step + (place in WITHIN_A_STEP)
             self.lookout.at(place, step, batch, is_first=self.progress.step == self.first_step)
+        if self.profiling is not None:
+            self.profiling.at(place)
 
     def inside(self, part: str) -> AbstractContextManager[None]:
         """Time in the body is spent on `part` of a step."""

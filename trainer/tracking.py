@@ -102,7 +102,7 @@ class Trackers:
 
         self._with_each(send)
 
-    def summarise(self, values: Mapping[str, float], step: int) -> None:
+    def summarise(self, values: Mapping[str, Any], step: int) -> None:
         """Sends values of the whole run, at its end: to W&B's summary, and to the others as values of the last step."""
 
         def send(tracker: GeneralTracker) -> None:

@@ -105,6 +105,11 @@ class DeviceFeed:
         self.data_wait_seconds = 0.0
         self.copy_wait_seconds = 0.0
         """A part of `data_wait_seconds`: while a batch was copied to the device, and decoded there."""
+        self.load_seconds = 0.0
+        """That loading took, of one process after the other, for `num_loaded` batches."""
+        self.load_cpu_seconds = 0.0
+        """A part of `load_seconds`: on a core."""
+        self.num_loaded = 0
         self.on_arrival: Callable[[], None] | None = None
         """Called when a batch of a step is on the device, before the device half of the transforms."""
         self._reading: tuple[int, float] | None = None  # which sample this process reads, and since when
@@ -128,6 +133,11 @@ class DeviceFeed:
             self._tuner = WorkerTuner(max_workers)
         self._batches: Iterator[DeviceBatch] | None = None
         self._micro_batches: MicroBatchSampler | None = None
+
+    @property
+    def num_workers(self) -> int:
+        """Worker processes that load now; 0 where this one loads, or nobody has to."""
+        return self._pool.num_workers if self._pool is not None else 0
 
     @property
     def workers_text(self) -> str:
@@ -275,6 +285,9 @@ class DeviceFeed:
             if item.copying is not None:  # of which the step has waited for the last part, or for none
                 self.copy_wait_seconds += max(min(item.copying[1], started + waited) - max(item.copying[0], started), 0)
             self._count(item.batch)
+            self.load_seconds += item.load_seconds
+            self.load_cpu_seconds += item.load_cpu_seconds
+            self.num_loaded += 1
             if self._tuner is not None:
                 self._tuner.observe(started, waited, item.load_seconds)
         return item
@@ -310,6 +323,7 @@ class DeviceFeed:
     def _loaded_here(self, loader: SampleLoader, requests: Iterable[list[SampleKey]]) -> Iterator[DeviceBatch]:
         """Loads in this process, on this thread: users' transforms draw from its global generators."""
         for keys in requests:
+            started, cpu_started = time.perf_counter(), time.thread_time()
             with preserved_generators():
                 load = loader.load if self._decoder is None else loader.load_encoded
                 batch = load(keys, _in_own_memory, self._begin_reading)
@@ -318,13 +332,13 @@ class DeviceFeed:
                 raise UserError(*batch.problems)
             if len(batch.keys):
                 self._check(batch)
-            began = time.perf_counter()
+            began, cpu_seconds = time.perf_counter(), time.thread_time() - cpu_started
             if self._decoder is not None:
                 batch = self._decoder.finish(batch, loader, self.seed)
             else:
                 batch = batch._replace(data=map_tensors(self._moved, batch.data))
-            copying = began, time.perf_counter()
-            yield self._drawn(batch)._replace(copying=copying)
+            item = self._drawn(batch)._replace(copying=(began, time.perf_counter()))
+            yield item._replace(load_seconds=began - started, load_cpu_seconds=cpu_seconds)
 
     def _begin_reading(self, sample: int) -> None:
         self._reading = sample, time.monotonic()

@@ -35,6 +35,7 @@ class DeviceBatch(NamedTuple):
     batch: LoadedBatch
     plan: AugmentationPlan | None
     load_seconds: float = 0.0  # that one worker took
+    load_cpu_seconds: float = 0.0  # of these, on a core
     copied: torch.cuda.Event | None = None
     copying: tuple[float, float] | None = None  # from when to when it was copied, by time.perf_counter
 
@@ -147,7 +148,8 @@ class Prefetcher:
         began = time.perf_counter()
         if self._stream is None:
             batch = self._move(batch)
-            return DeviceBatch(batch, self._draw(batch), loaded.load_seconds, copying=(began, time.perf_counter()))
+            plan, copying = self._draw(batch), (began, time.perf_counter())
+            return DeviceBatch(batch, plan, loaded.load_seconds, loaded.cpu_seconds, copying=copying)
         with torch.cuda.stream(self._stream):
             batch = self._move(batch)
             plan = self._draw(batch)
@@ -156,7 +158,8 @@ class Prefetcher:
             copied.record(self._stream)
         # This thread has nothing else to do, and the workers may write into the slot again only after the copy.
         copied.synchronize()
-        return DeviceBatch(batch, plan, loaded.load_seconds, copied, (began, time.perf_counter()))
+        copying = began, time.perf_counter()
+        return DeviceBatch(batch, plan, loaded.load_seconds, loaded.cpu_seconds, copied, copying)
 
     def _put(self, item: DeviceBatch | _Failure | None) -> bool:
         """Hands an item over as soon as there is room; returns False once closed."""

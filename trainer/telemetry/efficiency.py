@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ class FlopCounter:
         self._model: nn.Module | None = None
         self.per_sample: float | None = None
         """FLOPs, once they are counted and where they can be."""
+        self.num_operations: int | None = None
+        """Of a micro-batch that have a backward, once they are counted and where they can be."""
         try:
             self._model = _without_memory(model)
         except Exception as error:  # of a user's model: it may hold what cannot be copied
@@ -60,8 +62,10 @@ class FlopCounter:
             with preserved_generators(), torch.enable_grad(), FlopCounterMode(display=False) as counter:
                 outputs = self._task.forward(self._model, map_tensors(lambda t: t.to("meta"), data))
                 totals = [t.sum() for t in _tensors_in(outputs) if t.requires_grad]
+                num_operations = count_operations(totals)
                 if totals:
                     torch.stack([total.float() for total in totals]).sum().backward()
+            self.num_operations = num_operations
             self.per_sample = counter.get_total_flops() / num_samples
         except Exception as error:  # code of the user's that needs numbers, an operation without a shape function, ...
             logger.debug("FLOPs are not counted: %s", one_line(error))
@@ -70,6 +74,18 @@ class FlopCounter:
     def utilisation(self, samples_per_second: float) -> float | None:
         """Returns the MFU of a device that trains so many samples per second; None where FLOPs are not known."""
         return None if self.per_sample is None else self.per_sample * samples_per_second / self.peak
+
+
+def count_operations(outputs: Sequence[torch.Tensor]) -> int:
+    """Returns how many differentiable operations tensors were computed with."""
+    pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        for node, _ in pending.pop().next_functions:
+            if node is not None and node not in seen:
+                seen.add(node)
+                pending.append(node)
+    return sum(not hasattr(node, "variable") for node in seen)  # parameters have a node each, too
 
 
 def _without_memory(model: nn.Module) -> nn.Module:

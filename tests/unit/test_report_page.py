@@ -46,8 +46,9 @@ const light = (colour) => {
 };
 const ground = light(getComputedStyle(document.body).backgroundColor);
 const ratio = (colour) => (Math.max(light(colour), ground) + 0.05) / (Math.min(light(colour), ground) + 0.05);
-const texts = [...document.querySelectorAll('p, dt, dd, th, td, a, h1, h2, h3, li')].map((e) => getComputedStyle(e).color);
-const strokes = [...document.querySelectorAll('.line')].map((e) => getComputedStyle(e).stroke);
+const styles = (selector) => [...document.querySelectorAll(selector)].map((e) => getComputedStyle(e));
+const texts = styles('p, dt, dd, th, td, a, h1, h2, h3, li').map((style) => style.color);
+const strokes = styles('.line').map((style) => style.stroke);
 return [Math.min(...texts.map(ratio)), Math.min(...strokes.map(ratio))];
 """
 

@@ -36,7 +36,8 @@ ADVICE = [
     },
     {
         "rule": "memory_unused",
-        "text": "13.1 of 40 GiB were never used: a larger micro-batch needs fewer, larger kernels.",
+        "text": "13.1 of 40 GiB were never used (`python -m launch plan` says what fits): a "
+        "larger micro-batch needs fewer, larger kernels.",
         "settings": {"train.micro_batch_size": 128, "memory.checkpointing": "none"},
         "gain": None,
     },
@@ -66,7 +67,7 @@ def make_run(folder: Path, name: str = "photos", steps: int = 2400, every: int =
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     _write(folder / "environment.json", _environment(num_ranks))
-    now, best = START + 41, {"step": 0, "metric": "accuracy", "value": 0.0}
+    now, best, best_step = START + 41, 0.0, 0
     with open(folder / "metrics.jsonl", "w") as metrics, open(folder / "ranks.jsonl", "w") as ranks:
         for step in range(every, steps + 1, every):
             done = step / steps
@@ -82,10 +83,13 @@ def make_run(folder: Path, name: str = "photos", steps: int = 2400, every: int =
                 evaluation = {"eval/loss": loss, "eval/accuracy": accuracy}
                 now += 9
                 metrics.write(json.dumps({**position, **evaluation, "time": now}) + "\n")
-                if accuracy > best["value"]:
-                    best = {"step": step, "metric": "accuracy", "value": accuracy}
+                if accuracy > best:
+                    best, best_step = accuracy, step
     took = now - START
-    _write(folder / "summary.json", _summary(steps, num_ranks, best, speed, took))
+    _write(
+        folder / "summary.json",
+        _summary(steps, num_ranks, {"step": best_step, "metric": "accuracy", "value": best}, speed, took),
+    )
     _write(folder / "attempts.json", _attempts(steps, num_ranks, took))
     _make_faults(folder)
     _make_evaluation(folder / "eval" / f"step-{steps:08d}", draw, changes.get("classes"))

@@ -130,7 +130,7 @@ def test_everything_of_a_run_is_on_its_page(tmp_path: Path) -> None:
         *("config", "files"),
     ]
     for shown in (
-        *("data.workers=6", "about 26% faster", "rank 2 on node-b", "% more than the median rank", "1 rollback"),
+        *("data.workers=6", "about 26% faster", "rank 2 on node-b", "% more than the others", "1 rollback"),
         *("its process is gone (signal 9)", "the loss of rank 1 is nan", "data:image/png;base64,", "logs/rank-3.log"),
         *("checkpoints/step-00000600", "NVIDIA A100-SXM4-40GB", "07c4a1f4fd0f8d4a3c0ad6ed2a4b6f1cf4b9f1e2", "33.1%"),
         *("momentum: 0.9", "Evaluation at step 600.", "taken for", "'run.name=with spaces'".replace("'", "&#x27;")),

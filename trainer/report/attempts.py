@@ -133,7 +133,7 @@ def _ending(attempt: Attempt, start: Path) -> Html:
         where += f" ({fault['place']})"
     shown = [tag("span", f"{where}: {fault.get('message')}", class_="ending")]
     if attempt.fault_folder is not None:
-        shown += [" ", link(address(attempt.fault_folder, start), "files")]
+        shown += [Html(" "), link(address(attempt.fault_folder, start), "files")]
     return join(shown)
 
 

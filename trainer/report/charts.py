@@ -211,7 +211,7 @@ def system(curves: Curves, end: float) -> list[Chart]:
             if part
         )
         groups.setdefault(kind, []).append((name or figure, key))
-    charts = []
+    charts: list[Chart | None] = []
     for kind, members in groups.items():
         ending, unit = next(((ending, unit) for ending, unit in _UNITS if kind.endswith(ending)), ("", ""))
         title = kind.removesuffix(ending).replace("_", " ").replace("/", " ")

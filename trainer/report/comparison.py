@@ -165,7 +165,8 @@ def overlay(runs: Sequence[Run], names: Sequence[str], key: str, title: str, **o
         curve = run.curves.get(key)
         if curve is None:
             continue
-        best = best_point(curve, key) if key.startswith("eval/") and len(runs) <= 3 else None
+        best = best_point(curve, key) if key.startswith("eval/") else None
+        best = {**best, "isQuiet": True} if best is not None else None  # its value is in the table
         series.append(Line(name, curve, colour(i), best, dashed=i >= _NUM_PLAIN))
     identity = re.sub(r"[^a-z0-9]+", "-", key.lower())
     return lines(identity, title, series, end, showLegend=True, **options)

@@ -26,6 +26,7 @@ from trainer.report.parts import (
     number,
     page,
     percent,
+    safe,
     section,
     table,
     tag,
@@ -176,7 +177,7 @@ def key_figures(run: Run) -> list[tuple[str, str, str]]:
 
 def advice_card(advice: Advice, identity: str) -> Html:
     """Returns a piece of advice with the lines to copy."""
-    parts = [tag("p", advice.text)]
+    parts = [tag("p", with_code(advice.text))]
     if advice.settings:
         source = f"advice-{identity}"
         text = "\n".join(f"{key}={setting_text(value)}" for key, value in advice.settings.items())
@@ -185,6 +186,14 @@ def advice_card(advice: Advice, identity: str) -> Html:
     if advice.gain is not None:
         parts.append(tag("span", gain(advice.gain), class_="gain"))
     return tag("article", *parts, class_="advice")
+
+
+def with_code(text: str) -> Html:
+    """Returns a text in which what stands between backticks is code."""
+    pieces = text.split("`")
+    if len(pieces) % 2 == 0:  # one of them stands alone
+        return safe(text)
+    return join(tag("code", piece) if i % 2 else piece for i, piece in enumerate(pieces))
 
 
 def setting_text(value: object) -> str:
@@ -231,9 +240,10 @@ def slowest_rank(run: Run) -> Html:
         return Html("")
     sums, nums = np.nansum(columns, axis=0), np.maximum((~np.isnan(columns)).sum(axis=0), 1)
     means = sums / nums
-    slowest, median = int(means.argmax()), float(np.median(means))
+    slowest = int(means.argmax())
+    others = float(np.delete(means, slowest).mean())
     host = f" on {ranks.hosts[slowest]}" if slowest < len(ranks.hosts) else ""
-    more = f", {means[slowest] / median - 1:.0%} more than the median rank" if median > 0 else ""
+    more = f", {means[slowest] / others - 1:.0%} more than the others" if others > 0 else ""
     text = f"Slowest over the run: rank {slowest}{host}, {means[slowest]:.3g} s to the exchange{more}."
     waits = run.curves.get("train/straggler_wait")
     if waits is not None and waits.mean is not None:

@@ -138,7 +138,7 @@ class Trainer(Resumable):
         if self.lookout is not None:
             rank, num_ranks, folder = runtime.rank, runtime.num_ranks, self.folder.path / "profile"
             self.profiling = Profiling.wanted(
-                config.profile, folder, rank, num_ranks, runtime.device, self.clock, self.beat, self.total_steps
+                config.profile, folder, rank, num_ranks, runtime.device, self.clock, self.at, self.total_steps
             )
 
     def _time_parts(self, stopwatch: Stopwatch) -> None:

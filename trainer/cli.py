@@ -76,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what = "the weights, or (onnx, torch_export) the model, whose inputs are already cropped and normalised"
     export.add_argument("--format", choices=formats, default="safetensors", help=f"{what} (default: safetensors)")
     export.add_argument("--output", required=True, metavar="FILE", help="file to write")
+    export.add_argument("--artifact", action="store_true", help="also add the file to the run's W&B run")
     pack = commands.add_parser("pack", help="pack an image folder into few large files, for data.cache")
     pack.add_argument("source", metavar="SRC", help="folder of class folders")
     pack.add_argument("path", metavar="DST", help="what data.cache.path will be; its folder of this pack is printed")
@@ -244,7 +245,14 @@ def _run_main(options: argparse.Namespace) -> int:
 
     run_dir = Path(options.run_dir)
     if options.command == "export":
-        results.export(run_dir, options.format, Path(options.output), best=options.best, kind=options.weights)
+        results.export(
+            run_dir,
+            options.format,
+            Path(options.output),
+            best=options.best,
+            kind=options.weights,
+            as_artifact=options.artifact,
+        )
     else:
         metrics = results.evaluate(run_dir, best=options.best, kind=options.weights)
         sys.stdout.write(json.dumps(metrics) + "\n")

@@ -14,10 +14,12 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
+from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import Progress
 from trainer.checkpoint.writing import SaveStatistics
 from trainer.config import Config
 from trainer.data.sampler import BatchPlan
+from trainer.eval_media import EvalMedia, write_media
 from trainer.faults.fault import Fault
 from trainer.goodput import Goodput
 from trainer.run_folder import RunFolder
@@ -39,6 +41,7 @@ class Reporter:
         total_steps: where the run ends.
         progress: where this attempt starts; its W&B id is filled in.
         model: the bare model, for its size.
+        best: the metric that decides the best checkpoint, if any, and whether that is the largest or the smallest.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Reporter:
         total_steps: int,
         progress: Progress,
         model: nn.Module,
+        best: tuple[str | None, str],
     ) -> None:
         self.config = config
         self.runtime = runtime
@@ -59,7 +63,11 @@ class Reporter:
         self.first_step = progress.step
         folder.describe(runtime.num_ranks, runtime.device)
         folder.cut_metrics(progress.step, progress.evaluated_step)
-        self.trackers = Trackers(config, folder.path, progress.wandb_id)
+        best_metric, best_mode = best
+        goals = {"train/loss": "min", "eval/loss": "min"}
+        if best_metric is not None:
+            goals[f"eval/{best_metric}"] = best_mode
+        self.trackers = Trackers(config, folder.path, progress.wandb_id, folder.records(), goals)
         progress.wandb_id = self.trackers.wandb_id
         self._announce(model)
         self.bar: tqdm[Any] | None = None
@@ -92,6 +100,15 @@ class Reporter:
             self.bar.set_postfix_str(shown)
         else:
             logger.info("step %d/%d  epoch %.2f  %s", step, self.total_steps, position["epoch"], shown)
+
+    def show(self, step: int, media: EvalMedia, best_step: int | None) -> None:
+        """Writes the samples and tables of an evaluation to the run folder, and sends them to the trackers."""
+        write_media(self.folder.path, step, media, best_step)
+        self.trackers.show(media, step)
+
+    def checkpoint_saved(self, checkpoints: CheckpointFolder, progress: Progress) -> None:
+        """Tells the trackers of a checkpoint that is there now; called on the thread that wrote it."""
+        self.trackers.checkpoint(checkpoints, progress)
 
     def summarise(
         self,
@@ -142,7 +159,10 @@ class Reporter:
                 **events,
             }
         )
-        self.trackers.summarise({"goodput": goodput.goodput}, progress.step)
+        told: dict[str, Any] = {"goodput": goodput.goodput}
+        if progress.best_step is not None:
+            told |= {f"best/{best_metric}": progress.best_value, "best/step": progress.best_step}
+        self.trackers.summarise({**told, "status": status}, progress.step)
         logger.info("%s", goodput.line())
 
     def bad_step(self, fault: Fault, record: Mapping[str, Any]) -> None:
@@ -150,8 +170,14 @@ class Reporter:
         logger.warning("step %s: %s", fault.step, fault.message)
         self.folder.append("faults/bad-steps.jsonl", record)
 
-    def close(self, failed: bool = False) -> None:
-        """Closes the progress bar and the trackers."""
+    def close(self, failed: bool = False, goes_on: bool = False, seconds: float | None = None) -> None:
+        """Closes the progress bar and the trackers.
+
+        Args:
+            failed: the run ended with an error.
+            goes_on: the last step is still to be evaluated.
+            seconds: for trackers to wait for their servers; None for as long as is configured.
+        """
         if self.bar is not None:
             self.bar.close()
-        self.trackers.finish(failed)
+        self.trackers.finish(failed, goes_on, seconds)

@@ -161,7 +161,7 @@ class Reporter:
         )
         told: dict[str, Any] = {"goodput": goodput.goodput}
         if progress.best_step is not None:
-            told |= {f"best/{best_metric}": progress.best_value, "best/step": progress.best_step}
+            told |= {f"best/eval/{best_metric}": progress.best_value, "best/step": progress.best_step}
         self.trackers.summarise({**told, "status": status}, progress.step)
         logger.info("%s", goodput.line())
 

@@ -63,6 +63,9 @@ class CheckpointUploads:
         self._waiting: queue.Queue[_Upload | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="wandb-artifacts", daemon=True)
         self._thread.start()
+        if is_online:  # what an attempt left that was killed or had no network
+            for links in sorted(self._staging.glob("step-*")):
+                self._waiting.put(_Upload(Progress(step=int(links.name[5:])), str(links), is_local=True))
 
     def add(self, folder: CheckpointFolder, progress: Progress) -> None:
         """Uploads a checkpoint, if it is one of those to upload. Returns at once; it may be deleted then."""
@@ -93,6 +96,10 @@ class CheckpointUploads:
             self._put(folder, progress, progress.best_step == progress.step)
         self._waiting.put(None)
         self._thread.join(seconds)
+
+    def clean(self) -> None:
+        """Removes all links; call it once everything is uploaded."""
+        shutil.rmtree(self._staging, ignore_errors=True)
 
     def _work(self) -> None:
         while (upload := self._waiting.get()) is not None:

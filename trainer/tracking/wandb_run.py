@@ -9,6 +9,7 @@ network never stops a run; checkpoints are `trainer.tracking.artifacts`.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import urllib.error
@@ -64,7 +65,6 @@ class WandbRun:
         self._config = config.tracking.wandb
         self._goals = goals
         self._bests: dict[str, float] = {}
-        self._lasts: dict[str, float] = {}
         self._row: dict[str, Any] = {}  # of a step that may get more values
         self._row_step = -1
         folder = run_dir / "wandb"
@@ -97,14 +97,14 @@ class WandbRun:
     def _define(self) -> None:
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
-        for name, goal in self._goals.items():
-            self.run.define_metric(name, step_metric="step", summary=f"{goal},last")
 
     # ---- history --------------------------------------------------------------------------------------------
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
         self._note(record)
         self._log(record, step)
+        if any(key.startswith("eval/") for key in record):
+            self.run.summary.update(self._bests)
 
     def show(self, media: EvalMedia, step: int) -> None:
         if step > self._sent:
@@ -131,21 +131,15 @@ class WandbRun:
     # ---- summary --------------------------------------------------------------------------------------------
 
     def _note(self, values: Mapping[str, Any]) -> None:
-        """Keeps the best and the last value of metrics: W&B's own are those of one attempt only."""
+        """Keeps the best values of metrics. What `define_metric` can do by itself is of one attempt only."""
         for name, goal in self._goals.items():
             value = values.get(name)
-            if isinstance(value, int | float) and value == value:
+            if isinstance(value, int | float) and math.isfinite(value):
                 choose = max if goal == "max" else min
-                self._bests[name] = choose(self._bests.get(name, value), value)
-                self._lasts[name] = value
+                self._bests[f"best/{name}"] = choose(self._bests.get(f"best/{name}", value), value)
 
     def summarise(self, values: Mapping[str, Any], step: int) -> None:
-        found = {
-            name: {goal: self._bests[name], "last": self._lasts[name]}
-            for name, goal in self._goals.items()
-            if name in self._bests
-        }
-        self.run.summary.update({**found, **values})
+        self.run.summary.update({**self._bests, **values})
 
     # ---- checkpoints ----------------------------------------------------------------------------------------
 
@@ -168,7 +162,7 @@ class WandbRun:
         thread.join(limit)
         if thread.is_alive():
             _end_service()
-        if self.mode == "online" and (thread.is_alive() or getattr(self.run, "_finish_timed_out", False)):
+        if self.mode == "online" and (thread.is_alive() or self._is_behind()):
             folder = Path(self.run.settings.sync_dir)
             logger.warning(
                 "wandb: not all is uploaded after %.0f s; it is kept, and this uploads it: "
@@ -177,11 +171,17 @@ class WandbRun:
                 folder,
             )
 
+    def _is_behind(self) -> bool:
+        """Tells whether W&B gave up on uploads."""
+        return bool(getattr(self.run, "_finish_timed_out", False))
+
     def _finish(self, failed: bool, limit: float) -> None:
         try:
             if self._uploads is not None:
                 self._uploads.finish(limit / 2)
             self.run.finish(exit_code=int(failed))
+            if self._uploads is not None and self.mode == "online" and not self._is_behind():
+                self._uploads.clean()
         except Exception as error:
             logger.warning("wandb: %s", " ".join(str(error).split()))
 

@@ -6,6 +6,7 @@ import glob
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,15 @@ import numpy as np
 import pytest
 import wandb_log
 from conftest import Train, WriteConfig
+from launching import environment
 from run_results import records, summary
 from wandb_server import StoredRun, WandbServer
 
-from launching import environment
+from trainer.cli import main
+from trainer.config_reporting import WandbConfig
+from trainer.data.datasets import Digits
 from trainer.faults.plan import VARIABLE, Event, write_plan
+from trainer.tracking import wandb_run
 
 if TYPE_CHECKING:
     from resuming import TrainServer
@@ -142,3 +147,114 @@ def test_a_server_that_dies_in_the_middle(server: TrainServer, write_config: Wri
     (file,) = (tmp_path / "run" / "wandb").glob("run-*/*.wandb")
     assert [row["step"] for row in wandb_log.history(file)] == list(range(1, 301))
     assert f"wandb sync --include-online {file.parent}" in done.out
+
+
+def test_servers_that_keep_one_waiting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(wandb_run, "_PROBE_SECONDS", 0.2)
+    online = WandbConfig(mode="online")
+    with WandbServer(silent=True) as silent:
+        monkeypatch.setattr(wandb_run, "wandb_server", lambda: silent.url)
+        assert wandb_run.wandb_mode(online) == "offline"
+    with WandbServer() as fine:
+        monkeypatch.setattr(wandb_run, "_PROBE_SECONDS", 10)
+        monkeypatch.setattr(wandb_run, "wandb_server", lambda: "http://far.example:8080")
+        monkeypatch.setenv("http_proxy", fine.url)  # it reaches what we cannot
+        assert wandb_run.wandb_mode(online) == "online"
+        assert fine.requests == ["GET http://far.example:8080"]
+        monkeypatch.delenv("http_proxy")
+    monkeypatch.setattr(wandb_run, "_PROBE_SECONDS", 0.2)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *arguments, **options: time.sleep(20))
+    started = time.monotonic()
+    assert wandb_run.wandb_mode(online) == "offline"
+    assert time.monotonic() - started < 5
+
+
+def digits(write_config: WriteConfig, run_dir: Path, **tracking: Any) -> Path:
+    return write_config(
+        f"{run_dir.name}.yaml",
+        run={"name": "tiny", "dir": str(run_dir), "seed": 3},
+        data={split: {"name": "digits", "args": {"split": split}} for split in ("train", "eval")} | {"workers": 0},
+        model={"name": "small_cnn", "args": {"width": 8}},
+        train={"steps": 30, "batch_size": 96},
+        eval={"every": 10},
+        log={"every": 10},
+        checkpoint={"every": 30},
+        tracking=tracking,
+    )
+
+
+def test_what_evaluations_show_and_artifacts(
+    train: Train, write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for name, value in home(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    run, plain = tmp_path / "run", tmp_path / "plain"
+    settings = {"mode": "offline", "checkpoints": "last"}
+    config = digits(write_config, run, trackers=["wandb", "tensorboard"], wandb=settings, samples=5)
+    assert train("--config", config).code == 0
+    assert train("--config", digits(write_config, plain, trackers=[], samples=0)).code == 0
+    evaluations = [r for r in records(run) if "eval/accuracy" in r]
+    for record, expected in zip(evaluations, (r for r in records(plain) if "eval/accuracy" in r), strict=True):
+        assert record["eval/accuracy"] == expected["eval/accuracy"]
+        assert record["eval/loss"] == expected["eval/loss"]
+    assert not (plain / "eval").exists()
+
+    # The run folder: the newest and the best evaluation.
+    best = summary(run)["best"]["step"]
+    assert {path.name for path in (run / "eval").iterdir()} == {f"step-{step:08d}" for step in {30, best}}
+    shown = run / "eval" / "step-00000030"
+    confusion = json.loads((shown / "confusion.json").read_text())
+    counts = np.array(confusion["counts"])
+    data_set = Digits("eval")
+    labels = [int(data_set[i][1]) for i in range(len(data_set))]
+    assert confusion["classes"] == [str(label) for label in range(10)]
+    assert counts.sum(1).tolist() == np.bincount(labels, minlength=10).tolist()
+    assert counts.trace() / counts.sum() == evaluations[-1]["eval/accuracy"]
+    samples = json.loads((shown / "samples.json").read_text())
+    assert [sample["target"] for sample in samples] == [str(label) for label in labels[:5]]
+    for i, sample in enumerate(samples):
+        assert 0 < sample["confidence"] <= 1
+        picture = np.asarray(Image.open(shown / sample["image"]))
+        assert picture.shape == (8, 8, 3)
+        original = np.asarray(data_set[i][0]).reshape(8, 8).astype(float)
+        assert np.abs(picture[:, :, 0] / 255 - original / original.max()).max() < 0.1
+
+    # W&B.
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    rows = [row for row in wandb_log.history(file) if "eval/accuracy" in row]
+    assert [row["step"] for row in rows] == [10, 20, 30]
+    files = file.parent / "files"
+    for row in rows:
+        assert "train/loss" in row  # one row per step
+        assert len(row["eval/images.captions"]) == 5
+        assert all((files / name).exists() for name in row["eval/images.filenames"])
+    table = json.loads((files / rows[-1]["eval/samples.path"]).read_text())
+    assert table["columns"] == ["image", "target", "prediction", "confidence"]
+    assert [line[1:3] for line in table["data"]] == [[sample["target"], sample["prediction"]] for sample in samples]
+    cells = json.loads((files / rows[-1]["eval/confusion_table.path"]).read_text())["data"]
+    assert [cell[2] for cell in cells] == counts.flatten().tolist()
+    uploaded = [found for found in wandb_log.artifacts(file) if found.type == "model"]
+    (checkpoint,) = uploaded
+    assert set(checkpoint.aliases) >= {"latest", "step-30"}
+    linked = run / "wandb" / "checkpoints" / "step-00000030"
+    assert {f.name for f in linked.iterdir()} == {f.name for f in (run / "checkpoints" / "step-00000030").iterdir()}
+
+    # TensorBoard.
+    found = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})
+    found.Reload()
+    assert {f"eval/samples/{i}" for i in range(5)} | {"eval/confusion"} == set(found.Tags()["images"])
+    assert [event.step for event in found.Images("eval/samples/0")] == [10, 20, 30]
+
+    # An export joins the run.
+    output = tmp_path / "model.safetensors"
+    assert main(["export", str(run), "--output", str(output), "--artifact"]) == 0
+    assert main(["export", str(plain), "--output", str(output), "--artifact"]) == 2
+    newest = sorted(run.glob("wandb/offline-run-*/*.wandb"))[-1]
+    assert newest.parent != file.parent
+    assert wandb_log.run(newest).run_id == wandb_log.run(file).run_id
+    (exported,) = wandb_log.artifacts(newest)
+    assert (exported.type, set(exported.aliases)) == ("model", {"latest", "step-30", "safetensors"})
+    assert [entry.path for entry in exported.manifest.contents] == ["model.safetensors"]

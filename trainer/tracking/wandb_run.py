@@ -259,7 +259,7 @@ def _answers(server: str) -> bool:
 
     def ask() -> None:
         try:
-            urllib.request.urlopen(server, timeout=_PROBE_SECONDS).close()
+            urllib.request.build_opener().open(server, timeout=_PROBE_SECONDS).close()
         except urllib.error.HTTPError:
             pass  # an answer, too
         except urllib.error.URLError as error:

@@ -19,7 +19,14 @@ from conftest import REPOSITORY, SUPPORT, Outcome, Train, WriteConfig
 from launching import Job, alive, environment
 from run_results import checkpoint, records, summary, tensors
 
-_MEASURED = {"time", "train/samples_per_second", "train/data_wait", "train/straggler_wait", "goodput"}  # by a clock
+_BY_CLOCK = {"time", "goodput", "train/mfu", "train/straggler_wait"}
+
+
+def is_measured(key: str) -> bool:
+    """Tells whether a value is measured, and so never twice the same."""
+    return key in _BY_CLOCK or key.startswith(("time/", "memory/", "system/")) or "_per_second" in key
+
+
 _OF_THE_ATTEMPT = {"wandb_id"}
 
 
@@ -59,7 +66,7 @@ def interrupted(train: Train, write_config: WriteConfig, tmp_path: Path, reads: 
 
 def reported(run: Path) -> list[dict[str, Any]]:
     """Returns the records of a run without what a clock measured."""
-    return [{key: value for key, value in record.items() if key not in _MEASURED} for record in records(run)]
+    return [{key: value for key, value in record.items() if not is_measured(key)} for record in records(run)]
 
 
 def leftovers(run: Path) -> set[str]:

@@ -26,10 +26,12 @@ from trainer.memory.blocks import repeated_blocks
 from trainer.memory.shrink import Shrink, read_shrink
 from trainer.model import build_model, compile_model, recompute_blocks, uses_channels_last
 from trainer.optim import build_learning_rate, build_optimizer
+from trainer.precision import allows_tf32
 from trainer.run_folder import RunFolder
 from trainer.runtime import Runtime, seed_everything
 from trainer.sync_batchnorm import synchronise_batchnorm
 from trainer.tasks import build_task
+from trainer.telemetry.efficiency import FlopCounter, peak_flops
 from trainer.tracking import check_trackers
 from trainer.weights import settled_weights
 
@@ -87,6 +89,7 @@ class Assembly:
             self.fitting = Fitting(config, runtime, self._planner)
             self.planned = self.fitting.choose(self.plan.micro_batch_size)
             self.split_batch(self.plan.num_samples, self.planned.micro_batch_size)
+        self.flops = self._flop_counter() if self.to_train and runtime.is_main else None
         runtime.agree(self._shape_model)
 
     def _check_surroundings(self) -> None:
@@ -145,6 +148,15 @@ class Assembly:
             self.bare_model = build_model(model, num_classes)
         self.bare_optimizer = build_optimizer(config.optim, self.bare_model, self.runtime.device.type)
         seed_everything(config.run.seed + 1 + self.runtime.rank)  # dropout differs per rank
+
+    def _flop_counter(self) -> FlopCounter:
+        peak = peak_flops(
+            self.runtime.device,
+            self.runtime.step_dtype,
+            is_fp8=self.config.precision == "fp8",
+            allow_tf32=allows_tf32(self.config.backends, self.bare_model),
+        )
+        return FlopCounter(self.bare_model, self.task, peak)
 
     def _planner(self) -> Planner:
         """Returns the planner of this run's step on this device."""

@@ -77,6 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export.add_argument("--format", choices=formats, default="safetensors", help=f"{what} (default: safetensors)")
     export.add_argument("--output", required=True, metavar="FILE", help="file to write")
     export.add_argument("--artifact", action="store_true", help="also add the file to the run's W&B run")
+    report = commands.add_parser("report", help="write a run's page, or one that compares runs, as one HTML file")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run folder, such as runs/digits")
+    default = "default: report.html in the run folder, or here where there are several runs"
+    report.add_argument("--output", metavar="FILE", help=f"file to write ({default})")
     pack = commands.add_parser("pack", help="pack an image folder into few large files, for data.cache")
     pack.add_argument("source", metavar="SRC", help="folder of class folders")
     pack.add_argument("path", metavar="DST", help="what data.cache.path will be; its folder of this pack is printed")
@@ -86,6 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pack.add_argument("--workers", type=int, help="processes (default: one per core)")
     pack.add_argument("--on-error", choices=("raise", "skip"), default="raise", help="what a broken picture does")
     pack.add_argument("--verify", action="store_true", help="read everything back and compare checksums")
+    profile = commands.add_parser("profile", help="summarise the profiles of a run's ranks (profile.steps)")
+    profile.add_argument("run_dir", metavar="RUN_DIR", help="run folder, such as runs/digits")
+    profile.add_argument("--json", action="store_true", help="print it as JSON")
     commands.add_parser("schema", help="print the JSON Schema of config files")
     options = parser.parse_args(arguments)
     return run_command(lambda: _run_main(options), log_to_stderr=True)  # stdout is the result
@@ -241,6 +248,18 @@ def _run_main(options: argparse.Namespace) -> int:
         return EXIT_FINISHED
     if options.command == "pack":
         return _pack(options)
+    if options.command == "profile":
+        from trainer.profiling.summary import summarise, summary_text
+
+        summary = summarise(Path(options.run_dir))
+        sys.stdout.write(json.dumps(summary, indent=2) + "\n" if options.json else summary_text(summary))
+        return EXIT_FINISHED
+    if options.command == "report":
+        from trainer.report import write_report
+
+        output = Path(options.output) if options.output is not None else None
+        sys.stdout.write(f"{write_report([Path(run) for run in options.runs], output)}\n")
+        return EXIT_FINISHED
     from trainer import results
 
     run_dir = Path(options.run_dir)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 
 from trainer.config_values import Bool, Every, Interval, NonNegativeInt, PositiveInt, Seconds, Section, TimeSpan
 
 TrackerName = Literal[
     "wandb", "tensorboard", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio"
 ]  # Accelerate's names
+
+MOST_PROFILED_STEPS = 100  # a step of a large model has thousands of events
 
 
 class LogConfig(Section):
@@ -70,14 +72,22 @@ class ProfileConfig(Section):
     """Traces of a few steps by torch's profiler, a file per rank, in `profile` in the run folder."""
 
     steps: tuple[PositiveInt, PositiveInt] | None = Field(
-        None, description="First and last step to trace, such as `[10, 15]`, counted from 1. Default: none."
+        None,
+        description="First and last step to trace, such as `[10, 15]`, counted from 1; at most 100. None: none.",
     )
     memory: Bool = Field(True, description="With `steps`: also write down every allocation, as a memory snapshot.")
     stacks: Bool = Field(False, description="With `steps`: also record where in Python each operation was called.")
     shapes: Bool = Field(False, description="With `steps`: also record the shapes that each operation was called with.")
 
-    @model_validator(mode="after")
-    def _in_order(self) -> ProfileConfig:
-        if self.steps is not None and self.steps[0] > self.steps[1]:
-            raise ValueError(f"steps: the first ({self.steps[0]}) comes after the last ({self.steps[1]})")
-        return self
+    @field_validator("steps")
+    @classmethod
+    def _few(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps is not None:
+            first, last = steps
+            if first > last:
+                raise ValueError(f"the first step ({first}) comes after the last ({last})")
+            if last - first >= MOST_PROFILED_STEPS:
+                raise ValueError(
+                    f"{last - first + 1} steps, and a trace that can be opened has at most {MOST_PROFILED_STEPS}"
+                )
+        return steps

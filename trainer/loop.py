@@ -8,13 +8,16 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Literal
 
 import torch
 
+from trainer.advice.survey import Survey
 from trainer.agreement import Decisions
 from trainer.buffers import BufferCopy
 from trainer.checkpoint.folder import open_folder
@@ -35,13 +38,16 @@ from trainer.faults.stopping import StopRequests
 from trainer.goodput import Ledger
 from trainer.memory.checkpointing import check_compiled_buffers
 from trainer.memory.out_of_memory import Situation
-from trainer.parallel import in_lockstep
+from trainer.parallel import in_lockstep, watch_exchanges
+from trainer.profiling.recording import Profiling
 from trainer.random_state import generator_states, restore_generators
 from trainer.reporting import Reporter
 from trainer.resumable import Resumable
-from trainer.run_folder import RunFolder
+from trainer.run_folder import RANKS_FILE, RunFolder
 from trainer.runtime import Runtime, explained_model_errors
-from trainer.telemetry import Clock, Timer
+from trainer.telemetry.clock import Clock, Timer
+from trainer.telemetry.observer import Observer, rank_record
+from trainer.telemetry.stopwatch import Stopwatch
 from trainer.window import Window
 
 logger = logging.getLogger("lockstep")
@@ -70,11 +76,14 @@ class Trainer(Resumable):
             self.stop_requests = StopRequests()
             self.decisions = Decisions(runtime, self.stop_requests)
             self.reporter: Reporter | None = None  # on rank 0, once the run has started
+            self.survey: Survey | None = None  # the same
             self.first_step = 0  # of this attempt
             self.media: EvalMedia | None = None  # of the last evaluation, on rank 0
+            self.profiling: Profiling | None = None
             self._micro_batch = 0  # of the present step
             self.ledger = Ledger(self.folder) if to_train and runtime.is_main else None
             self.lookout = self._lookout() if to_train else None
+            self.stopwatch = Stopwatch(runtime.device) if to_train and config.log.time_split else None
             self.injector = self.lookout.injector if self.lookout is not None else None
             with self.lookout.last_words() if self.lookout is not None else nullcontext():
                 self._prepare()
@@ -98,6 +107,9 @@ class Trainer(Resumable):
         self.checkpoints = runtime.agree(lambda: open_folder(config, self.is_kept_for_good))
         self.build()
         self.model, self.optimizer = runtime.prepare(self.bare_model, self.bare_optimizer, self.shared_blocks.values())
+        self._on_computed: Callable[[], None] | None = None  # what a backward calls before it waits for other ranks
+        if self.stopwatch is not None:
+            self._time_parts(self.stopwatch)
         self.ema = Ema(self.bare_model, config.optim.ema) if config.optim.ema is not None else None
         self.model.train()
         # Not where a forward is a collective: a rank that runs out of memory in it would leave the others waiting.
@@ -122,8 +134,23 @@ class Trainer(Resumable):
         self.buffers = BufferCopy(self.bare_model)
         self.pace = Pace(runtime.device) if runtime.num_ranks > 1 else None  # one that is alone meets nobody
         self.straggler: Straggler | None = None  # at the last report
-        self.window = Window(runtime, self.clock, self.feed)
+        self.window = Window(runtime, self.clock)
+        self.observer = Observer(runtime, self.feed, self.stopwatch)
         self._skipped_samples = 0  # that could not be read, on all ranks, at the last report
+        if self.lookout is not None:
+            rank, num_ranks, folder = runtime.rank, runtime.num_ranks, self.folder.path / "profile"
+            self.profiling = Profiling.wanted(
+                config.profile, folder, rank, num_ranks, runtime.device, self.clock, self.beat, self.total_steps
+            )
+
+    def _time_parts(self, stopwatch: Stopwatch) -> None:
+        """Has the time that steps take split into parts, also where the loop itself does not come through."""
+        self.clock.stopwatch = stopwatch
+        self.feed.on_arrival = partial(stopwatch.enter, "forward")
+        if self.runtime.is_sharded:
+            watch_exchanges(self.model, partial(stopwatch.inside, "communication"))
+        if self.runtime.num_ranks > 1:
+            self._on_computed = partial(stopwatch.enter, "communication")
 
     # ---- the run ------------------------------------------------------------------------------------------
 
@@ -144,7 +171,11 @@ class Trainer(Resumable):
         if self.evaluation_due():  # ended after a step, before it was evaluated
             self.evaluate_and_save(is_saved=True)
         while self.progress.step < self.total_steps and not self.decisions.stopping:
+            if self.profiling is not None:
+                self.profiling.before_step(self.progress.step + 1)
             if self.train_step():
+                if self.profiling is not None:
+                    self.profiling.after_step(self.progress.step)
                 self.after_step()
         return self.finish()
 
@@ -163,7 +194,9 @@ class Trainer(Resumable):
         if self.numbers.policy == "skip":
             self.buffers.keep()
         undo = self._undo() if self._asks_within(step) else None
-        self.runtime.broadcast(self.buffers.now())
+        if self.runtime.num_ranks > 1:
+            with self.inside("communication"):
+                self.runtime.broadcast(self.buffers.now())
         if self.pace is not None:
             self.pace.begin_step()
         # DDP and FSDP average gradients over ranks; this makes the average the mean over the global batch.
@@ -171,6 +204,8 @@ class Trainer(Resumable):
         loss_sum, num_samples = self.runtime.zero(), 0
         for i, batch in enumerate(self._batches(step)):
             self._micro_batch = i
+            if self.flops is not None and self.flops.is_due:
+                self.flops.count(batch.data, len(batch.sample_ids))
             with self.runtime.accumulate(self.model, batch.is_last):
                 loss = self.loss_sum(batch)
                 if self.injector is not None:
@@ -179,15 +214,15 @@ class Trainer(Resumable):
                     self.pace.meet()
                 self.at("backward", batch)
                 with explained_model_errors():  # blocks may run again in backward
-                    self.runtime.backward(loss * scale)
+                    self.runtime.backward(loss * scale, self._on_computed if batch.is_last else None)
             loss_sum += loss.detach()
             num_samples += batch.num_samples
             if undo is not None and self._stops_within(i):
                 undo()
                 return False
+        self.at("optimizer")
         is_left_out = self.judge(step, loss_sum, num_samples)
         self.window.add(loss_sum, num_samples, is_left_out)
-        self.at("optimizer")
         if self.saver.holds_state:  # the last save may still be copying what the next line changes
             with self.clock.phase("checkpoint"):
                 self.saver.before_update()
@@ -430,7 +465,7 @@ class Trainer(Resumable):
         if self.ledger is not None:
             self.ledger.rolled_back(before.step, progress.step, *self.times())
         self.save()  # of the same step, so that only the progress is new: the next attempt avoids that batch, too
-        self.window.restart(self.clock, self.feed)
+        self._measure_from_here()
         logger.warning("going back to step %d, and leaving out the batch of step %d", progress.step, bad.step)
 
     # ---- around the steps ---------------------------------------------------------------------------------
@@ -493,6 +528,7 @@ class Trainer(Resumable):
         """Reports the steps since the last report. The only place where training waits for the device."""
         self.at("report")
         window, step = self.window, self.progress.step
+        arrived = time.perf_counter()
         totals = self.runtime.sum(
             {
                 "loss": window.loss_sum,
@@ -501,29 +537,47 @@ class Trainer(Resumable):
                 "skipped": torch.tensor(self._num_skipped()),
             }
         )
+        device_wait = time.perf_counter() - arrived
         self._skipped_samples = int(totals["skipped"])
         if self.numbers.policy == "skip":
             self.count_bad_steps()
-        seconds = window.seconds(self.clock, self.feed)
+        seconds = window.train_seconds(self.clock)
+        rate = totals["timed"] / seconds
         record = {
             "train/loss": totals["loss"] / totals["count"] if totals["count"] else math.nan,
             "train/lr": self.learning_rate(step - 1),
-            "train/samples_per_second": totals["timed"] / seconds["train"],
-            "train/data_wait": seconds["data_wait"] / seconds["train"],
+            "train/samples_per_second": rate,
+            "train/samples_per_second_per_device": rate / self.runtime.num_ranks,
         }
         if window.grad_norm is not None:
             record["train/grad_norm"] = float(window.grad_norm)
+        if self.task.tokens_per_sample is not None:
+            record["train/tokens_per_second"] = rate * self.task.tokens_per_sample
+        mfu = self.flops.utilisation(rate / self.runtime.num_ranks) if self.flops is not None else None
+        if mfu is not None:
+            record["train/mfu"] = mfu
+        seen = self.runtime.gather(self.observer.observe(self.pace.mean_seconds() if self.pace is not None else 0.0))
+        record |= self.observer.figures(seen)
         if self.pace is not None:
-            by_rank = self.runtime.gather(self.pace.mean_seconds())
-            step_seconds = seconds["train"] / max(window.num_timed_steps, 1)
-            record["train/straggler_wait"] = self._look_for_straggler(by_rank, step_seconds)
+            step_seconds = seconds / max(window.num_timed_steps, 1)
+            record["train/straggler_wait"] = self._look_for_straggler([r.to_exchange for r in seen], step_seconds)
         if self.ledger is not None:
             self.ledger.saved(self.saver.saved_step)
             self.ledger.update(step, *self.times())
             record["goodput"] = self.ledger.summary().goodput
         if self.reporter is not None:
             self.reporter.publish(step, record)
-        self.window = Window(self.runtime, self.clock, self.feed)
+            if self.survey is not None:
+                said = self.survey.report(step, window.num_timed_steps, seen, self.straggler, device_wait)
+                self.reporter.advise(step, said)
+            if len(seen) > 1:
+                self.folder.append(RANKS_FILE, {"step": step, **rank_record(seen)})
+        self.window = Window(self.runtime, self.clock)
+
+    def _measure_from_here(self) -> None:
+        """What came before, such as start-up, counts no more."""
+        self.window.restart(self.clock)
+        self.observer.restart()
 
     def _look_for_straggler(self, by_rank: list[float], step_seconds: float) -> float:
         """Names a rank that the others wait for, when it is another than before. Returns the share of a step lost."""
@@ -539,7 +593,7 @@ class Trainer(Resumable):
     def start(self) -> None:
         """Writes what this run is, starts its trackers and its feed, and takes over the stop signals."""
         with self.clock.phase("startup"):
-            if self.runtime.is_main:
+            if self.flops is not None:
                 self.reporter = Reporter(
                     self.config,
                     self.runtime,
@@ -549,6 +603,9 @@ class Trainer(Resumable):
                     self.progress,
                     self.bare_model,
                     (self.best_metric, self.best_mode),
+                    self.feed,
+                    self.planned,
+                    self.flops,
                 )
                 reporter = self.reporter
                 self.saver.on_saved = lambda progress: reporter.checkpoint_saved(self.checkpoints, progress)
@@ -557,8 +614,9 @@ class Trainer(Resumable):
             self.feed.start(self.sampler, self.progress.step, self.total_steps)
         if self.ledger is not None:
             self.ledger.begin(self.progress.step, self.runtime.num_ranks, self.times()[2])
+            self.survey = Survey(self)
         self.first_step = self.progress.step
-        self.window.restart(self.clock, self.feed)
+        self._measure_from_here()
         if self.config.faults.non_finite == "rollback" and self.saver.saved_step is None:
             self.save()  # there must be something to go back to
 
@@ -569,6 +627,8 @@ class Trainer(Resumable):
             SaveFailed: the end of the run is not saved, or there is no checkpoint at all to go on from.
         """
         self.at("ending")
+        if self.profiling is not None:
+            self.profiling.close()
         if self._any_alarm():
             self.recover()
         status: Literal["finished", "stopped"] = "finished" if self.complete() else "stopped"
@@ -597,6 +657,8 @@ class Trainer(Resumable):
         """Ends a run that failed: leaves a summary and no process behind. Waits for no other rank."""
         with self.lookout.leaving() if self.lookout is not None else nullcontext():
             self.saver.give_up(seconds=3)
+            if self.profiling is not None:
+                self.profiling.give_up()
             fault = self.ended_by()
             self._summarise("failed", str(fault) if fault is not None else one_line(error))
             self._close_feeds()
@@ -640,7 +702,9 @@ class Trainer(Resumable):
                 skipped,
                 self.saver.statistics,
                 self.ledger.summary(),
+                self.survey.conclude() if self.survey is not None else [],
                 {
+                    "time_split": self.observer.time_split(),
                     "stopped_by": self.decisions.stopping or None,
                     "straggler": asdict(self.straggler) if self.straggler is not None else None,
                     "injected_faults": self.injector.done() if self.injector is not None else [],

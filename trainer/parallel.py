@@ -7,9 +7,11 @@ DDP's settings are in `trainer.runtime`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import types
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -289,3 +291,28 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def watch_exchanges(model: nn.Module, around: Callable[[], AbstractContextManager[None]]) -> None:
+    """Has everything that a sharded model does to exchange parameters and gradients run inside of `around()`.
+
+    What is issued to a stream of its own and waited for later counts where it is waited for.
+    """
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        state = module._get_fsdp_state()
+        # One group per module up to torch 2.11, several from then on.
+        groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+        for group in filter(None, groups):
+            for name in ("unshard", "wait_for_unshard", "post_backward", "finalize_backward"):
+                setattr(group, name, _inside(around, getattr(group, name)))
+
+
+def _inside(around: Callable[[], AbstractContextManager[None]], function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with around():
+            return function(*args, **kwargs)
+
+    return wrapped

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_torchao_available, is_transformer_engine_available
+from torch import nn
 
 from trainer.config import BackendsConfig, Precision
 from trainer.errors import UserError
@@ -54,3 +55,11 @@ def autocast_on_cpu(accelerator: Accelerator) -> None:
     """Gives a CPU the fp16 that accelerate keeps for GPUs: the same config runs there, with its loss scaling."""
     accelerator.native_amp = True
     accelerator.scaler = torch.amp.GradScaler("cpu")
+
+
+def allows_tf32(config: BackendsConfig, model: nn.Module) -> bool:
+    """Tells whether most of a model's float32 arithmetic, convolutions or matrix products, may round to TF32."""
+    # Where the kernel is as large as the stride it only cuts patches.
+    if any(isinstance(module, nn.Conv2d) and module.kernel_size != module.stride for module in model.modules()):
+        return config.cudnn_tf32
+    return config.matmul_precision != "highest"

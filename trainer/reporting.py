@@ -1,31 +1,39 @@
-"""What a run shows and writes while it runs: the banner, reports, the progress bar, trackers, `summary.json`.
+"""What a run shows and writes while it runs: reports, trackers, `summary.json`, `report.html`.
 
-Exists on rank 0 only. What is measured and when a report is due is the loop's business.
+Exists on rank 0 only. What a terminal shows is `trainer.terminal`; what is measured and when a report is due is the
+loop's business.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from tqdm import tqdm
 
+from trainer.advice.measured import Advice
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import Progress
 from trainer.checkpoint.writing import SaveStatistics
 from trainer.config import Config
+from trainer.data.feed import DeviceFeed
 from trainer.data.sampler import BatchPlan
 from trainer.eval_media import EvalMedia, write_media
 from trainer.faults.fault import Fault
 from trainer.goodput import Goodput
+from trainer.report import write_page
 from trainer.run_folder import RunFolder
 from trainer.runtime import Runtime
-from trainer.telemetry import Clock, peak_memory_bytes
+from trainer.telemetry.clock import Clock
+from trainer.telemetry.efficiency import FlopCounter
+from trainer.telemetry.memory import peak_memory_bytes
+from trainer.terminal import ProgressDisplay, banner
 from trainer.tracking import Trackers
+
+if TYPE_CHECKING:
+    from trainer.memory.planner import Prediction
 
 logger = logging.getLogger("lockstep")
 
@@ -42,6 +50,9 @@ class Reporter:
         progress: where this attempt starts; its W&B id is filled in.
         model: the bare model, for its size.
         best: the metric that decides the best checkpoint, if any, and whether that is the largest or the smallest.
+        feed: of the training data.
+        planned: what the planner chose, where it was asked.
+        flops: of a sample, and of the device.
     """
 
     def __init__(
@@ -54,11 +65,15 @@ class Reporter:
         progress: Progress,
         model: nn.Module,
         best: tuple[str | None, str],
+        feed: DeviceFeed,
+        planned: Prediction | None,
+        flops: FlopCounter,
     ) -> None:
         self.config = config
         self.runtime = runtime
         self.folder = folder
         self.plan = plan
+        self.flops = flops
         self.total_steps = total_steps
         self.first_step = progress.step
         folder.describe(runtime.num_ranks, runtime.device)
@@ -69,37 +84,16 @@ class Reporter:
             goals[f"eval/{best_metric}"] = best_mode
         self.trackers = Trackers(config, folder.path, progress.wandb_id, folder.records(), goals)
         progress.wandb_id = self.trackers.wandb_id
-        self._announce(model)
-        self.bar: tqdm[Any] | None = None
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=total_steps, initial=progress.step, unit="step", dynamic_ncols=True)
-
-    def _announce(self, model: nn.Module) -> None:
-        plan, ranks = self.plan, self.runtime.num_ranks
-        split = f"{ranks} processes x {plan.micro_batch_size}"
-        if plan.num_micro_batches > 1:
-            split += f" x {plan.num_micro_batches} micro-batches"
-        parameters = sum(p.numel() for p in model.parameters())
-        logger.info("model      %s, %s parameters", self.config.model.name, f"{parameters:,}")
-        logger.info("device     %d x %s, precision %s", ranks, self.runtime.device.type, self.config.precision)
-        if self.config.model.compile != "none":
-            logger.info("compiled   %s: the first step takes longer", self.config.model.compile)
-        logger.info("batch      %d = %s", plan.batch_size, split)
-        logger.info("length     %d steps, %d per epoch", self.total_steps, plan.steps_per_epoch)
-        logger.info("run folder %s", self.folder.path)
+        for line in banner(config, runtime, plan, total_steps, progress.step, model, feed, planned):
+            logger.info("%s", line)
+        self.display = ProgressDisplay(total_steps, progress.step)
 
     def publish(self, step: int, values: Mapping[str, float]) -> None:
         """Sends values of a step to metrics.jsonl, the trackers and the terminal."""
         position = {"epoch": round(step / self.plan.steps_per_epoch, 6), "samples": self.plan.samples_before(step)}
         self.folder.log({"step": step, **position, **values})
         self.trackers.log({**position, **values}, step)
-        shown = "  ".join(f"{k.removeprefix('train/')} {v:.4g}" for k, v in values.items())
-        if self.bar is not None:
-            self.bar.update(step - self.bar.n)
-        if self.bar is not None and "train/loss" in values:
-            self.bar.set_postfix_str(shown)
-        else:
-            logger.info("step %d/%d  epoch %.2f  %s", step, self.total_steps, position["epoch"], shown)
+        self.display.show(step, position["epoch"], values)
 
     def show(self, step: int, media: EvalMedia, best_step: int | None) -> None:
         """Writes the samples and tables of an evaluation to the run folder, and sends them to the trackers."""
@@ -120,17 +114,20 @@ class Reporter:
         skipped_samples: int,
         saves: SaveStatistics,
         goodput: Goodput,
+        advice: Sequence[Advice],
         events: Mapping[str, Any],
         error: str | None = None,
     ) -> None:
-        """Writes summary.json: the run so far with its goodput, and the time and throughput of this attempt.
+        """Writes summary.json and the page: the run so far with its goodput, this attempt's time and throughput.
 
         Args:
+            advice: what to change for the next run, the most useful first.
             events: what else happened, by the keys that it gets there.
         """
         split = clock.split()
         samples = self.plan.samples_before(progress.step)
-        trained = samples - self.plan.samples_before(self.first_step)
+        rate = (samples - self.plan.samples_before(self.first_step)) / split["train"]
+        rate_per_device = rate / self.runtime.num_ranks
         best = {"step": progress.best_step, "metric": best_metric, "value": progress.best_value}
         self.folder.summarise(
             {
@@ -144,7 +141,10 @@ class Reporter:
                 "best": best if progress.best_step is not None else None,
                 "skipped_steps": progress.skipped_steps,
                 "skipped_samples": skipped_samples,
-                "samples_per_second": trained / split["train"],
+                "samples_per_second": rate,
+                "samples_per_second_per_device": rate_per_device,
+                "flops_per_sample": self.flops.per_sample,
+                "mfu": self.flops.utilisation(rate_per_device),
                 "bad_steps": progress.bad_steps,
                 "num_rollbacks": progress.num_rollbacks,
                 "avoided_steps": [step + 1 for step in progress.avoided_steps],
@@ -156,14 +156,25 @@ class Reporter:
                 "checkpoints": asdict(saves),
                 "num_processes": self.runtime.num_ranks,
                 "micro_batch_size": self.plan.micro_batch_size,
+                "advice": [said.record() for said in advice],
                 **events,
             }
         )
-        told: dict[str, Any] = {"goodput": goodput.goodput}
+        write_page(self.folder.path, self.folder.curves)
+        told: dict[str, Any] = {"goodput": goodput.goodput, "advice": _as_text(advice), "status": status}
         if progress.best_step is not None:
             told |= {f"best/eval/{best_metric}": progress.best_value, "best/step": progress.best_step}
-        self.trackers.summarise({**told, "status": status}, progress.step)
+        self.trackers.summarise(told, progress.step)
         logger.info("%s", goodput.line())
+        for said in advice:
+            logger.info("advice: %s", said.text)
+
+    def advise(self, step: int, advice: Sequence[Advice]) -> None:
+        """Tells of advice as soon as it is known."""
+        for said in advice:
+            logger.info("step %d: advice: %s", step, said.text)
+        if advice:
+            self.trackers.summarise({"advice": _as_text(advice)}, step)
 
     def bad_step(self, fault: Fault, record: Mapping[str, Any]) -> None:
         """Tells of a step whose numbers are wrong, and keeps which samples it had in `faults/bad-steps.jsonl`."""
@@ -178,6 +189,9 @@ class Reporter:
             goes_on: the last step is still to be evaluated.
             seconds: for trackers to wait for their servers; None for as long as is configured.
         """
-        if self.bar is not None:
-            self.bar.close()
+        self.display.close()
         self.trackers.finish(failed, goes_on, seconds)
+
+
+def _as_text(advice: Sequence[Advice]) -> str:
+    return "\n".join(said.text for said in advice) or "none"

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -34,9 +35,11 @@ from trainer.faults.lookout import Lookout
 from trainer.faults.numbers import NumberGuard, bad_step_report
 from trainer.faults.stopping import StopRequests
 from trainer.goodput import Ledger
+from trainer.profiling.recording import Profiling
 from trainer.random_state import generator_states, restore_generators
 from trainer.reporting import Reporter
-from trainer.telemetry import Clock
+from trainer.telemetry.clock import Clock
+from trainer.telemetry.stopwatch import PART_OF_PLACE, Stopwatch
 from trainer.window import Window
 
 logger = logging.getLogger("lockstep")
@@ -58,9 +61,11 @@ class Resumable(Assembly):
     stop_requests: StopRequests
     ledger: Ledger | None  # on rank 0, where it trains
     lookout: Lookout | None  # where it trains
+    profiling: Profiling | None  # where steps are to be traced
     reporter: Reporter | None  # on rank 0, once the run has started
     window: Window
     first_step: int  # of this attempt
+    stopwatch: Stopwatch | None  # where it trains, and steps are split
 
     # ---- when ---------------------------------------------------------------------------------------------
 
@@ -228,9 +233,17 @@ class Resumable(Assembly):
 
     def at(self, place: str, batch: MicroBatch | None = None) -> None:
         """Says where this rank is."""
+        if self.stopwatch is not None and place in PART_OF_PLACE:
+            self.stopwatch.enter(PART_OF_PLACE[place])
         if self.lookout is not None:
             step = self.progress.step + (place in WITHIN_A_STEP)
             self.lookout.at(place, step, batch, is_first=self.progress.step == self.first_step)
+        if self.profiling is not None:
+            self.profiling.at(place)
+
+    def inside(self, part: str) -> AbstractContextManager[None]:
+        """Time in the body is spent on `part` of a step."""
+        return self.stopwatch.inside(part) if self.stopwatch is not None else nullcontext()
 
     def beat(self) -> None:
         if self.lookout is not None:

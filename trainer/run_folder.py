@@ -1,7 +1,7 @@
 """The files that a run leaves behind, other than checkpoints: the contract that users' scripts read.
 
-`config.yaml`, `environment.json`, `metrics.jsonl` and `summary.json`; rank 0 writes them all. Where there is no room,
-what is to be written waits in memory until there is.
+`config.yaml`, `environment.json`, `metrics.jsonl`, `ranks.jsonl` and `summary.json`; rank 0 writes them all. Where
+there is no room, what is to be written waits in memory until there is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,12 @@ import torch
 
 from trainer.config import Config
 from trainer.errors import UserError, one_line_text
+from trainer.report.curves import Curves
 
 logger = logging.getLogger("lockstep")
+
+
+RANKS_FILE = "ranks.jsonl"  # what tells ranks apart, a record per report of several
 
 
 class RunFolder:
@@ -41,6 +45,7 @@ class RunFolder:
         self._files: dict[str, str] = {}
         self._lines: list[str] = []
         self._is_behind = False
+        self.curves = Curves()  # of all records so far, for the run page
         self._torn_at: int | None = None  # where an append to `metrics.jsonl` began that failed
 
     def create(self) -> None:
@@ -62,9 +67,15 @@ class RunFolder:
 
     def cut_metrics(self, step: int, evaluated_step: int) -> None:
         """Drops what a run that goes on from `step` writes again: later records, and evaluations new to it."""
-        if not self.metrics_file.exists():
+        self.curves = Curves()
+        self._cut("metrics.jsonl", step, evaluated_step, self.curves.add)
+        self._cut(RANKS_FILE, step, evaluated_step, self.curves.ranks.add)
+
+    def _cut(self, name: str, step: int, evaluated_step: int, keep: Callable[[dict[str, Any]], None]) -> None:
+        file = self.path / name
+        if not file.exists():
             return
-        before = self.metrics_file.read_text(encoding="utf-8")
+        before = file.read_text(encoding="utf-8")
         kept = []
         for line in before.splitlines():
             try:
@@ -72,10 +83,11 @@ class RunFolder:
                 is_evaluation = any(key.startswith("eval/") for key in record)
                 if record["step"] <= (evaluated_step if is_evaluation else step):
                     kept.append(line + "\n")
+                    keep(record)
             except (ValueError, KeyError, TypeError, AttributeError):  # a line that a killed run left half written
                 continue
         if "".join(kept) != before:
-            self.write("metrics.jsonl", "".join(kept))
+            self.write(name, "".join(kept))
 
     def records(self) -> list[dict[str, Any]]:
         """Returns the records of `metrics.jsonl`, of all attempts so far."""
@@ -87,12 +99,16 @@ class RunFolder:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Appends a record to `metrics.jsonl` and flushes it."""
-        self._lines.append(json.dumps(_finite({**record, "time": round(time.time(), 3)})) + "\n")
+        record = _finite({**record, "time": round(time.time(), 3)})
+        self.curves.add(record)
+        self._lines.append(json.dumps(record) + "\n")
         self._write_what_waits()
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Appends a record to another file, which matters less: it is lost where there is no room."""
         file = self.path / name
+        if name == RANKS_FILE:
+            self.curves.ranks.add(record)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with open(file, "a", encoding="utf-8") as stream:

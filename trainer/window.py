@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from trainer.data.feed import DeviceFeed
 from trainer.runtime import Runtime
-from trainer.telemetry import Clock
+from trainer.telemetry.clock import Clock
 
 
 class Window:
@@ -15,22 +14,20 @@ class Window:
     Args:
         runtime: for the device, and a type that is wide enough to add up.
         clock: of this attempt.
-        feed: of the training data.
     """
 
-    def __init__(self, runtime: Runtime, clock: Clock, feed: DeviceFeed) -> None:
+    def __init__(self, runtime: Runtime, clock: Clock) -> None:
         self.loss_sum = runtime.zero()
         self.num_samples = 0
         self.grad_norm: torch.Tensor | None = None
         self._num_left_out = torch.zeros((), dtype=torch.int64, device=runtime.device)
-        self.restart(clock, feed)
+        self.restart(clock)
 
-    def restart(self, clock: Clock, feed: DeviceFeed) -> None:
+    def restart(self, clock: Clock) -> None:
         """Measures time from now on."""
         self.num_timed_steps = 0
         self._num_samples_before = self.num_samples  # of an earlier attempt, whose time is not ours
         self._train_seconds = clock.split()["train"]
-        self._data_wait = feed.data_wait_seconds
 
     def add(self, loss_sum: torch.Tensor, num_samples: int, is_left_out: torch.Tensor | None) -> None:
         """Adds a step of this rank.
@@ -68,9 +65,6 @@ class Window:
         self.num_samples = int(num_samples)
         self._num_left_out.zero_()
 
-    def seconds(self, clock: Clock, feed: DeviceFeed) -> dict[str, float]:
-        """Returns the time since `restart` that was spent in steps, and in these waiting for data."""
-        return {
-            "train": clock.split()["train"] - self._train_seconds,
-            "data_wait": feed.data_wait_seconds - self._data_wait,
-        }
+    def train_seconds(self, clock: Clock) -> float:
+        """Returns the time since `restart` that was spent in steps."""
+        return clock.split()["train"] - self._train_seconds

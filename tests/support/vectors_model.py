@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer.tasks.classification import Classification
+
 
 class Linear(nn.Module):
     """Vectors (B, 8) -> logits (B, 3)."""
@@ -85,3 +87,9 @@ class LeavingOut(torch.optim.AdamW):
         self.num_calls += 1
         if self.num_calls != self.step_left_out:
             super().step(closure)
+
+
+class Tokens(Classification):
+    """Samples are of several tokens."""
+
+    tokens_per_sample = 7

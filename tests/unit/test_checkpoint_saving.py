@@ -23,7 +23,7 @@ from trainer.checkpoint.reading import Checkpoint
 from trainer.checkpoint.state import Parts, State
 from trainer.checkpoint.storage import LocalStorage
 from trainer.checkpoint.writing import Saver
-from trainer.telemetry import Timer
+from trainer.telemetry.clock import Timer
 
 
 class Alone:
@@ -232,7 +232,7 @@ def test_by_the_clock(train: Train, write_config: WriteConfig, tmp_path: Path) -
 
 def test_a_timer_rings_once_per_period(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("trainer.telemetry.time.monotonic", lambda: now)
+    monkeypatch.setattr("trainer.telemetry.clock.time.monotonic", lambda: now)
     timer = Timer(60)
     assert not timer.rings()
     now = 161.0

@@ -46,7 +46,7 @@ def build_data(config: DataConfig, ranks: Ranks) -> tuple[SizedDataset, SizedDat
     """
     train = ranks.agree(lambda: build_dataset(config.train, "data.train", ranks))
     evaluation = ranks.agree(lambda: build_eval_dataset(config, train, ranks))
-    if config.cache is not None and not _is_packable(train) and not _is_packable(evaluation):
+    if config.cache is not None and not is_packable(train) and not is_packable(evaluation):
         message = "image folders are packed, and neither data.train nor data.eval is one"
         raise UserError(message, path="data.cache", agreed=True)
     return train, evaluation
@@ -59,7 +59,7 @@ def packed(dataset: SizedDataset, config: DataConfig, ranks: Ranks) -> SizedData
         UserError: it cannot be packed; on all ranks alike.
     """
     cache = config.cache
-    if cache is None or not isinstance(dataset, ImageFolder) or not _is_packable(dataset):
+    if cache is None or not isinstance(dataset, ImageFolder) or not is_packable(dataset):
         return dataset
     # Rank 0 lists the files, the others take its word: a listing is slow on a network file system.
     listed = ranks.agree(lambda: cache_key(dataset, cache) if ranks.rank == 0 else "")
@@ -90,5 +90,6 @@ def packed(dataset: SizedDataset, config: DataConfig, ranks: Ranks) -> SizedData
     return copy
 
 
-def _is_packable(dataset: SizedDataset | None) -> bool:
+def is_packable(dataset: SizedDataset | None) -> bool:
+    """Tells whether `data.cache` has an effect on a data set."""
     return isinstance(dataset, ImageFolder) and gives_encoded(dataset)

@@ -33,6 +33,7 @@ from trainer.data.transforms import HostTransform, build_transforms
 from trainer.data.tuning import WorkerTuner
 from trainer.data.workers import WorkerPool
 from trainer.errors import UserError, place_at
+from trainer.units import counted
 
 logger = logging.getLogger("lockstep")
 
@@ -102,6 +103,15 @@ class DeviceFeed:
         self.seed = seed
         self.task = task
         self.data_wait_seconds = 0.0
+        self.copy_wait_seconds = 0.0
+        """A part of `data_wait_seconds`: while a batch was copied to the device, and decoded there."""
+        self.load_seconds = 0.0
+        """That loading took, of one process after the other, for `num_loaded` batches."""
+        self.load_cpu_seconds = 0.0
+        """A part of `load_seconds`: on a core."""
+        self.num_loaded = 0
+        self.on_arrival: Callable[[], None] | None = None
+        """Called when a batch of a step is on the device, before the device half of the transforms."""
         self._reading: tuple[int, float] | None = None  # which sample this process reads, and since when
         self.num_skipped = 0  # reads of samples that could not be read
         self._num_read = 0
@@ -113,6 +123,7 @@ class DeviceFeed:
         logger.info("%s: feed %s: %s", self.name, route.mode, route.reason)
         if self._is_train and (unused := without_effect(config, route)):
             logger.info("without effect here: %s", ", ".join(f"data.{key}" for key in unused))
+        self.mode = route.mode
         self._build(route, dtype, ranks or Share(), max_workers)
         self._pool: WorkerPool | None = None
         self._prefetcher: Prefetcher | None = None
@@ -122,6 +133,20 @@ class DeviceFeed:
             self._tuner = WorkerTuner(max_workers)
         self._batches: Iterator[DeviceBatch] | None = None
         self._micro_batches: MicroBatchSampler | None = None
+
+    @property
+    def num_workers(self) -> int:
+        """Worker processes that load now; 0 where this one loads, or nobody has to."""
+        return self._pool.num_workers if self._pool is not None else 0
+
+    @property
+    def workers_text(self) -> str:
+        """Who loads, in words."""
+        if self._loader is None:
+            return "no workers needed"
+        if self._num_workers == 0:
+            return "loaded in the training process"
+        return f"up to {counted(self._num_workers, 'worker')} per process, {self.config.prefetch} batches ahead"
 
     @property
     def resident_bytes(self) -> int:
@@ -190,6 +215,8 @@ class DeviceFeed:
         for i, num_samples in enumerate(sizes):
             item = self._next(self._batches)
             assert item is not None
+            if self.on_arrival is not None:
+                self.on_arrival()
             yield MicroBatch(self._augmented(item), num_samples, item.batch.sample_ids, is_last=i == len(sizes) - 1)
         self._settle_workers()
 
@@ -231,6 +258,10 @@ class DeviceFeed:
         sample, since = self._reading
         return [f"{self.name}: has been reading {self._reader.describe(sample)} for {time.monotonic() - since:.1f} s"]
 
+    def worker_pids(self) -> list[int]:
+        """Returns the process ids of the loader workers."""
+        return self._pool.pids() if self._pool is not None else []
+
     def close(self) -> None:
         """Ends the thread and the workers, and gives shared memory back."""
         self._stop()
@@ -251,7 +282,12 @@ class DeviceFeed:
         waited = time.perf_counter() - started
         self.data_wait_seconds += waited
         if item is not None:
+            if item.copying is not None:  # of which the step has waited for the last part, or for none
+                self.copy_wait_seconds += max(min(item.copying[1], started + waited) - max(item.copying[0], started), 0)
             self._count(item.batch)
+            self.load_seconds += item.load_seconds
+            self.load_cpu_seconds += item.load_cpu_seconds
+            self.num_loaded += 1
             if self._tuner is not None:
                 self._tuner.observe(started, waited, item.load_seconds)
         return item
@@ -287,6 +323,7 @@ class DeviceFeed:
     def _loaded_here(self, loader: SampleLoader, requests: Iterable[list[SampleKey]]) -> Iterator[DeviceBatch]:
         """Loads in this process, on this thread: users' transforms draw from its global generators."""
         for keys in requests:
+            started, cpu_started = time.perf_counter(), time.thread_time()
             with preserved_generators():
                 load = loader.load if self._decoder is None else loader.load_encoded
                 batch = load(keys, _in_own_memory, self._begin_reading)
@@ -295,11 +332,13 @@ class DeviceFeed:
                 raise UserError(*batch.problems)
             if len(batch.keys):
                 self._check(batch)
+            began, cpu_seconds = time.perf_counter(), time.thread_time() - cpu_started
             if self._decoder is not None:
                 batch = self._decoder.finish(batch, loader, self.seed)
             else:
                 batch = batch._replace(data=map_tensors(self._moved, batch.data))
-            yield self._drawn(batch)
+            item = self._drawn(batch)._replace(copying=(began, time.perf_counter()))
+            yield item._replace(load_seconds=began - started, load_cpu_seconds=cpu_seconds)
 
     def _begin_reading(self, sample: int) -> None:
         self._reading = sample, time.monotonic()

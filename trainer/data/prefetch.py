@@ -35,7 +35,9 @@ class DeviceBatch(NamedTuple):
     batch: LoadedBatch
     plan: AugmentationPlan | None
     load_seconds: float = 0.0  # that one worker took
+    load_cpu_seconds: float = 0.0  # of these, on a core
     copied: torch.cuda.Event | None = None
+    copying: tuple[float, float] | None = None  # from when to when it was copied, by time.perf_counter
 
 
 class _Failure(NamedTuple):
@@ -143,9 +145,11 @@ class Prefetcher:
             raise UserError(*batch.problems)
         if len(batch.keys):
             self._check(batch)
+        began = time.perf_counter()
         if self._stream is None:
             batch = self._move(batch)
-            return DeviceBatch(batch, self._draw(batch), loaded.load_seconds)
+            plan, copying = self._draw(batch), (began, time.perf_counter())
+            return DeviceBatch(batch, plan, loaded.load_seconds, loaded.cpu_seconds, copying=copying)
         with torch.cuda.stream(self._stream):
             batch = self._move(batch)
             plan = self._draw(batch)
@@ -154,7 +158,8 @@ class Prefetcher:
             copied.record(self._stream)
         # This thread has nothing else to do, and the workers may write into the slot again only after the copy.
         copied.synchronize()
-        return DeviceBatch(batch, plan, loaded.load_seconds, copied)
+        copying = began, time.perf_counter()
+        return DeviceBatch(batch, plan, loaded.load_seconds, loaded.cpu_seconds, copied, copying)
 
     def _put(self, item: DeviceBatch | _Failure | None) -> bool:
         """Hands an item over as soon as there is room; returns False once closed."""

@@ -65,6 +65,7 @@ class PoolBatch(NamedTuple):
     data: Any
     slot: Slot
     load_seconds: float
+    cpu_seconds: float  # of these, on a core
 
 
 class Reading(NamedTuple):
@@ -181,6 +182,10 @@ class WorkerPool:
     def num_workers(self) -> int:
         """Worker processes that take batches now."""
         return len(self._workers)
+
+    def pids(self) -> list[int]:
+        """Returns the process ids of the workers that take batches now."""
+        return [worker.process.pid for worker in self._workers]
 
     def resize(self, num_workers: int) -> None:
         """Starts or retires workers; batches and their order stay the same.
@@ -312,21 +317,21 @@ class WorkerPool:
                 message = results.recv_bytes()
             except (EOFError, OSError):
                 raise WorkerDied(self._explain_death(worker)) from None
-            number, seconds, payload = pickle.loads(message)
+            number, seconds, cpu_seconds, payload = pickle.loads(message)
             with self._lock:
                 task = worker.outstanding.pop(number)
             if number >= self._start:
-                done[number] = self._loaded(task, seconds, payload)
+                done[number] = self._loaded(task, seconds, cpu_seconds, payload)
             else:  # of an earlier call that was left early
                 self._free.append(task.slot)
         return True
 
-    def _loaded(self, task: _Task, seconds: float, payload: bytes) -> PoolBatch | BaseException:
+    def _loaded(self, task: _Task, seconds: float, cpu_seconds: float, payload: bytes) -> PoolBatch | BaseException:
         slot = self.slots[task.slot]
         try:
             data = pickle.loads(payload)
             if not isinstance(data, _Raised):
-                return PoolBatch(slot.get(data), slot, seconds)
+                return PoolBatch(slot.get(data), slot, seconds, cpu_seconds)
             result = data.exception()
         except Exception as error:  # unpickling may run the user's code
             result = error
@@ -397,7 +402,7 @@ def _work(load: Load, slots: list[Slot], board: Slot, number: int, tasks: Connec
             task = _Task(*tasks.recv())
         except (EOFError, OSError):  # the training process is gone
             return
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         slot = slots[task.slot]
         slot.clear()
         keys = slot.allocate((task.num_keys, 2), torch.int64).numpy().copy()
@@ -408,7 +413,8 @@ def _work(load: Load, slots: list[Slot], board: Slot, number: int, tasks: Connec
             payload = pickle.dumps(_Raised(error))
         state[0] = _IDLE
         try:
-            results.send_bytes(pickle.dumps((task.number, time.perf_counter() - started, payload)))
+            times = time.perf_counter() - started, time.process_time() - cpu_started
+            results.send_bytes(pickle.dumps((task.number, *times, payload)))
         except OSError:
             return
 

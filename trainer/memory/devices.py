@@ -167,9 +167,14 @@ def this_device(device: torch.device) -> Device:
 
 def named_device(name: str, memory_bytes: int) -> Device:
     """Returns a CUDA device by the name that its driver gives it, such as `NVIDIA A100-SXM4-40GB`."""
+    return known_device(name, memory_bytes) or _of_memory(memory_bytes, name)
+
+
+def known_device(name: str, memory_bytes: int) -> Device | None:
+    """Returns a CUDA device by the name that its driver gives it; None where the table does not have it."""
     keys = next((keys for pattern, keys in _CUDA_NAMES.items() if re.search(pattern, name)), ())
     if not keys:
-        return _of_memory(memory_bytes, name)
+        return None
     like = min((DEVICES[key] for key in keys), key=lambda known: abs(known.memory_bytes - memory_bytes))
     return replace(like, memory_bytes=memory_bytes)
 

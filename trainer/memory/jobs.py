@@ -17,7 +17,7 @@ from trainer.data.feed import DeviceFeed
 from trainer.data.sampler import BatchPlan
 from trainer.memory.planner import Job
 from trainer.optim import build_optimizer
-from trainer.precision import STEP_DTYPES
+from trainer.precision import STEP_DTYPES, allows_tf32
 from trainer.tasks.base import Task
 
 _EXAMPLES = 2  # samples of which the shapes are taken
@@ -62,12 +62,7 @@ def plan_job(
         shard_size=shard_size,
         device_type=device_type,
         autocast_dtype=None if config.precision == "no" else STEP_DTYPES[config.precision],
-        # What most of the arithmetic is: convolutions, or matrix products.
-        allows_tf32=(
-            config.backends.cudnn_tf32
-            if any(isinstance(module, nn.Conv2d) and module.kernel_size != module.stride for module in model.modules())
-            else config.backends.matmul_precision != "highest"
-        ),
+        allows_tf32=allows_tf32(config.backends, model),
         clips_gradients=config.optim.clip_norm is not None,
         keeps_averages=config.optim.ema is not None,
         feed_bytes=waiting * feed_bytes,

@@ -35,6 +35,7 @@ class Task(ABC):
     input_key = "input"  # where the input is in samples that are dicts
     target_key = "target"  # and the target
     num_classes: int | None = None  # where targets are labels, and their number is known
+    tokens_per_sample: int | None = None  # where throughput is also told in tokens
     best_metric: str | None = None  # the evaluation metric that decides the best checkpoint
     best_mode: Literal["max", "min"] = "max"
 

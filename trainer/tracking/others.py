@@ -19,6 +19,7 @@ from trainer.checkpoint.manifest import Progress
 from trainer.config import Config, flatten
 from trainer.eval_media import EvalMedia
 
+_TAKE_TEXT = ("tensorboard", "comet_ml")
 _FINISH_SECONDS = 30.0  # a tracker whose server is away may wait for much longer at its end
 
 
@@ -55,8 +56,10 @@ class Other:
             send(self._tracker, f"eval/{name}", _heat_map(table), name, step)
 
     def summarise(self, values: Mapping[str, Any], step: int) -> None:
-        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
-        self._tracker.log(numbers, step=step)
+        kinds: tuple[type, ...] = (int, float, str) if self.name in _TAKE_TEXT else (int, float)
+        taken = {key: value for key, value in values.items() if isinstance(value, kinds)}
+        if taken:
+            self._tracker.log(taken, step=step)
 
     def checkpoint(self, folder: CheckpointFolder, progress: Progress) -> None:
         pass  # uploads are W&B's
@@ -99,7 +102,7 @@ def _build(name: str, config: Config, run_dir: Path, start: int, arguments: dict
     if name == "clearml":
         return make(**{"project_name": project, "task_name": run_name, **arguments})
     if name == "dvclive":
-        ours = {"dir": str(run_dir / "dvclive"), "save_dvc_exp": False, "resume": start > 0}
+        ours = {"dir": str(run_dir / "dvclive"), "dvcyaml": None, "save_dvc_exp": False, "resume": start > 0}
         return make(**{**ours, **arguments})
     names = {"swanlab": "experiment_name", "trackio": "name"}
     ours = {names[name]: run_name} if name in names else {}

@@ -1,15 +1,18 @@
-"""Where the time of a run went, and how much memory it took. Host clocks only: nothing here waits for a device."""
+"""Where the time of an attempt went, by the clock on the wall: start-up, training, evaluations, checkpoints.
+
+Host clocks only: nothing here waits for a device. What a step is made of is `trainer.telemetry.stopwatch`.
+"""
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    from trainer.telemetry.stopwatch import Stopwatch
 
 
 class Clock:
@@ -18,13 +21,16 @@ class Clock:
     def __init__(self) -> None:
         self.started = time.perf_counter()
         self.phases: defaultdict[str, float] = defaultdict(float)
+        self.stopwatch: Stopwatch | None = None
+        """Which is told of phases, once there is one."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Adds the time of the body to a phase; phases do not nest."""
         started = time.perf_counter()
         try:
-            yield
+            with self.stopwatch.inside(name) if self.stopwatch is not None else nullcontext():
+                yield
         finally:
             self.phases[name] += time.perf_counter() - started
 
@@ -56,11 +62,3 @@ class Timer:
             return False
         self._next = now + self._seconds
         return True
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Returns the most memory allocated on the device, or on the CPU the peak size of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

@@ -1,0 +1,279 @@
+"""Which charts there are for the curves of one run or of several, as the data that the script in the page draws."""
+
+from __future__ import annotations
+
+import bisect
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from trainer.report.curves import Curve, Curves, RankTable
+
+# In the order in which they are stacked: what has to be first, what is waiting on top.
+TIME_PARTS = {
+    "forward": "forward",
+    "backward": "backward",
+    "optimizer": "optimizer",
+    "communication": "communication",
+    "h2d": "copies to the device",
+    "data_wait": "waiting for data",
+    "host": "host",
+    "evaluation": "evaluation",
+    "checkpoint": "checkpoints",
+}
+_NUM_COLOURS = 8
+_MOST_LINES_OF_RANKS = 8
+_MOST_ROWS = 48
+_LOWER_IS_BETTER = re.compile(r"loss|err|perplexity|ppl|nll|bpb|bits|wer|cer|mae|mse|rmse|fid", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart: its place in the page, what stands over it, and what the script needs to draw it."""
+
+    identity: str
+    title: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def spec(self) -> dict[str, Any]:
+        """Returns what is embedded in the page."""
+        return {"id": self.identity, **self.data}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart."""
+
+    name: str
+    curve: Curve
+    colour: str
+    best: dict[str, Any] | None = None
+    dashed: bool = False
+
+
+def colour(index: int) -> str:
+    """Returns the name of the colour of a series."""
+    return f"c{index % _NUM_COLOURS}"
+
+
+def lines(identity: str, title: str, series: Sequence[Line], end: float, **options: Any) -> Chart | None:
+    """Returns a chart of lines over the steps, None where there is nothing to draw.
+
+    Args:
+        identity: of the chart.
+        title: over it.
+        series: its lines.
+        end: the last step of the page, the same for all of its charts.
+        options: `format`, `log`, `zero`, `top`.
+    """
+    if not series:
+        return None
+    drawn = []
+    for line in series:
+        points = line.curve.points()
+        entry: dict[str, Any] = {"name": line.name, "colour": line.colour}
+        entry |= {"x": [step for step, _ in points], "y": [value for _, value in points]}
+        entry |= {"best": line.best} if line.best is not None else {}
+        entry |= {"dashed": True} if line.dashed else {}
+        drawn.append(entry)
+    return Chart(identity, title, {"kind": "lines", "domain": [0, max(end, 1)], "format": "", "series": drawn, **options})
+
+
+def is_lower_better(metric: str) -> bool:
+    """Guesses from its name whether a metric is better the lower it is."""
+    return _LOWER_IS_BETTER.search(metric) is not None
+
+
+def best_point(curve: Curve, metric: str, best: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """Returns the best point of a metric's curve.
+
+    Args:
+        curve: of the metric.
+        metric: its name.
+        best: what the summary says, if it is of this metric.
+    """
+    is_low = is_lower_better(metric)
+    step, value = (best or {}).get("step"), (best or {}).get("value")
+    if isinstance(step, int | float) and isinstance(value, int | float) and math.isfinite(value):
+        highest = curve.best(highest=True)
+        is_low = highest is not None and value < highest[1] if highest and highest[1] != value else is_low and False
+        return {"x": step, "y": value, "isLow": is_low}
+    found = curve.best(highest=not is_low)
+    return {"x": found[0], "y": found[1], "isLow": is_low} if found is not None and curve.num_values > 1 else None
+
+
+def training(curves: Curves, end: float, best: dict[str, Any] | None) -> list[Chart]:
+    """Returns the charts of what is learned: loss, metrics, learning rate and gradient norm."""
+    losses = []
+    for name, key, index in (("train", "train/loss", 0), ("eval", "eval/loss", 1)):
+        if (curve := curves.get(key)) is not None:
+            point = best_point(curve, "loss", _of(best, "loss")) if key == "eval/loss" else None
+            losses.append(Line(name, curve, colour(index), point))
+    charts = [lines("loss", "Loss", losses, end, log=True)]
+    for key in curves.keys("eval/"):
+        metric, curve = key.removeprefix("eval/"), curves.by_key[key]
+        if metric != "loss":
+            line = Line(metric, curve, colour(1), best_point(curve, metric, _of(best, metric)))
+            charts.append(lines(f"eval-{len(charts)}", metric, [line], end, log=is_lower_better(metric)))
+    charts.append(_single(curves, "train/lr", "Learning rate", end, colour(2), zero=True))
+    charts.append(_single(curves, "train/grad_norm", "Gradient norm", end, colour(3), log=True))
+    shown = {"train/loss", "train/lr", "train/grad_norm", *_THROUGHPUT, "train/straggler_wait", "train/data_wait"}
+    for key in curves.keys("train/"):
+        if key not in shown:
+            charts.append(_single(curves, key, key.removeprefix("train/"), end, colour(4)))
+    return _there(charts)
+
+
+def _of(best: dict[str, Any] | None, metric: str) -> dict[str, Any] | None:
+    return best if best is not None and best.get("metric") == metric else None
+
+
+_THROUGHPUT = {
+    "train/samples_per_second": ("Samples per second", "", 0),
+    "train/samples_per_second_per_device": ("Samples per second and device", "", 0),
+    "train/tokens_per_second": ("Tokens per second", "", 4),
+    "train/mfu": ("Model FLOPs utilisation", "share", 5),
+}
+
+
+def throughput(curves: Curves, end: float, num_ranks: int) -> list[Chart]:
+    """Returns the charts of speed."""
+    charts = []
+    for key, (title, format_name, index) in _THROUGHPUT.items():
+        if key.endswith("per_device") and num_ranks < 2:  # the same as of all devices
+            continue
+        charts.append(_single(curves, key, title, end, colour(index), zero=True, format=format_name))
+    charts.append(_single(curves, "goodput", "Goodput so far", end, colour(2), zero=True, top=1, format="share"))
+    return _there(charts)
+
+
+def time_split(curves: Curves, end: float) -> Chart | None:
+    """Returns where the time went over the run, shares on top of one another."""
+    known = {key.removeprefix("time/"): curves.by_key[key].means() for key in curves.keys("time/")}
+    if not known:
+        return None
+    grid = [step for step, _ in max(known.values(), key=len)]
+    order = [*(part for part in TIME_PARTS if part in known), *(part for part in known if part not in TIME_PARTS)]
+    series = [
+        {
+            "name": TIME_PARTS.get(part, part.replace("_", " ")),
+            "colour": f"t-{part}" if part in TIME_PARTS else colour(i),
+            "y": _on_grid(known[part], grid),
+        }
+        for i, part in enumerate(order)
+    ]
+    data = {"kind": "area", "domain": [0, max(end, 1)], "format": "share", "x": grid, "series": series}
+    return Chart("time", "Share of the time since the last report", data)
+
+
+def _on_grid(points: Sequence[tuple[float, float | None]], grid: Sequence[float]) -> list[float]:
+    """Returns a value per step of the grid: that of the next point."""
+    steps = [step for step, _ in points]
+    if steps == grid:
+        return [value or 0.0 for _, value in points]
+    found = (bisect.bisect_left(steps, step) for step in grid)
+    return [(points[min(i, len(points) - 1)][1] or 0.0) if steps[0] <= step else 0.0 for i, step in zip(found, grid, strict=True)]
+
+
+def memory(curves: Curves, end: float) -> list[Chart]:
+    """Returns the charts of memory."""
+    named = {"allocated_gib": ("allocated", 0), "reserved_gib": ("reserved", 1), "peak_gib": ("peak", 4)}
+    series = [
+        Line(name, curve, colour(index), dashed=key == "peak_gib")
+        for key, (name, index) in named.items()
+        if (curve := curves.get(f"memory/{key}")) is not None
+    ]
+    charts = [lines("memory", "Memory, most of any rank", series, end, zero=True, format="GiB")]
+    charts.append(_single(curves, "memory/workers_gib", "Loader workers of rank 0", end, colour(2), zero=True, format="GiB"))
+    return _there(charts)
+
+
+_UNITS = (("_percent", "percent"), ("_gib", "GiB"), ("_watts", "W"), ("_celsius", "°C"), ("_mib_per_second", "MiB/s"))
+
+
+def system(curves: Curves, end: float) -> list[Chart]:
+    """Returns the charts of the machines: one per kind of figure, with a line per node, or per GPU of a node."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for key in curves.keys("system/"):
+        node, _, figure = key.removeprefix("system/").partition("/")
+        if not figure:
+            node, figure = "", node
+        device = re.match(r"([a-z]+)(\d+)[_/]", figure)
+        kind = re.sub(r"^([a-z]+)\d+([_/])", r"\1\2", figure)
+        name = " ".join(part for part in (f"node {node}" if node else "", f"{device[1].upper()} {device[2]}" if device else "") if part)
+        groups.setdefault(kind, []).append((name or figure, key))
+    charts = []
+    for kind, members in groups.items():
+        ending, unit = next(((ending, unit) for ending, unit in _UNITS if kind.endswith(ending)), ("", ""))
+        title = kind.removesuffix(ending).replace("_", " ").replace("/", " ")
+        title = re.sub(r"\b(cpu|gpu)\b", lambda found: found[0].upper(), title)
+        title = title[:1].upper() + title[1:] + (" in use" if unit == "percent" else "")
+        series = [Line(name, curves.by_key[key], colour(i), dashed=i >= _NUM_COLOURS) for i, (name, key) in enumerate(members)]
+        options = {"top": 100} if unit == "percent" and all((c.curve.best(True) or (0, 0))[1] <= 100 for c in series) else {}
+        charts.append(lines(f"system-{len(charts)}", title, series, end, zero=True, format=unit, showLegend=True, **options))
+    return _there(charts)
+
+
+def ranks(table: RankTable, curves: Curves, end: float) -> list[Chart]:
+    """Returns the charts of the ranks beside one another."""
+    titles = {
+        "seconds_to_exchange": ("Seconds to the exchange of gradients", "s"),
+        "communication": ("Share of communication", "share"),
+        "data_wait": ("Share of waiting for data", "share"),
+        "peak_gib": ("Peak memory", "GiB"),
+    }
+    charts: list[Chart | None] = []
+    for name, (title, unit) in titles.items():
+        columns = table.columns(name)
+        if columns is None:
+            continue
+        draw = _rank_lines if table.num_ranks <= _MOST_LINES_OF_RANKS else _rank_heat
+        charts.append(draw(f"ranks-{name}", title, unit, table.steps, columns, end))
+    charts.append(_single(curves, "train/straggler_wait", "Share of a step that ranks wait for the slowest", end, colour(4), zero=True, format="share"))
+    return _there(charts)
+
+
+def _rank_lines(identity: str, title: str, unit: str, steps: list[float], columns: np.ndarray, end: float) -> Chart:
+    series = [
+        {"name": f"rank {rank}", "colour": colour(rank), "x": steps, "y": columns[:, rank].tolist()}
+        for rank in range(columns.shape[1])
+    ]
+    data = {"kind": "lines", "domain": [0, max(end, 1)], "format": unit, "zero": True, "series": series}
+    return Chart(identity, title, data)
+
+
+def _rank_heat(identity: str, title: str, unit: str, steps: list[float], columns: np.ndarray, end: float) -> Chart:
+    """Of many ranks, the one with the highest value stands for its neighbours."""
+    num = columns.shape[1]
+    together = -(-num // _MOST_ROWS)
+    starts = range(0, num, together)
+    values = np.fmax.reduceat(columns, list(starts), axis=1)
+    names = [f"{start}" if together == 1 else f"{start}–{min(start + together, num) - 1}" for start in starts]
+    known = values[~np.isnan(values)]
+    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+    data = {"kind": "heat", "domain": [0, max(end, 1)], "format": unit, "x": steps, "rows": [f"rank {n}" for n in names]}
+    note = f" ({number_range(low, high, unit)})"
+    return Chart(identity, title + note, {**data, "values": values.tolist(), "low": low, "high": high})
+
+
+def number_range(low: float, high: float, unit: str) -> str:
+    """Returns the range of a heat map as text."""
+    if unit == "share":
+        return f"{low:.0%} to {high:.0%}"
+    return f"{low:.3g} to {high:.3g} {unit}"
+
+
+def _single(curves: Curves, key: str, title: str, end: float, colour_name: str, **options: Any) -> Chart | None:
+    curve = curves.get(key)
+    if curve is None:
+        return None
+    identity = re.sub(r"[^a-z0-9]+", "-", key.lower())
+    return lines(identity, title, [Line(title, curve, colour_name)], end, **options)
+
+
+def _there(charts: Iterable[Chart | None]) -> list[Chart]:
+    return [chart for chart in charts if chart is not None]

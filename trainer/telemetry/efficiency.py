@@ -1,0 +1,139 @@
+"""How much of a device's arithmetic a run uses: FLOPs of a sample, counted, against the peak of the device.
+
+Model FLOPs utilisation (MFU; the PaLM paper, https://arxiv.org/abs/2204.02311, appendix B): what the model's forward
+and backward need once, whatever is recomputed, over what the devices could have done in that time.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from trainer.data.loader import preserved_generators
+from trainer.data.nested import map_tensors
+from trainer.errors import one_line
+from trainer.memory.devices import known_device
+from trainer.tasks.base import Task
+
+logger = logging.getLogger("lockstep")
+
+_MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
+_MATMUL_ROUNDS = 4  # the first of them warms up
+
+
+class FlopCounter:
+    """Counts what forward and backward of a sample take, on a copy of the model without memory.
+
+    Args:
+        model: as built, before it is sharded, compiled or recomputes anything. None is kept of it but shapes.
+        task: what a batch means.
+        peak: FLOP/s of a device, from `peak_flops`.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, peak: float) -> None:
+        self._task = task
+        self.peak = peak
+        self._model: nn.Module | None = None
+        self.per_sample: float | None = None
+        """FLOPs, once they are counted and where they can be."""
+        self.num_operations: int | None = None
+        """Of a micro-batch that have a backward, once they are counted and where they can be."""
+        try:
+            self._model = _without_memory(model)
+        except Exception as error:  # of a user's model: it may hold what cannot be copied
+            logger.debug("FLOPs are not counted: the model cannot be copied: %s", one_line(error))
+
+    @property
+    def is_due(self) -> bool:
+        """Whether `count` is still to be called."""
+        return self._model is not None
+
+    def count(self, data: Any, num_samples: int) -> None:
+        """Counts with the shapes of a micro-batch. Where that fails, nothing is known of MFU and all else goes on."""
+        assert self._model is not None
+        try:
+            with preserved_generators(), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+                outputs = self._task.forward(self._model, map_tensors(lambda t: t.to("meta"), data))
+                totals = [t.sum() for t in _tensors_in(outputs) if t.requires_grad]
+                num_operations = count_operations(totals)
+                if totals:
+                    torch.stack([total.float() for total in totals]).sum().backward()
+            self.num_operations = num_operations
+            self.per_sample = counter.get_total_flops() / num_samples
+        except Exception as error:  # code of the user's that needs numbers, an operation without a shape function, ...
+            logger.debug("FLOPs are not counted: %s", one_line(error))
+        self._model = None
+
+    def utilisation(self, samples_per_second: float) -> float | None:
+        """Returns the MFU of a device that trains so many samples per second; None where FLOPs are not known."""
+        return None if self.per_sample is None else self.per_sample * samples_per_second / self.peak
+
+
+def count_operations(outputs: Sequence[torch.Tensor]) -> int:
+    """Returns how many differentiable operations tensors were computed with."""
+    pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set(pending)
+    while pending:
+        for node, _ in pending.pop().next_functions:
+            if node is not None and node not in seen:
+                seen.add(node)
+                pending.append(node)
+    return sum(not hasattr(node, "variable") for node in seen)  # parameters have a node each, too
+
+
+def _without_memory(model: nn.Module) -> nn.Module:
+    """Returns a copy of a model whose parameters and buffers have shapes only."""
+    instead: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()
+    }
+    instead |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    return copy.deepcopy(model, instead).train()
+
+
+def _tensors_in(outputs: Any) -> Iterator[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    map_tensors(lambda tensor: found.append(tensor) or tensor, outputs)  # type: ignore[func-returns-value]
+    return iter(found)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype, is_fp8: bool, allow_tf32: bool) -> float:
+    """Returns the FLOP/s that matrix products reach at most on a device.
+
+    By its data sheet where the table of `trainer.memory.devices` has it; else, and on CPUs, measured with the product
+    of two large matrices, which takes a moment.
+
+    Args:
+        device: that the step runs on.
+        dtype: of the step.
+        is_fp8: whether its matrix products are in 8 bits; where the peak has to be measured, that of `dtype` counts.
+        allow_tf32: whether products in float32 may round to TF32.
+    """
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        known = known_device(properties.name, properties.total_memory)
+        if known is not None:
+            return known.flops.of("float8" if is_fp8 else str(dtype).removeprefix("torch."), allow_tf32)
+    size = _MATMUL_SIZE.get(device.type, 1024)
+    with preserved_generators(), torch.no_grad():
+        matrix = torch.ones(size, size, device=device, dtype=dtype)
+        return 2 * size**3 / min(_product_seconds(matrix) for _ in range(_MATMUL_ROUNDS))
+
+
+def _product_seconds(matrix: torch.Tensor) -> float:
+    _wait(matrix.device)
+    started = time.perf_counter()
+    torch.mm(matrix, matrix)
+    _wait(matrix.device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,82 @@
+"""What a machine does while it trains: cores, memory, network, GPUs. One process per machine asks.
+
+NVIDIA's GPUs are asked through NVML's Python bindings, where they are installed; what a card does not tell is left out.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import suppress
+from typing import Any
+
+import psutil
+
+logger = logging.getLogger("lockstep")
+
+PERIOD_SECONDS = 10.0  # between two samples at least: reports may come many times a second
+_MIB = 2**20
+
+
+class Machine:
+    """Samples this machine, from one report to the next."""
+
+    def __init__(self) -> None:
+        psutil.cpu_percent()  # the first call begins the time that the next one is about
+        self._sent, self._received = _network_bytes()
+        self._since = time.monotonic()
+        self._is_first = True
+        self._handles = _gpus()
+
+    def sample(self) -> dict[str, float] | None:
+        """Returns figures by name for the time since the last sample; None while that is too short."""
+        now = time.monotonic()
+        seconds = now - self._since
+        if seconds < PERIOD_SECONDS and not (self._is_first and seconds > 1):
+            return None
+        sent, received = _network_bytes()
+        figures = {
+            "cpu_percent": psutil.cpu_percent(),
+            "memory_percent": psutil.virtual_memory().percent,
+            "sent_mib_per_second": (sent - self._sent) / _MIB / seconds,
+            "received_mib_per_second": (received - self._received) / _MIB / seconds,
+        }
+        for number, handle in enumerate(self._handles):
+            figures |= {f"gpu{number}_{name}": value for name, value in _gpu_figures(handle).items()}
+        self._sent, self._received, self._since, self._is_first = sent, received, now, False
+        return figures
+
+
+def _network_bytes() -> tuple[int, int]:
+    counters = psutil.net_io_counters(nowrap=False)
+    return (counters.bytes_sent, counters.bytes_recv) if counters is not None else (0, 0)
+
+
+def _gpus() -> list[Any]:
+    """Returns NVML's handles of all GPUs of this machine, whichever of them this job may use."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    except ImportError:
+        return []
+    except Exception as error:  # NVMLError, which only the bindings know: no driver, no right to ask, ...
+        logger.debug("GPUs are not sampled: %s", error)
+        return []
+
+
+def _gpu_figures(handle: Any) -> dict[str, float]:
+    import pynvml
+
+    figures: dict[str, float] = {}
+    with suppress(pynvml.NVMLError):
+        figures["percent"] = float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+    with suppress(pynvml.NVMLError):
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        figures["memory_percent"] = 100 * memory.used / memory.total
+    with suppress(pynvml.NVMLError):
+        figures["power_w"] = pynvml.nvmlDeviceGetPowerUsage(handle) / 1000
+    with suppress(pynvml.NVMLError):
+        figures["temperature"] = float(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
+    return figures

@@ -1,0 +1,149 @@
+"""What the ranks see of time and memory from one report to the next, and the figures of all of them together.
+
+Owns which figures there are and how those of several ranks become one. They are measured in the modules beside it.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.data.feed import DeviceFeed
+from trainer.runtime import Runtime
+from trainer.telemetry.machine import PERIOD_SECONDS, Machine
+from trainer.telemetry.memory import MemoryUse, memory_use, own_memory_bytes
+from trainer.telemetry.stopwatch import PARTS, Stopwatch
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one rank saw since the last report.
+
+    Args:
+        host: name of its machine.
+        seconds: by part of `stopwatch.PARTS`; None where that is not measured.
+        to_exchange: mean seconds of a step before the exchange with the other ranks.
+        memory: of its process, now.
+        workers_bytes: memory of its loader workers; None where there are none, or it was measured a moment ago.
+        machine: figures of its machine, from one rank of each; None where they were taken a moment ago.
+    """
+
+    host: str
+    seconds: dict[str, float] | None
+    to_exchange: float
+    memory: MemoryUse
+    workers_bytes: int | None
+    machine: dict[str, float] | None
+
+    def share(self, part: str) -> float:
+        """Returns the share of this rank's time that a part took."""
+        assert self.seconds is not None
+        total = math.fsum(self.seconds.values())
+        return self.seconds[part] / total if total else 0.0
+
+
+class Observer:
+    """Observes this rank.
+
+    Args:
+        runtime: this process among its peers.
+        feed: of the training data.
+        stopwatch: of the steps, or None where they are not split.
+    """
+
+    def __init__(self, runtime: Runtime, feed: DeviceFeed, stopwatch: Stopwatch | None) -> None:
+        self._device = runtime.device
+        self._feed = feed
+        self._stopwatch = stopwatch
+        self._host = socket.gethostname()
+        self._machine = Machine() if runtime.local_rank == 0 else None
+        self._copy_seconds = 0.0
+        self._workers_due = time.monotonic()
+        self.seconds = dict.fromkeys(PARTS, 0.0) if stopwatch is not None else None
+        """Of this attempt by part, the mean over all ranks, up to the last report."""
+
+    def restart(self) -> None:
+        """Observes from now on: what came before was start-up."""
+        self._copy_seconds = self._feed.copy_wait_seconds
+        if self._stopwatch is not None:
+            self._stopwatch.restart()
+
+    def observe(self, to_exchange: float = 0.0) -> Observation:
+        """Returns what this rank saw since the last call. Call it when the device has nothing to do.
+
+        Args:
+            to_exchange: mean seconds of a step before the exchange with the other ranks.
+        """
+        return Observation(
+            self._host,
+            self._part_seconds(),
+            to_exchange,
+            memory_use(self._device),
+            self._workers_bytes(),
+            self._machine.sample() if self._machine is not None else None,
+        )
+
+    def _part_seconds(self) -> dict[str, float] | None:
+        if self._stopwatch is None:
+            return None
+        seconds = self._stopwatch.take()
+        # The wait for a batch knows nothing of copies; who copied knows when somebody waited for it.
+        copies = min(self._feed.copy_wait_seconds - self._copy_seconds, seconds["data_wait"])
+        self._copy_seconds = self._feed.copy_wait_seconds
+        return {**seconds, "data_wait": seconds["data_wait"] - copies, "h2d": copies}
+
+    def _workers_bytes(self) -> int | None:
+        """Returns the memory of one worker, times their number: they are alike, and asking takes milliseconds."""
+        workers = self._feed.worker_pids()
+        if not workers or time.monotonic() < self._workers_due:
+            return None
+        self._workers_due = time.monotonic() + PERIOD_SECONDS
+        one = own_memory_bytes(workers[0])
+        return None if one is None else one * len(workers)
+
+    # ---- of all ranks -----------------------------------------------------------------------------------------
+
+    def figures(self, seen: Sequence[Observation]) -> dict[str, float]:
+        """Returns the figures of a report, from what every rank saw, in rank order."""
+        figures: dict[str, float] = {}
+        if self.seconds is not None:
+            figures |= {f"time/{part}": statistics.fmean(rank.share(part) for rank in seen) for part in PARTS}
+            for part in PARTS:
+                self.seconds[part] += statistics.fmean((rank.seconds or {})[part] for rank in seen)
+        memories = [rank.memory for rank in seen]
+        figures["memory/allocated_gib"] = max(memory.allocated for memory in memories) / _GIB
+        if memories[0].reserved is not None:
+            figures["memory/reserved_gib"] = max(memory.reserved or 0 for memory in memories) / _GIB
+        figures["memory/peak_gib"] = max(memory.peak for memory in memories) / _GIB
+        if seen[0].workers_bytes is not None:
+            figures["memory/workers_gib"] = seen[0].workers_bytes / _GIB
+        hosts = list(dict.fromkeys(rank.host for rank in seen))
+        for rank in seen:
+            for name, value in (rank.machine or {}).items():
+                figures[f"system/{hosts.index(rank.host)}/{name}"] = value
+        return figures
+
+    def time_split(self) -> dict[str, float] | None:
+        """Returns the shares of this attempt's time by part, up to the last report; None before the first."""
+        total = math.fsum((self.seconds or {}).values())
+        return {part: seconds / total for part, seconds in (self.seconds or {}).items()} if total else None
+
+
+def rank_record(seen: Sequence[Observation]) -> dict[str, Any]:
+    """Returns what tells ranks apart, a list per figure in rank order, for `ranks.jsonl`."""
+    record: dict[str, Any] = {
+        "hosts": [rank.host for rank in seen],
+        "seconds_to_exchange": [rank.to_exchange for rank in seen],
+        "peak_gib": [rank.memory.peak / _GIB for rank in seen],
+    }
+    if seen[0].seconds is not None:
+        for part in ("data_wait", "communication"):
+            record[part] = [rank.share(part) for rank in seen]
+    return record

@@ -174,8 +174,9 @@ def _write(folder: Path, media: EvalMedia) -> None:
 
     samples = []
     for example in media.examples:
-        name = f"{example.number}.png" if example.image is not None else None
-        if name is not None:
+        name = None
+        if example.image is not None:
+            name = f"{example.number}.png"
             Image.fromarray(example.image).save(folder / name, compress_level=1)
         confidence = example.confidence
         samples.append(

@@ -481,6 +481,10 @@ class Trainer(Resumable):
             return False
         return self.due(self.config.eval.every)
 
+    def _open_step(self) -> int | None:
+        """Returns the present step, if it is still to be evaluated."""
+        return self.progress.step if self.evaluation_due() else None
+
     def evaluate_and_save(self, is_saved: bool) -> None:
         """Evaluates, and saves where this is the best evaluation so far, or adds it to the checkpoint of this step.
 
@@ -664,14 +668,14 @@ class Trainer(Resumable):
             self._close_feeds()
             self.stop_requests.release_signals()
             if self.reporter is not None:
-                self.reporter.close(failed=True, goes_on=self.evaluation_due())
+                self.reporter.close(failed=True, open_step=self._open_step())
 
     def close(self) -> None:
         """Ends workers and trackers, and leaves the process group."""
         self._close_feeds()
         if self.reporter is not None:
             left = self.config.faults.grace.seconds - self.stop_requests.seconds_ago()
-            self.reporter.close(goes_on=self.evaluation_due(), seconds=left if self.stop_requests.requested else None)
+            self.reporter.close(False, self._open_step(), left if self.stop_requests.requested else None)
         self.decisions.forget()
         self.saver.wait()
         del self.model, self.optimizer, self.bare_model, self.bare_optimizer

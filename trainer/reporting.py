@@ -181,16 +181,16 @@ class Reporter:
         logger.warning("step %s: %s", fault.step, fault.message)
         self.folder.append("faults/bad-steps.jsonl", record)
 
-    def close(self, failed: bool = False, goes_on: bool = False, seconds: float | None = None) -> None:
+    def close(self, failed: bool = False, open_step: int | None = None, seconds: float | None = None) -> None:
         """Closes the progress bar and the trackers.
 
         Args:
             failed: the run ended with an error.
-            goes_on: the last step is still to be evaluated.
+            open_step: a step that is still to be evaluated, which the next attempt does.
             seconds: for trackers to wait for their servers; None for as long as is configured.
         """
         self.display.close()
-        self.trackers.finish(failed, goes_on, seconds)
+        self.trackers.finish(failed, open_step, seconds)
 
 
 def _as_text(advice: Sequence[Advice]) -> str:

@@ -142,8 +142,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         raw = self._body()
         if self.path.startswith("/graphql"):
             body = json.loads(raw)
-            name = re.search(r"(query|mutation)\s+(\w+)", body["query"])
-            name = name[2] if name else body["query"].split("{")[1].strip()
+            found = re.search(r"(query|mutation)\s+(\w+)", body["query"])
+            name = found[2] if found else body["query"].split("{")[1].strip()
             self.owner.requests.append(name)
             answer = getattr(self, f"_graphql_{name}", None)
             if answer is None:

@@ -59,7 +59,7 @@ class Tracker(Protocol):
     def checkpoint(self, folder: CheckpointFolder, progress: Progress) -> None:
         """Is told of a checkpoint that is there now, on the thread that wrote it."""
 
-    def finish(self, failed: bool, goes_on: bool, seconds: float | None) -> None:
+    def finish(self, failed: bool, open_step: int | None, seconds: float | None) -> None:
         """Flushes and closes."""
 
 
@@ -133,12 +133,12 @@ class Trackers:
                 logger.warning("%s fails and is left out from here on: %s", tracker.name, one_line(error))
                 self.trackers.remove(tracker)
 
-    def finish(self, failed: bool, goes_on: bool = False, seconds: float | None = None) -> None:
+    def finish(self, failed: bool, open_step: int | None = None, seconds: float | None = None) -> None:
         """Flushes and closes every tracker; W&B shows a failed run as such.
 
         Args:
             failed: the run ended with an error.
-            goes_on: the last step was not evaluated yet, though it should be: the next attempt does.
+            open_step: a step that is still to be evaluated, which the next attempt does.
             seconds: no more than this may be spent on waiting for servers; None for as long as is configured.
         """
-        self._with_each(lambda tracker: tracker.finish(failed, goes_on, seconds))
+        self._with_each(lambda tracker: tracker.finish(failed, open_step, seconds))

@@ -64,7 +64,7 @@ class Other:
     def checkpoint(self, folder: CheckpointFolder, progress: Progress) -> None:
         pass  # uploads are W&B's
 
-    def finish(self, failed: bool, goes_on: bool, seconds: float | None) -> None:
+    def finish(self, failed: bool, open_step: int | None, seconds: float | None) -> None:
         limit = _FINISH_SECONDS if seconds is None else min(seconds, _FINISH_SECONDS)
         problems: list[Exception] = []
         thread = threading.Thread(target=lambda: self._finish(failed, problems), name="tracker", daemon=True)

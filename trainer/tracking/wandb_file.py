@@ -1,4 +1,4 @@
-"""W&B's own files in a run folder: how far the history in them goes, and which of them need no upload any more.
+"""W&B's own files in a run folder: how far their history goes, mending them, and which need no upload any more.
 
 wandb ships no Python reader of `.wandb` files. They are LevelDB's log format (32 KiB blocks; records with checksum,
 length and type) around protobuf records; a cut tail, as a killed run leaves it, ends the reading.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import struct
 import zlib
@@ -32,12 +33,18 @@ def last_step(folder: Path, run_id: str) -> int:
     return max((step for file in files_of(folder, run_id) for step in _steps(file)), default=-1)
 
 
-def remove_empty(folder: Path, run_id: str) -> None:
-    """Removes what an attempt left that was killed before anything was in its file: `wandb sync` stumbles over it."""
+def mend(folder: Path, run_id: str) -> None:
+    """Cuts off what killed attempts left half written, and removes files with nothing in them: `wandb sync` stumbles.
+
+    Nobody may be writing to them any more.
+    """
     for file in files_of(folder, run_id):
         with suppress(OSError):
-            if file.stat().st_size <= _FILE_HEADER:
+            end = max((end for _, end in _records(file)), default=0)
+            if not end:
                 shutil.rmtree(file.parent)
+            elif file.stat().st_size > end:
+                os.truncate(file, end)
 
 
 def mark_as_synced(folder: Path, run_id: str) -> None:
@@ -52,7 +59,7 @@ def _steps(file: Path) -> Iterator[int]:
 
     make: Any = wandb_internal_pb2
     try:
-        for data in _records(file):
+        for data, _ in _records(file):
             record = make.Record()
             record.ParseFromString(data)
             if record.WhichOneof("record_type") != "history":
@@ -64,7 +71,8 @@ def _steps(file: Path) -> Iterator[int]:
         logger.warning("wandb: cannot read '%s': %s", file, " ".join(str(error).split()))
 
 
-def _records(file: Path) -> Iterator[bytes]:
+def _records(file: Path) -> Iterator[tuple[bytes, int]]:
+    """Yields every whole record and where it ends."""
     content = file.read_bytes()
     position, pending = _FILE_HEADER, b""
     while position + _HEADER <= len(content):
@@ -79,4 +87,4 @@ def _records(file: Path) -> Iterator[bytes]:
         position += _HEADER + length
         pending = data if kind in (_FULL, _FIRST) else pending + data
         if kind in (_FULL, _LAST):
-            yield pending
+            yield pending, position

@@ -28,7 +28,7 @@ from trainer.config import Config
 from trainer.config_reporting import WandbConfig
 from trainer.eval_media import EvalMedia
 from trainer.tracking.artifacts import CheckpointUploads
-from trainer.tracking.wandb_file import last_step, mark_as_synced, remove_empty
+from trainer.tracking.wandb_file import last_step, mark_as_synced, mend
 
 logger = logging.getLogger("lockstep")
 
@@ -70,7 +70,7 @@ class WandbRun:
         folder = run_dir / "wandb"
         sent = -1
         if wandb_id is not None:
-            remove_empty(folder, wandb_id)
+            mend(folder, wandb_id)
             sent = last_step(folder, wandb_id)
         mode = wandb_mode(self._config)
         before = {"id": wandb_id, "resume": "allow"} if wandb_id is not None else {}
@@ -149,8 +149,8 @@ class WandbRun:
 
     # ---- the end --------------------------------------------------------------------------------------------
 
-    def finish(self, failed: bool, goes_on: bool, seconds: float | None) -> None:
-        if not goes_on:  # else the next attempt adds its evaluation to this row, and sends it whole
+    def finish(self, failed: bool, open_step: int | None, seconds: float | None) -> None:
+        if self._row_step != open_step:  # else the next attempt adds its evaluation to the row, and sends it whole
             self._send_row()
         limit = self._config.finish_timeout.seconds
         if failed:
@@ -296,7 +296,7 @@ def _wandb_media(media: EvalMedia) -> dict[str, Any]:
             for example in media.examples
         ]
         shown = [image for image in images if image is not None]
-        columns = ["target", "prediction", "confidence"]
+        columns: list[str | int] = ["target", "prediction", "confidence"]
         rows: list[list[Any]] = [[e.target, e.prediction, e.confidence] for e in media.examples]
         if len(shown) == len(images):
             columns = ["image", *columns]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import glob
 import json
 import shutil
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +30,7 @@ from trainer.cli import main
 from trainer.config_reporting import WandbConfig
 from trainer.data.datasets import Digits
 from trainer.faults.plan import VARIABLE, Event, write_plan
-from trainer.tracking import Trackers, wandb_run
+from trainer.tracking import Trackers, wandb_file, wandb_run
 from trainer.tracking.artifacts import CheckpointUploads
 
 if TYPE_CHECKING:
@@ -331,3 +333,22 @@ def test_arguments_of_a_tracker(train: Train, write_config: WriteConfig, tmp_pat
     assert "tracking.init.mlflow: tracking.trackers does not name 'mlflow'" in done.err
     done = train("--config", write_config(tracking={"trackers": ["aim"]}))
     assert "tracking.trackers.0: 'aim' is not installed; pip install aim, or leave it out" in done.err
+
+
+def test_files_of_killed_attempts_are_mended(tmp_path: Path) -> None:
+    whole = b":W&B\xe1\xbe\x00"
+    ends = []
+    for kind, data in [(1, b"a" * 50), (2, b"b" * 32_600), (4, b"c" * 100), (1, b"d" * 9)]:
+        left = 32768 - len(whole) % 32768
+        assert left >= 7
+        check = zlib.crc32(data, zlib.crc32(bytes([kind])))
+        whole += struct.pack("<IHB", check, len(data), kind) + data
+        if kind != 2:
+            ends.append(len(whole))
+    for cut in (0, 7, 30, *ends, ends[0] + 3, ends[1] - 1, ends[1] + 5, ends[2] - 1):
+        file = tmp_path / "offline-run-1-abc" / "run-abc.wandb"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(whole[:cut])
+        wandb_file.mend(tmp_path, "abc")
+        reached = [end for end in ends if end <= cut]
+        assert (file.stat().st_size if file.exists() else 0) == (reached[-1] if reached else 0), cut

@@ -23,10 +23,12 @@ from launching import environment
 from run_results import records, summary
 from wandb_server import StoredRun, WandbServer
 
+from benchmarks import tracking
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import Progress
 from trainer.checkpoint.storage import LocalStorage
 from trainer.cli import main
+from trainer.config import load_config
 from trainer.config_reporting import WandbConfig
 from trainer.data.datasets import Digits
 from trainer.faults.plan import VARIABLE, Event, write_plan
@@ -87,8 +89,8 @@ def test_online_is_one_curve_over_a_kill(
 ) -> None:
     settings = {"project": "p", "name": "shown", "group": "g", "tags": ["t"], "notes": "n", "entity": "team"}
     init = {"wandb": {"job_type": "trial", "settings": {"x_file_stream_transmit_interval": 0.1}}}
-    tracking = {**wandb_config(**settings, checkpoints="all"), "init": init}
-    config = write_config(tracking=tracking, checkpoint__every=3, eval__every=2)
+    changes = {**wandb_config(**settings, checkpoints="all"), "init": init}
+    config = write_config(tracking=changes, checkpoint__every=3, eval__every=2)
     with WandbServer() as online:
         variables = {**home(tmp_path), **online.variables}
         assert server.train("--config", config, variables={**variables, **killed}).code == -9
@@ -143,10 +145,10 @@ def test_offline_is_one_curve_once_synced(
 
 def test_a_server_that_dies_in_the_middle(server: TrainServer, write_config: WriteConfig, tmp_path: Path) -> None:
     init = {"wandb": {"settings": {"x_file_stream_transmit_interval": 0.1}}}
-    tracking = {**wandb_config(mode="online", finish_timeout="2 seconds"), "init": init, "samples": 0}
+    changes = {**wandb_config(mode="online", finish_timeout="2 seconds"), "init": init, "samples": 0}
     with WandbServer(dies=True) as online:
         variables = {**home(tmp_path), **online.variables}
-        done = server.train("--config", write_config(tracking=tracking, train__epochs=60), variables=variables)
+        done = server.train("--config", write_config(tracking=changes, train__epochs=60), variables=variables)
         assert done.code == 0, done.err
         assert online.stopped
         (run,) = online.runs.values()
@@ -352,3 +354,20 @@ def test_files_of_killed_attempts_are_mended(tmp_path: Path) -> None:
         wandb_file.mend(tmp_path, "abc")
         reached = [end for end in ends if end <= cut]
         assert (file.stat().st_size if file.exists() else 0) == (reached[-1] if reached else 0), cut
+
+
+def test_the_table_of_the_benchmark() -> None:
+    speeds = {"none": [10.0, 12.0, 11.0], "silent": [10.0, 11.9, 11.0], "dies": [9.9, 12.0, 11.0]}
+    result = {
+        "command": "python -m benchmarks.tracking",
+        "hardware": "2 CPU cores",
+        "versions": {"wandb": "0.31.0"},
+        "steps": 1000,
+        **tracking.compared(speeds),
+    }
+    lines = tracking.table(result).splitlines()
+    assert lines[2] == "| `tracking.trackers: []` | 11.0 | | |"
+    assert lines[3] == "| W&B online, a server that never answers | 11.0 | 1.000 | 0.992, 1.000 |"
+    assert lines[4] == "| W&B online, a server that dies in the middle | 11.0 | 1.000 | 0.990, 1.000 |"
+    job = tracking.command("dies", Path("run"), 1000)
+    assert load_config(job[job.index("--config") + 1], job[job.index("--config") + 2 :]).tracking.wandb.mode == "online"

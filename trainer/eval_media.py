@@ -86,11 +86,7 @@ class Collector:
 
     def add(self, outputs: Any, data: Any) -> None:
         """Takes what it wants from a batch. Waits for nothing."""
-        for name, table in self._task.eval_tables(outputs, data).items():
-            if name in self.tables:
-                self.tables[name] += table
-            else:
-                self.tables[name] = table
+        self._task.eval_tables(self.tables, outputs, data)
         if self._num_missing > 0:
             taken = self._task.examples(outputs, data, self._num_missing)
             if not taken:

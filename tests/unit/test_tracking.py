@@ -17,19 +17,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 import wandb_log
 from conftest import Train, WriteConfig
 from launching import environment
 from run_results import records, summary
+from torch.nn import functional
 from wandb_server import StoredRun, WandbServer
 
+from benchmarks import tracking
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import Progress
 from trainer.checkpoint.storage import LocalStorage
 from trainer.cli import main
+from trainer.config import NormalizeConfig, load_config
 from trainer.config_reporting import WandbConfig
+from trainer.data.augment import DeviceAugmentation
 from trainer.data.datasets import Digits
+from trainer.eval_media import Collector
 from trainer.faults.plan import VARIABLE, Event, write_plan
+from trainer.tasks.classification import Classification
 from trainer.tracking import Trackers, wandb_file, wandb_run
 from trainer.tracking.artifacts import CheckpointUploads
 
@@ -87,8 +94,8 @@ def test_online_is_one_curve_over_a_kill(
 ) -> None:
     settings = {"project": "p", "name": "shown", "group": "g", "tags": ["t"], "notes": "n", "entity": "team"}
     init = {"wandb": {"job_type": "trial", "settings": {"x_file_stream_transmit_interval": 0.1}}}
-    tracking = {**wandb_config(**settings, checkpoints="all"), "init": init}
-    config = write_config(tracking=tracking, checkpoint__every=3, eval__every=2)
+    changes = {**wandb_config(**settings, checkpoints="all"), "init": init}
+    config = write_config(tracking=changes, checkpoint__every=3, eval__every=2)
     with WandbServer() as online:
         variables = {**home(tmp_path), **online.variables}
         assert server.train("--config", config, variables={**variables, **killed}).code == -9
@@ -143,10 +150,10 @@ def test_offline_is_one_curve_once_synced(
 
 def test_a_server_that_dies_in_the_middle(server: TrainServer, write_config: WriteConfig, tmp_path: Path) -> None:
     init = {"wandb": {"settings": {"x_file_stream_transmit_interval": 0.1}}}
-    tracking = {**wandb_config(mode="online", finish_timeout="2 seconds"), "init": init, "samples": 0}
+    changes = {**wandb_config(mode="online", finish_timeout="2 seconds"), "init": init, "samples": 0}
     with WandbServer(dies=True) as online:
         variables = {**home(tmp_path), **online.variables}
-        done = server.train("--config", write_config(tracking=tracking, train__epochs=60), variables=variables)
+        done = server.train("--config", write_config(tracking=changes, train__epochs=60), variables=variables)
         assert done.code == 0, done.err
         assert online.stopped
         (run,) = online.runs.values()
@@ -312,7 +319,7 @@ def test_a_rollback_sends_no_step_twice() -> None:
     sent: list[int] = []
     trackers = Trackers.__new__(Trackers)
     trackers._sent = {}
-    trackers.trackers = [SimpleNamespace(name="x", log=lambda record, step: sent.append(step))]  # type: ignore[list-item]
+    trackers.trackers = [SimpleNamespace(name="x", log=lambda record, step: sent.append(step))]
     for step in (1, 2, 3, 2, 3, 4):
         trackers.log({"train/loss": 0.0}, step)
     trackers.log({"eval/loss": 0.0}, 4)
@@ -352,3 +359,53 @@ def test_files_of_killed_attempts_are_mended(tmp_path: Path) -> None:
         wandb_file.mend(tmp_path, "abc")
         reached = [end for end in ends if end <= cut]
         assert (file.stat().st_size if file.exists() else 0) == (reached[-1] if reached else 0), cut
+
+
+def test_the_table_of_the_benchmark() -> None:
+    speeds = {"none": [10.0, 12.0, 11.0], "silent": [10.0, 11.9, 11.0], "dies": [9.9, 12.0, 11.0]}
+    result = {
+        "command": "python -m benchmarks.tracking",
+        "hardware": "2 CPU cores",
+        "versions": {"wandb": "0.31.0"},
+        "steps": 1000,
+        **tracking.compared(speeds),
+    }
+    lines = tracking.table(result).splitlines()
+    assert lines[2] == "| `tracking.trackers: []` | 11.0 | | |"
+    assert lines[3] == "| W&B online, a server that never answers | 11.0 | 1.000 | 0.992, 1.000 |"
+    assert lines[4] == "| W&B online, a server that dies in the middle | 11.0 | 1.000 | 0.990, 1.000 |"
+    job = tracking.command("dies", Path("run"), 1000)
+    assert load_config(job[job.index("--config") + 1], job[job.index("--config") + 2 :]).tracking.wandb.mode == "online"
+
+
+@pytest.mark.parametrize("is_soft", [False, True])
+def test_the_confusion_matrix_counts_what_has_a_label(is_soft: bool) -> None:
+    task = Classification(num_classes=3)
+    outputs = torch.tensor([[2.0, 1, 0], [0, 2, 1], [0, 2, 1], [0, 0, 5]])
+    labels = torch.tensor([0, 1, 2, 2]) if is_soft else torch.tensor([0, 1, 2, -100])
+    targets = functional.one_hot(labels, 3).float() if is_soft else labels
+    tables: dict[str, torch.Tensor] = {}
+    for _ in range(2):
+        task.eval_tables(tables, outputs, (torch.zeros(4), targets))
+    assert tables["confusion"].tolist() == [[2, 0, 0], [0, 2, 0], [0, 2, 2 if is_soft else 0]]
+    wide: dict[str, torch.Tensor] = {}
+    task.eval_tables(wide, torch.zeros(4, 1001), (torch.zeros(4), labels))
+    assert wide == {}
+
+
+def test_pictures_are_as_they_were_before_they_were_normalised() -> None:
+    original = torch.randint(0, 256, (3, 3, 20, 500), dtype=torch.uint8)
+    normalize = NormalizeConfig(mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25])
+    normalized = DeviceAugmentation(normalize, dtype=torch.float32)(original)
+    task = Classification(num_classes=2)
+    collector = Collector(task, 5)
+    for batch in (normalized[:2], normalized[2:]):
+        collector.add(torch.tensor([[0.0, 9.0]] * len(batch)), (batch, torch.tensor([0] * len(batch))))
+    media = collector.media({}, ["cat", "dog"], normalize)
+    assert [(e.number, e.target, e.prediction) for e in media.examples] == [(i, "cat", "dog") for i in range(3)]
+    assert media.examples[0].caption == "dog (100%), is cat"
+    for example, expected in zip(media.examples, original, strict=True):
+        assert example.image is not None
+        assert example.image.shape == (10, 256, 3)
+        small = functional.interpolate(expected[None].float(), (10, 256), mode="area")[0].permute(1, 2, 0)
+        assert np.abs(example.image - small.numpy()).max() <= 1

@@ -79,12 +79,11 @@ class Task(ABC):
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Turns the totals of `eval_sums` over the whole evaluation set into named metrics."""
 
-    def eval_tables(self, outputs: Any, data: Any) -> dict[str, torch.Tensor]:
-        """Returns square tables of counts (classes, classes), a row per target and a column per prediction.
+    def eval_tables(self, tables: dict[str, torch.Tensor], outputs: Any, data: Any) -> None:  # noqa: B027
+        """Adds the counts of a batch to square tables (classes, classes), a row per target, a column per prediction.
 
-        They are int64, on the device, and add up over batches and ranks; the same names and shapes for every batch.
+        They are int64, on the device, and made with the first batch; names and shapes are the same on all ranks.
         """
-        return {}
 
     def examples(self, outputs: Any, data: Any, num: int) -> dict[str, torch.Tensor]:
         """Returns what to show of up to `num` samples of a batch, the first dimension of each tensor being samples.

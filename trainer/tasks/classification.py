@@ -160,18 +160,18 @@ class Classification(Task):
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         return {"loss": sums["loss"] / sums["count"], "accuracy": sums["correct"] / sums["count"]}
 
-    def eval_tables(self, outputs: torch.Tensor, data: Any) -> dict[str, torch.Tensor]:
-        """Returns the confusion matrix, up to 1000 classes; samples with an ignored label are not counted."""
+    def eval_tables(self, tables: dict[str, torch.Tensor], outputs: torch.Tensor, data: Any) -> None:
+        """Counts the confusion matrix, up to 1000 classes; samples with an ignored label are not in it."""
         num_classes = outputs.shape[1]
         if num_classes > _MOST_CONFUSED:
-            return {}
+            return
+        if "confusion" not in tables:
+            tables["confusion"] = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=outputs.device)
         labels = _labels(self.targets(data))
         is_counted = (labels >= 0) & (labels < num_classes)
-        # What is not counted goes to a cell of its own: nothing here waits for the device.
-        cells = torch.where(is_counted, labels * num_classes + outputs.argmax(1), num_classes**2)
-        counts = torch.zeros(num_classes**2 + 1, dtype=torch.int64, device=outputs.device)
-        counts.index_add_(0, cells, torch.ones_like(cells))
-        return {"confusion": counts[:-1].view(num_classes, num_classes)}
+        # Nothing here waits for the device: what is not counted adds 0 to a cell.
+        cells = torch.where(is_counted, labels * num_classes + outputs.argmax(1), 0)
+        tables["confusion"].view(-1).index_add_(0, cells, is_counted.long())
 
     def examples(self, outputs: torch.Tensor, data: Any, num: int) -> dict[str, torch.Tensor]:
         confidence, prediction = outputs[:num].float().softmax(1).max(1)

@@ -62,6 +62,7 @@ class Assembly:
         config, runtime = self.config, self.runtime
         runtime.agree(self._check_surroundings)
         train_set, eval_set = build_data(config.data, runtime)
+        self.class_names = class_names(train_set) or (class_names(eval_set) if eval_set is not None else None)
         runtime.agree(self._check_transforms)
         num_classes = runtime.agree(lambda: class_count(config, train_set))
         shrink = runtime.from_main(lambda: read_shrink(config.run_dir)) if config.memory.on_oom == "shrink" else None

@@ -76,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what = "the weights, or (onnx, torch_export) the model, whose inputs are already cropped and normalised"
     export.add_argument("--format", choices=formats, default="safetensors", help=f"{what} (default: safetensors)")
     export.add_argument("--output", required=True, metavar="FILE", help="file to write")
+    export.add_argument("--artifact", action="store_true", help="also add the file to the run's W&B run")
     report = commands.add_parser("report", help="write a run's page, or one that compares runs, as one HTML file")
     report.add_argument("runs", nargs="+", metavar="RUN", help="run folder, such as runs/digits")
     default = "default: report.html in the run folder, or here where there are several runs"
@@ -263,7 +264,14 @@ def _run_main(options: argparse.Namespace) -> int:
 
     run_dir = Path(options.run_dir)
     if options.command == "export":
-        results.export(run_dir, options.format, Path(options.output), best=options.best, kind=options.weights)
+        results.export(
+            run_dir,
+            options.format,
+            Path(options.output),
+            best=options.best,
+            kind=options.weights,
+            as_artifact=options.artifact,
+        )
     else:
         metrics = results.evaluate(run_dir, best=options.best, kind=options.weights)
         sys.stdout.write(json.dumps(metrics) + "\n")

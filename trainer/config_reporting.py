@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from trainer.config_values import Bool, Every, Interval, PositiveInt, Section
+from trainer.config_values import Bool, Every, Interval, NonNegativeInt, PositiveInt, Seconds, Section, TimeSpan
+
+TrackerName = Literal[
+    "wandb", "tensorboard", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio"
+]  # Accelerate's names
 
 MOST_PROFILED_STEPS = 100  # a step of a large model has thousands of events
 
@@ -28,20 +32,40 @@ class WandbConfig(Section):
     mode: Literal["online", "offline", "disabled"] | None = Field(
         None, description="Default: WANDB_MODE if set, else online where an API key is found, else offline."
     )
-    project: str = Field("lockstep", description="Project that the run belongs to.")
+    project: str = Field(
+        "lockstep", description="Project that the run belongs to; also that of the other trackers that have projects."
+    )
     entity: str | None = Field(None, description="User or team. Default: the account's own.")
+    name: str | None = Field(None, min_length=1, description="Name of the run as W&B shows it. Default: `run.name`.")
     group: str | None = Field(None, description="Group of runs shown together.")
     tags: tuple[str, ...] = Field((), description="Tags of the run.")
     notes: str | None = Field(None, description="A longer description of the run.")
+    checkpoints: Literal["none", "best", "last", "all"] = Field(
+        "none",
+        description="Checkpoints to upload as artifacts, behind the training: each new best one, the last one when "
+        "the run ends, or all.",
+    )
+    finish_timeout: Seconds = Field(
+        TimeSpan(60.0),
+        description="How long the end of a run waits for uploads, such as `60 s`. What is left then stays in the run "
+        "folder, for `wandb sync`.",
+    )
 
 
 class TrackingConfig(Section):
     """Experiment trackers, through Accelerate, on rank 0 only. `metrics.jsonl` is always written."""
 
-    trackers: tuple[Literal["wandb", "tensorboard"], ...] = Field(
-        ("wandb",), description="Trackers to write to; an empty list for none."
-    )
+    trackers: tuple[TrackerName, ...] = Field(("wandb",), description="Trackers to write to; an empty list for none.")
     wandb: WandbConfig = Field(default_factory=WandbConfig, description="Weights & Biases settings.")
+    init: dict[TrackerName, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="By tracker, what its own start is called with, such as `{mlflow: {experiment_name: cats}}`.",
+    )
+    samples: NonNegativeInt = Field(
+        16,
+        description="Samples of each evaluation to keep with their predictions, beside the confusion matrix; 0 keeps "
+        "neither.",
+    )
 
 
 class ProfileConfig(Section):

@@ -29,6 +29,7 @@ from trainer.data.feed import MicroBatch
 from trainer.data.sampler import EvalSampler
 from trainer.ema import Ema
 from trainer.errors import UserError, one_line
+from trainer.eval_media import Collector, EvalMedia
 from trainer.faults.fault import Fault, next_attempt
 from trainer.faults.lookout import Lookout
 from trainer.faults.numbers import BadNumbers, NumberGuard
@@ -77,6 +78,7 @@ class Trainer(Resumable):
             self.reporter: Reporter | None = None  # on rank 0, once the run has started
             self.survey: Survey | None = None  # the same
             self.first_step = 0  # of this attempt
+            self.media: EvalMedia | None = None  # of the last evaluation, on rank 0
             self.profiling: Profiling | None = None
             self._micro_batch = 0  # of the present step
             self.ledger = Ledger(self.folder) if to_train and runtime.is_main else None
@@ -284,10 +286,13 @@ class Trainer(Resumable):
         save_by_clock, is_alarmed = self.agree()
         save_due, evaluation_due = save_by_clock or self.save_due(), self.evaluation_due()
         # What is wrong is known late; before anything is kept it has to be known.
-        if is_alarmed or ((save_due or evaluation_due) and self._any_alarm()):
+        report_due = self.due(self.config.log.every)
+        # Trackers cannot take back what they were told of a step that will be made again.
+        is_final = save_due or evaluation_due or (report_due and self.config.faults.non_finite == "rollback")
+        if is_alarmed or (is_final and self._any_alarm()):
             self.recover()
             return
-        if self.due(self.config.log.every):
+        if report_due:
             self.report()
         if self.decisions.stopping:
             return
@@ -319,6 +324,8 @@ class Trainer(Resumable):
         model.eval()
         batch_size = self.config.eval.batch_size or self.plan.micro_batch_size
         totals: dict[str, torch.Tensor] = {}
+        num_examples = self.config.tracking.samples
+        collector = Collector(self.task, num_examples if self.runtime.is_main else 0) if num_examples else None
         # Ranks may have uneven counts of batches, but ask as often as the one with the most.
         most = EvalSampler.most_batches(len(self.eval_feed.dataset), batch_size, self.runtime.num_ranks)
         batches = self._eval_batches(batch_size, most)
@@ -331,6 +338,8 @@ class Trainer(Resumable):
                 if batch is not None and batch.num_samples:
                     for name, value in self.task.eval_sums(outputs, batch.data).items():
                         totals[name] = totals.get(name, 0) + self.runtime.exact(value)  # on its device: nobody waits
+                    if collector is not None:
+                        collector.add(outputs, batch.data)
                 if self.decisions.stops_here():
                     return None
         finally:
@@ -341,7 +350,12 @@ class Trainer(Resumable):
         # A rank without a sample (a tiny evaluation set) has no totals of its own, and adds zeros.
         names: list[str] = next(filter(None, self.runtime.gather(list(totals))), [])
         zero = torch.zeros(())
-        return self.task.metrics(self.runtime.sum({name: totals.get(name, zero) for name in names}))
+        sums = self.runtime.sum({name: totals.get(name, zero) for name in names})
+        if collector is not None:
+            tables = self.runtime.sum_tables(collector.tables)
+            if self.runtime.is_main:
+                self.media = collector.media(tables, self.class_names, self.config.data.normalize)
+        return self.task.metrics(sums)
 
     def _eval_batches(self, batch_size: int, most: int) -> Generator[MicroBatch, None, None]:
         """Returns this rank's evaluation batches; with a sharded model also stand-ins, which must not count."""
@@ -467,6 +481,10 @@ class Trainer(Resumable):
             return False
         return self.due(self.config.eval.every)
 
+    def _open_step(self) -> int | None:
+        """Returns the present step, if it is still to be evaluated."""
+        return self.progress.step if self.evaluation_due() else None
+
     def evaluate_and_save(self, is_saved: bool) -> None:
         """Evaluates, and saves where this is the best evaluation so far, or adds it to the checkpoint of this step.
 
@@ -486,7 +504,10 @@ class Trainer(Resumable):
         progress.evaluated_step, progress.eval_metrics = progress.step, metrics
         if self.reporter is not None:
             self.reporter.publish(progress.step, {f"eval/{k}": v for k, v in metrics.items()})
-        if self._is_best(metrics) or is_saved:
+        is_best = self._is_best(metrics)
+        if self.reporter is not None and self.media is not None:
+            self.reporter.show(progress.step, self.media, progress.best_step)
+        if is_best or is_saved:
             self.save()
 
     def _is_best(self, metrics: Mapping[str, float]) -> bool:
@@ -585,10 +606,13 @@ class Trainer(Resumable):
                     self.total_steps,
                     self.progress,
                     self.bare_model,
+                    (self.best_metric, self.best_mode),
                     self.feed,
                     self.planned,
                     self.flops,
                 )
+                reporter = self.reporter
+                self.saver.on_saved = lambda progress: reporter.checkpoint_saved(self.checkpoints, progress)
                 self.checkpoints.clean()
                 self.stop_requests.watch_file(self.folder.path)
             self.feed.start(self.sampler, self.progress.step, self.total_steps)
@@ -644,13 +668,14 @@ class Trainer(Resumable):
             self._close_feeds()
             self.stop_requests.release_signals()
             if self.reporter is not None:
-                self.reporter.close(failed=True)
+                self.reporter.close(failed=True, open_step=self._open_step())
 
     def close(self) -> None:
         """Ends workers and trackers, and leaves the process group."""
         self._close_feeds()
         if self.reporter is not None:
-            self.reporter.close()
+            left = self.config.faults.grace.seconds - self.stop_requests.seconds_ago()
+            self.reporter.close(False, self._open_step(), left if self.stop_requests.requested else None)
         self.decisions.forget()
         self.saver.wait()
         del self.model, self.optimizer, self.bare_model, self.bare_optimizer

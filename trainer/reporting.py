@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from trainer.advice.measured import Advice
+from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import Progress
 from trainer.checkpoint.writing import SaveStatistics
 from trainer.config import Config
 from trainer.data.feed import DeviceFeed
 from trainer.data.sampler import BatchPlan
+from trainer.eval_media import EvalMedia, write_media
 from trainer.faults.fault import Fault
 from trainer.goodput import Goodput
 from trainer.report import write_page
@@ -47,6 +49,7 @@ class Reporter:
         total_steps: where the run ends.
         progress: where this attempt starts; its W&B id is filled in.
         model: the bare model, for its size.
+        best: the metric that decides the best checkpoint, if any, and whether that is the largest or the smallest.
         feed: of the training data.
         planned: what the planner chose, where it was asked.
         flops: of a sample, and of the device.
@@ -61,6 +64,7 @@ class Reporter:
         total_steps: int,
         progress: Progress,
         model: nn.Module,
+        best: tuple[str | None, str],
         feed: DeviceFeed,
         planned: Prediction | None,
         flops: FlopCounter,
@@ -74,7 +78,11 @@ class Reporter:
         self.first_step = progress.step
         folder.describe(runtime.num_ranks, runtime.device)
         folder.cut_metrics(progress.step, progress.evaluated_step)
-        self.trackers = Trackers(config, folder.path, progress.wandb_id)
+        best_metric, best_mode = best
+        goals = {"train/loss": "min", "eval/loss": "min"}
+        if best_metric is not None:
+            goals[f"eval/{best_metric}"] = best_mode
+        self.trackers = Trackers(config, folder.path, progress.wandb_id, folder.records(), goals)
         progress.wandb_id = self.trackers.wandb_id
         for line in banner(config, runtime, plan, total_steps, progress.step, model, feed, planned):
             logger.info("%s", line)
@@ -86,6 +94,15 @@ class Reporter:
         self.folder.log({"step": step, **position, **values})
         self.trackers.log({**position, **values}, step)
         self.display.show(step, position["epoch"], values)
+
+    def show(self, step: int, media: EvalMedia, best_step: int | None) -> None:
+        """Writes the samples and tables of an evaluation to the run folder, and sends them to the trackers."""
+        write_media(self.folder.path, step, media, best_step)
+        self.trackers.show(media, step)
+
+    def checkpoint_saved(self, checkpoints: CheckpointFolder, progress: Progress) -> None:
+        """Tells the trackers of a checkpoint that is there now; called on the thread that wrote it."""
+        self.trackers.checkpoint(checkpoints, progress)
 
     def summarise(
         self,
@@ -144,7 +161,10 @@ class Reporter:
             }
         )
         write_page(self.folder.path, self.folder.curves)
-        self.trackers.summarise({"goodput": goodput.goodput, "advice": _as_text(advice)}, progress.step)
+        told: dict[str, Any] = {"goodput": goodput.goodput, "advice": _as_text(advice), "status": status}
+        if progress.best_step is not None:
+            told |= {f"best/eval/{best_metric}": progress.best_value, "best/step": progress.best_step}
+        self.trackers.summarise(told, progress.step)
         logger.info("%s", goodput.line())
         for said in advice:
             logger.info("advice: %s", said.text)
@@ -161,10 +181,16 @@ class Reporter:
         logger.warning("step %s: %s", fault.step, fault.message)
         self.folder.append("faults/bad-steps.jsonl", record)
 
-    def close(self, failed: bool = False) -> None:
-        """Closes the progress bar and the trackers."""
+    def close(self, failed: bool = False, open_step: int | None = None, seconds: float | None = None) -> None:
+        """Closes the progress bar and the trackers.
+
+        Args:
+            failed: the run ended with an error.
+            open_step: a step that is still to be evaluated, which the next attempt does.
+            seconds: for trackers to wait for their servers; None for as long as is configured.
+        """
         self.display.close()
-        self.trackers.finish(failed)
+        self.trackers.finish(failed, open_step, seconds)
 
 
 def _as_text(advice: Sequence[Advice]) -> str:

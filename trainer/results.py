@@ -48,6 +48,8 @@ _ALONE = (
     "parallel.gradient_compression=none",
     "parallel.pin_cores=false",
     "tracking.trackers=[]",
+    "tracking.init={}",
+    "tracking.samples=0",
 )
 # In float32 and row by row, and every sample as an evaluation sees it.
 _PLAIN = (
@@ -100,7 +102,15 @@ def _micro_batch_that_trained(run_dir: Path) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def export(run_dir: Path, file_format: Format, output: Path, *, best: bool, kind: Kind | None = None) -> None:
+def export(
+    run_dir: Path,
+    file_format: Format,
+    output: Path,
+    *,
+    best: bool,
+    kind: Kind | None = None,
+    as_artifact: bool = False,
+) -> None:
     """Writes the weights of a run's newest or best checkpoint, or the model with them, to one file.
 
     Args:
@@ -110,12 +120,16 @@ def export(run_dir: Path, file_format: Format, output: Path, *, best: bool, kind
         output: the file to write; an existing one is replaced whole or not at all.
         best: the best checkpoint instead of the newest.
         kind: averages or the last weights; None for averages where there are any.
+        as_artifact: also add the file to the W&B run.
 
     Raises:
         UserError: there is no such checkpoint, the model cannot be exported, or the file cannot be written.
     """
     config = _read_config(run_dir)
     weights = CheckpointWeights(_choose(open_folder(config), best), kind)
+    progress = weights.checkpoint.manifest.progress
+    if as_artifact and progress.wandb_id is None:
+        raise UserError(f"the run in '{run_dir}' has no W&B run to add the file to", path="tracking.trackers")
     if file_format in ("onnx", "torch_export"):
         from trainer.graphs import write_graph
 
@@ -127,6 +141,12 @@ def export(run_dir: Path, file_format: Format, output: Path, *, best: bool, kind
         with _replacing(output, _ENDINGS[file_format]) as staged:
             write(weights, staged)
     logger.info("%s: %d tensors, the %s, as %s", output, len(weights.names), weights, file_format)
+    if as_artifact:
+        from trainer.tracking.artifacts import log_export
+
+        metrics = {f"eval/{name}": value for name, value in progress.eval_metrics.items()}
+        metadata = {"step": progress.step, "format": file_format, "weights": weights.kind, **metrics}
+        log_export(config, run_dir, progress.wandb_id, output, metadata)
 
 
 def _write_safetensors(weights: CheckpointWeights, file: Path) -> None:

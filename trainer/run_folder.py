@@ -89,6 +89,14 @@ class RunFolder:
         if "".join(kept) != before:
             self.write(name, "".join(kept))
 
+    def records(self) -> list[dict[str, Any]]:
+        """Returns the records of `metrics.jsonl`, of all attempts so far."""
+        try:
+            lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
+        except OSError:
+            return []
+        return [json.loads(line) for line in lines]
+
     def log(self, record: Mapping[str, Any]) -> None:
         """Appends a record to `metrics.jsonl` and flushes it."""
         record = _finite({**record, "time": round(time.time(), 3)})

@@ -240,6 +240,23 @@ class Runtime:
             dist.all_reduce(stacked)
         return dict(zip(values, stacked.tolist(), strict=True))
 
+    def sum_tables(self, tables: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Sums integer tensors over all ranks, on the device; a rank without any of a name adds zeros."""
+        if self.num_ranks == 1:
+            return dict(tables)
+        shapes = {
+            name: shape
+            for known in self.gather({n: t.shape for n, t in tables.items()})
+            for name, shape in known.items()
+        }
+        found = {}
+        for name in sorted(shapes):
+            table = tables.get(name)
+            found[name] = torch.zeros(shapes[name], dtype=torch.int64, device=self.device) if table is None else table
+            found[name] = found[name].to(self.device).contiguous()
+            dist.all_reduce(found[name])
+        return found
+
     def exact(self, value: torch.Tensor) -> torch.Tensor:
         """Returns a scalar, where it is, wide enough to add up: float64 holds every count below 2**53 exactly."""
         # Apple's GPUs have no float64.

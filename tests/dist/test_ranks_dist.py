@@ -96,6 +96,16 @@ def test_wandb_is_one_run_however_many_ranks_and_restarts(
     assert curve == losses(tmp_path / "run")
     assert list(curve) == list(range(1, 16))
     assert [row["step"] for row in rows if "eval/accuracy" in row] == [5, 10, 15]
+    assert [row["_step"] for row in rows] == list(range(1, 16))  # one row per step
+    # All samples of both ranks are in the matrix; the examples are rank 0's.
+    folder = tmp_path / "run" / "eval" / "step-00000015"
+    counts = json.loads((folder / "confusion.json").read_text())["counts"]
+    assert [sum(row) for row in counts] == [8, 8, 7]  # of 23 samples
+    correct = sum(counts[label][label] for label in range(3))
+    assert correct / 23 == summary(tmp_path / "run")["metrics"]["eval/accuracy"]
+    samples = json.loads((folder / "samples.json").read_text())
+    assert [sample["image"] for sample in samples] == [None] * 12
+    assert {sample["target"] for sample in samples} == {"a", "b", "c"}
 
 
 def test_wandb_online_without_a_network_goes_offline(

@@ -72,3 +72,14 @@ def summary(file: Path) -> dict[str, Any]:
         if r.WhichOneof("record_type") == "summary":
             found.update({i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in r.summary.update})
     return found
+
+
+def artifacts(file: Path) -> list[Any]:
+    """Returns the records of artifacts that the run is to upload."""
+    found = []
+    for r in records(file):
+        if r.WhichOneof("record_type") == "artifact":
+            found.append(r.artifact)
+        elif r.WhichOneof("record_type") == "request" and r.request.WhichOneof("request_type") == "log_artifact":
+            found.append(r.request.log_artifact.artifact)
+    return found

@@ -94,6 +94,8 @@ class Saver:
         self.statistics = SaveStatistics()
         self.saved_step: int | None = None  # of the newest checkpoint that is there
         self.failures: list[str] = []  # what went wrong with each save that failed
+        # Told, on rank 0, of each checkpoint that is there and of what becomes known of it later; on either thread.
+        self.on_saved: Callable[[Progress], None] = lambda progress: None
         self._group = group
         self._device = device
         self._beat = beat
@@ -186,6 +188,8 @@ class Saver:
         except OSError as error:
             self._note_failure(one_line_text(error))
             logger.warning("checkpoint of step %d: results not added: %s", progress.step, one_line_text(error))
+            return
+        self.on_saved(progress)
 
     # ---- the plan and the copy ----------------------------------------------------------------------------
 
@@ -251,6 +255,8 @@ class Saver:
             self._note_failure(save.error)
         if self.ranks.rank == 0:
             self._tell(save)
+        if self.ranks.rank == 0 and save.error is None:
+            self.on_saved(save.manifest.progress)
 
     def _note_failure(self, error: str) -> None:
         self.failures.append(error)

@@ -8,7 +8,7 @@ has `task.loss`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -28,6 +28,8 @@ class Task(ABC):
     sums = task.eval_sums(outputs, data)     # evaluation: summed over batches and ranks by the loop
     metrics = task.metrics(sums)             # once, from the totals
     ```
+
+    An evaluation can also show something: `eval_tables` and `examples`, where a task has them.
     """
 
     input_key = "input"  # where the input is in samples that are dicts
@@ -76,6 +78,26 @@ class Task(ABC):
     @abstractmethod
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Turns the totals of `eval_sums` over the whole evaluation set into named metrics."""
+
+    def eval_tables(self, tables: dict[str, torch.Tensor], outputs: Any, data: Any) -> None:  # noqa: B027
+        """Adds the counts of a batch to square tables (classes, classes), a row per target, a column per prediction.
+
+        They are int64, on the device, and made with the first batch; names and shapes are the same on all ranks.
+        """
+
+    def examples(self, outputs: Any, data: Any, num: int) -> dict[str, torch.Tensor]:
+        """Returns what to show of up to `num` samples of a batch, the first dimension of each tensor being samples.
+
+        On the device and without waiting for it. `image` are inputs, or pictures (B, 1 or 3, height, width) as uint8;
+        the rest is for `describe_examples`. An empty dict where there is nothing to show.
+        """
+        return {}
+
+    def describe_examples(
+        self, examples: Mapping[str, torch.Tensor], classes: Sequence[str]
+    ) -> list[tuple[str, str, float | None]]:
+        """Says of each example, now in host memory, its target, the prediction, and how sure that is, from 0 to 1."""
+        raise NotImplementedError("a task that returns examples has to describe them")
 
     @staticmethod
     def part(data: Any, key: str, position: int) -> Any:

@@ -11,6 +11,8 @@ from torch import nn
 from trainer.errors import UserError, one_line, place_at
 from trainer.tasks.base import Task
 
+_MOST_CONFUSED = 1000  # classes; the matrix of more would take too much memory and time
+
 
 class CrossEntropy(nn.CrossEntropyLoss):
     """torch's cross-entropy, one value per sample. Class weights scale a sample's loss.
@@ -149,12 +151,43 @@ class Classification(Task):
 
     def eval_sums(self, outputs: torch.Tensor, data: Any) -> dict[str, torch.Tensor]:
         targets = self.targets(data)
-        labels = targets if targets.ndim == 1 else targets.argmax(1)
         return {
             "loss": self.loss_sum(outputs, data),
-            "correct": (outputs.argmax(1) == labels).sum(),
+            "correct": (outputs.argmax(1) == _labels(targets)).sum(),
             "count": torch.tensor(len(outputs)),  # on the host
         }
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         return {"loss": sums["loss"] / sums["count"], "accuracy": sums["correct"] / sums["count"]}
+
+    def eval_tables(self, tables: dict[str, torch.Tensor], outputs: torch.Tensor, data: Any) -> None:
+        """Counts the confusion matrix, up to 1000 classes; samples with an ignored label are not in it."""
+        num_classes = outputs.shape[1]
+        if num_classes > _MOST_CONFUSED:
+            return
+        if "confusion" not in tables:
+            tables["confusion"] = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=outputs.device)
+        labels = _labels(self.targets(data))
+        is_counted = (labels >= 0) & (labels < num_classes)
+        # Nothing here waits for the device: what is not counted adds 0 to a cell.
+        cells = torch.where(is_counted, labels * num_classes + outputs.argmax(1), 0)
+        tables["confusion"].view(-1).index_add_(0, cells, is_counted.long())
+
+    def examples(self, outputs: torch.Tensor, data: Any, num: int) -> dict[str, torch.Tensor]:
+        confidence, prediction = outputs[:num].float().softmax(1).max(1)
+        found = {"target": _labels(self.targets(data)[:num]), "prediction": prediction, "confidence": confidence}
+        inputs = self.inputs(data)
+        return {**found, "image": inputs[:num]} if isinstance(inputs, torch.Tensor) else found
+
+    def describe_examples(
+        self, examples: Mapping[str, torch.Tensor], classes: Sequence[str]
+    ) -> list[tuple[str, str, float | None]]:
+        def name(label: int) -> str:
+            return classes[label] if 0 <= label < len(classes) else str(label)
+
+        columns = (examples[key].tolist() for key in ("target", "prediction", "confidence"))
+        return [(name(target), name(found), sure) for target, found, sure in zip(*columns, strict=True)]
+
+
+def _labels(targets: torch.Tensor) -> torch.Tensor:
+    return targets if targets.ndim == 1 else targets.argmax(1)

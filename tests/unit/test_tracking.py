@@ -1,0 +1,411 @@
+"""W&B and the other trackers: what they get over kills, resumes and dead networks, and what an evaluation shows."""
+
+from __future__ import annotations
+
+import glob
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+import wandb_log
+from conftest import Train, WriteConfig
+from launching import environment
+from run_results import records, summary
+from torch.nn import functional
+from wandb_server import StoredRun, WandbServer
+
+from benchmarks import tracking
+from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.manifest import Progress
+from trainer.checkpoint.storage import LocalStorage
+from trainer.cli import main
+from trainer.config import NormalizeConfig, load_config
+from trainer.config_reporting import WandbConfig
+from trainer.data.augment import DeviceAugmentation
+from trainer.data.datasets import Digits
+from trainer.eval_media import Collector
+from trainer.faults.plan import VARIABLE, Event, write_plan
+from trainer.tasks.classification import Classification
+from trainer.tracking import Trackers, wandb_file, wandb_run
+from trainer.tracking.artifacts import CheckpointUploads
+
+if TYPE_CHECKING:
+    from resuming import TrainServer
+
+
+def wandb_config(**settings: Any) -> dict[str, Any]:
+    return {"trackers": ["wandb"], "wandb": settings}
+
+
+def home(tmp_path: Path) -> dict[str, str]:
+    folder = tmp_path / "home"
+    folder.mkdir(exist_ok=True)
+    return {"HOME": str(folder)}
+
+
+def sync(run_dir: Path, variables: Mapping[str, str]) -> None:
+    """Uploads all offline runs with wandb's own reader."""
+    folders = sorted(glob.glob(str(run_dir / "wandb" / "offline-run-*")))
+    command = [sys.executable, "-m", "wandb", "sync", *folders]
+    done = subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=60)
+    assert "ERROR" not in done.stderr, done.stderr
+
+
+def assert_one_curve(run: StoredRun, run_dir: Path) -> None:
+    """Asserts that W&B has each step of metrics.jsonl once, in order, with the same values."""
+    expected: dict[int, dict[str, Any]] = {}
+    for record in records(run_dir):
+        expected.setdefault(record["step"], {}).update({k: v for k, v in record.items() if k != "time"})
+    assert [row["step"] for row in run.history] == list(expected)
+    assert [row["_step"] for row in run.history] == list(expected)
+    for row in run.history:
+        for key, value in expected[row["step"]].items():
+            # The others are measured by a clock: they differ where a step was made twice.
+            if key in ("epoch", "samples", "train/loss", "train/lr", "train/grad_norm") or key.startswith("eval/"):
+                assert row[key] == value, (row["step"], key)
+        assert row.keys() >= expected[row["step"]].keys()
+
+
+def aliases(artifact: Mapping[str, Any]) -> set[str]:
+    return {alias["alias"] for alias in artifact["aliases"]}
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
+    """Variables of a run that is killed in step 9; the checkpoint before is that of step 6."""
+    (tmp_path / "run").mkdir()
+    write_plan(tmp_path / "plan.json", tmp_path / "run", [Event("kill", step=9, place="forward")], seconds_valid=600)
+    return {VARIABLE: str(tmp_path / "plan.json")}
+
+
+def test_online_is_one_curve_over_a_kill(
+    server: TrainServer, write_config: WriteConfig, tmp_path: Path, killed: dict[str, str]
+) -> None:
+    settings = {"project": "p", "name": "shown", "group": "g", "tags": ["t"], "notes": "n", "entity": "team"}
+    init = {"wandb": {"job_type": "trial", "settings": {"x_file_stream_transmit_interval": 0.1}}}
+    changes = {**wandb_config(**settings, checkpoints="all"), "init": init}
+    config = write_config(tracking=changes, checkpoint__every=3, eval__every=2)
+    with WandbServer() as online:
+        variables = {**home(tmp_path), **online.variables}
+        assert server.train("--config", config, variables={**variables, **killed}).code == -9
+        done = server.train("--config", config, variables=variables)
+        assert done.code == 0, done.err
+        (run,) = online.runs.values()
+        assert_one_curve(run, tmp_path / "run")
+        assert run.num_starts == 2
+        assert run.exit_code == 0
+        told = run.attributes
+        assert (told["displayName"], told["groupName"], told["tags"], told["notes"]) == ("shown", "g", ["t"], "n")
+        assert (told["entity"], told["project"], told["jobType"]) == ("team", "p", "trial")
+        assert run.config["optim"]["lr"] == 0.01
+        evaluated = [r["eval/accuracy"] for r in records(tmp_path / "run") if "eval/accuracy" in r]
+        losses = [r["train/loss"] for r in records(tmp_path / "run") if "train/loss" in r]
+        assert (run.summary["eval/accuracy"], run.summary["train/loss"]) == (evaluated[-1], losses[-1])
+        assert run.summary["best/eval/accuracy"] == max(evaluated)
+        assert run.summary["best/train/loss"] == min(losses)
+        models = [found for found in online.artifacts if found["artifactTypeName"] == "model"]
+        steps = {step for found in models for step in aliases(found) if step.startswith("step-")}
+        assert {"step-3", "step-6", "step-9", "step-10"} <= steps
+        assert {"latest", "step-10"} <= aliases(models[-1])
+        assert any("best" in aliases(found) for found in models)
+        assert not (tmp_path / "run" / "wandb" / "checkpoints").exists()  # all is uploaded
+        assert run.summary["status"] == "finished"
+
+
+def test_offline_is_one_curve_once_synced(
+    server: TrainServer, write_config: WriteConfig, tmp_path: Path, killed: dict[str, str]
+) -> None:
+    changes = {"checkpoint__every": 3, "eval__every": 2, "tracking": wandb_config(mode="offline")}
+    config = write_config(**changes)
+    variables = home(tmp_path)
+    assert server.train("--config", config, variables={**variables, **killed}).code == -9
+    assert server.train("--config", config, variables=variables).code == 0
+    with WandbServer() as online:
+        sync(tmp_path / "run", {**variables, **online.variables})
+        (run,) = online.runs.values()
+        assert_one_curve(run, tmp_path / "run")
+        assert run.exit_code == 0
+    # Never synced, and the network is back: another attempt sends what the server lacks.
+    longer = write_config(**{**changes, "tracking": wandb_config(mode="online"), "train__epochs": 3})
+    with WandbServer() as online:
+        variables = {**variables, **online.variables}
+        assert server.train("--config", longer, variables=variables).code == 0
+        (run,) = online.runs.values()
+        assert_one_curve(run, tmp_path / "run")
+        assert max(row["step"] for row in run.history) == 15
+        sync(tmp_path / "run", variables)  # nothing is left to do
+        assert_one_curve(run, tmp_path / "run")
+
+
+def test_a_server_that_dies_in_the_middle(server: TrainServer, write_config: WriteConfig, tmp_path: Path) -> None:
+    init = {"wandb": {"settings": {"x_file_stream_transmit_interval": 0.1}}}
+    changes = {**wandb_config(mode="online", finish_timeout="2 seconds"), "init": init, "samples": 0}
+    with WandbServer(dies=True) as online:
+        variables = {**home(tmp_path), **online.variables}
+        done = server.train("--config", write_config(tracking=changes, train__epochs=60), variables=variables)
+        assert done.code == 0, done.err
+        assert online.stopped
+        (run,) = online.runs.values()
+        assert run.history == []
+    assert summary(tmp_path / "run")["status"] == "finished"
+    (file,) = (tmp_path / "run" / "wandb").glob("run-*/*.wandb")
+    assert [row["step"] for row in wandb_log.history(file)] == list(range(1, 301))
+    assert "wandb: not all is uploaded after 2 s" in done.out
+    assert f"wandb sync --include-online {file.parent}" in done.out
+
+
+def test_servers_that_keep_one_waiting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(wandb_run, "_PROBE_SECONDS", 0.2)
+    online = WandbConfig(mode="online")
+    with WandbServer(silent=True) as silent:
+        monkeypatch.setattr(wandb_run, "wandb_server", lambda: silent.url)
+        assert wandb_run.wandb_mode(online) == "offline"
+    with WandbServer() as fine:
+        monkeypatch.setattr(wandb_run, "_PROBE_SECONDS", 10)
+        monkeypatch.setattr(wandb_run, "wandb_server", lambda: "http://far.example:8080")
+        monkeypatch.setenv("http_proxy", fine.url)  # it reaches what we cannot
+        assert wandb_run.wandb_mode(online) == "online"
+        assert fine.requests == ["GET http://far.example:8080"]
+        monkeypatch.delenv("http_proxy")
+    monkeypatch.setattr(wandb_run, "_PROBE_SECONDS", 0.2)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *arguments, **options: time.sleep(20))
+    started = time.monotonic()
+    assert wandb_run.wandb_mode(online) == "offline"
+    assert time.monotonic() - started < 5
+
+
+def digits(write_config: WriteConfig, run_dir: Path, **tracking: Any) -> Path:
+    return write_config(
+        f"{run_dir.name}.yaml",
+        run={"name": "tiny", "dir": str(run_dir), "seed": 3},
+        data={split: {"name": "digits", "args": {"split": split}} for split in ("train", "eval")} | {"workers": 0},
+        model={"name": "small_cnn", "args": {"width": 8}},
+        train={"steps": 30, "batch_size": 96},
+        eval={"every": 10},
+        log={"every": 10},
+        checkpoint={"every": 30},
+        tracking=tracking,
+    )
+
+
+def test_what_evaluations_show_and_artifacts(
+    train: Train, write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for name, value in home(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    run, plain = tmp_path / "run", tmp_path / "plain"
+    settings = {"mode": "offline", "checkpoints": "last"}
+    config = digits(write_config, run, trackers=["wandb", "tensorboard"], wandb=settings, samples=5)
+    assert train("--config", config).code == 0
+    assert train("--config", digits(write_config, plain, trackers=[], samples=0)).code == 0
+    evaluations = [r for r in records(run) if "eval/accuracy" in r]
+    for record, expected in zip(evaluations, (r for r in records(plain) if "eval/accuracy" in r), strict=True):
+        assert record["eval/accuracy"] == expected["eval/accuracy"]
+        assert record["eval/loss"] == expected["eval/loss"]
+    assert not (plain / "eval").exists()
+
+    # The run folder: the newest and the best evaluation.
+    best = summary(run)["best"]["step"]
+    assert {path.name for path in (run / "eval").iterdir()} == {f"step-{step:08d}" for step in {30, best}}
+    shown = run / "eval" / "step-00000030"
+    confusion = json.loads((shown / "confusion.json").read_text())
+    counts = np.array(confusion["counts"])
+    data_set = Digits("eval")
+    labels = [int(data_set[i][1]) for i in range(len(data_set))]
+    assert confusion["classes"] == [str(label) for label in range(10)]
+    assert counts.sum(1).tolist() == np.bincount(labels, minlength=10).tolist()
+    assert counts.trace() / counts.sum() == evaluations[-1]["eval/accuracy"]
+    samples = json.loads((shown / "samples.json").read_text())
+    assert [sample["target"] for sample in samples] == [str(label) for label in labels[:5]]
+    for i, sample in enumerate(samples):
+        assert 0 < sample["confidence"] <= 1
+        picture = np.asarray(Image.open(shown / sample["image"]))
+        assert picture.shape == (8, 8, 3)
+        original = np.asarray(data_set[i][0]).reshape(8, 8).astype(float)
+        assert np.abs(picture[:, :, 0] / 255 - original / original.max()).max() < 0.1
+
+    # W&B.
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    rows = [row for row in wandb_log.history(file) if "eval/accuracy" in row]
+    assert [row["step"] for row in rows] == [10, 20, 30]
+    files = file.parent / "files"
+    for row in rows:
+        assert "train/loss" in row  # one row per step
+        assert len(row["eval/images.captions"]) == 5
+        assert all((files / name).exists() for name in row["eval/images.filenames"])
+    table = json.loads((files / rows[-1]["eval/samples.path"]).read_text())
+    assert table["columns"] == ["image", "target", "prediction", "confidence"]
+    assert [line[1:3] for line in table["data"]] == [[sample["target"], sample["prediction"]] for sample in samples]
+    cells = json.loads((files / rows[-1]["eval/confusion_table.path"]).read_text())["data"]
+    assert [cell[2] for cell in cells] == counts.flatten().tolist()
+    uploaded = [found for found in wandb_log.artifacts(file) if found.type == "model"]
+    (checkpoint,) = uploaded
+    assert set(checkpoint.aliases) >= {"latest", "step-30"}
+    linked = run / "wandb" / "checkpoints" / "step-00000030"
+    assert {f.name for f in linked.iterdir()} == {f.name for f in (run / "checkpoints" / "step-00000030").iterdir()}
+
+    # TensorBoard.
+    found = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})
+    found.Reload()
+    assert {f"eval/samples/{i}" for i in range(5)} | {"eval/confusion"} == set(found.Tags()["images"])
+    assert [event.step for event in found.Images("eval/samples/0")] == [10, 20, 30]
+
+    # An export joins the run.
+    output = tmp_path / "model.safetensors"
+    assert main(["export", str(run), "--output", str(output), "--artifact"]) == 0
+    assert main(["export", str(plain), "--output", str(output), "--artifact"]) == 2
+    newest = sorted(run.glob("wandb/offline-run-*/*.wandb"))[-1]
+    assert newest.parent != file.parent
+    assert wandb_log.run(newest).run_id == wandb_log.run(file).run_id
+    (exported,) = wandb_log.artifacts(newest)
+    assert (exported.type, set(exported.aliases)) == ("model", {"latest", "step-30", "safetensors"})
+    assert [entry.path for entry in exported.manifest.contents] == ["model.safetensors"]
+
+
+class Recorded:
+    """A W&B run that only notes what it is given."""
+
+    id = "a-run"
+
+    def __init__(self) -> None:
+        self.given: list[tuple[int, list[str]]] = []
+
+    def log_artifact(self, artifact: Any, aliases: list[str]) -> None:
+        assert artifact.type == "model"
+        assert set(artifact.manifest.entries) == {"manifest.json", "rank-0.safetensors"}
+        self.given.append((artifact.metadata["step"], aliases))
+
+
+@pytest.mark.parametrize(
+    ("which", "expected"),
+    [
+        ("all", [(1, ["best"]), (2, []), (3, []), (3, ["best"])]),  # known to be the best only after it was saved
+        ("best", [(1, ["best"]), (3, ["best"])]),
+        ("last", [(3, ["best"])]),
+    ],
+)
+def test_which_checkpoints_are_uploaded(which: Any, expected: list[tuple[int, list[str]]], tmp_path: Path) -> None:
+    run = Recorded()
+    uploads = CheckpointUploads(run, tmp_path / "wandb", which, is_online=False)
+    folder = CheckpointFolder(LocalStorage(tmp_path / "checkpoints"), 1, lambda step: False)
+    for step, best in ((1, 1), (2, 1), (3, 1), (3, 3), (3, 3)):
+        path = tmp_path / "checkpoints" / folder.name(step)
+        path.mkdir(parents=True, exist_ok=True)
+        for name in ("manifest.json", "rank-0.safetensors"):
+            (path / name).write_text(f"{step}")
+        uploads.add(folder, Progress(step=step, best_step=best))
+        if step < 3:
+            shutil.rmtree(path)  # it is pruned before it is uploaded
+    uploads.finish(30)
+    assert run.given == [(step, ["latest", f"step-{step}", *more]) for step, more in expected]
+
+
+def test_a_rollback_sends_no_step_twice() -> None:
+    """Trackers other than W&B are told of each step once, too."""
+    sent: list[int] = []
+    trackers = Trackers.__new__(Trackers)
+    trackers._sent = {}
+    trackers.trackers = [SimpleNamespace(name="x", log=lambda record, step: sent.append(step))]
+    for step in (1, 2, 3, 2, 3, 4):
+        trackers.log({"train/loss": 0.0}, step)
+    trackers.log({"eval/loss": 0.0}, 4)
+    assert sent == [1, 2, 3, 4, 4]
+
+
+def test_arguments_of_a_tracker(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
+    init = {"tensorboard": {"filename_suffix": ".mine"}}
+    assert train("--config", write_config(tracking={"trackers": ["tensorboard"], "init": init})).code == 0
+    assert list((tmp_path / "run" / "tensorboard").glob("events*.mine"))
+    wrong = write_config(
+        run__dir=str(tmp_path / "b"), tracking={"trackers": ["tensorboard"], "init": {"tensorboard": {"no": 1}}}
+    )
+    done = train("--config", wrong)
+    assert done.code == 2
+    assert "tracking.init.tensorboard: 'tensorboard': TypeError" in done.err
+    done = train("--config", write_config(tracking={"trackers": [], "init": {"mlflow": {}}}))
+    assert "tracking.init.mlflow: tracking.trackers does not name 'mlflow'" in done.err
+    done = train("--config", write_config(tracking={"trackers": ["aim"]}))
+    assert "tracking.trackers.0: 'aim' is not installed; pip install aim, or leave it out" in done.err
+
+
+def test_files_of_killed_attempts_are_mended(tmp_path: Path) -> None:
+    whole = b":W&B\xe1\xbe\x00"
+    ends = []
+    for kind, data in [(1, b"a" * 50), (2, b"b" * 32_600), (4, b"c" * 100), (1, b"d" * 9)]:
+        left = 32768 - len(whole) % 32768
+        assert left >= 7
+        check = zlib.crc32(data, zlib.crc32(bytes([kind])))
+        whole += struct.pack("<IHB", check, len(data), kind) + data
+        if kind != 2:
+            ends.append(len(whole))
+    for cut in (0, 7, 30, *ends, ends[0] + 3, ends[1] - 1, ends[1] + 5, ends[2] - 1):
+        file = tmp_path / "offline-run-1-abc" / "run-abc.wandb"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(whole[:cut])
+        wandb_file.mend(tmp_path, "abc")
+        reached = [end for end in ends if end <= cut]
+        assert (file.stat().st_size if file.exists() else 0) == (reached[-1] if reached else 0), cut
+
+
+def test_the_table_of_the_benchmark() -> None:
+    speeds = {"none": [10.0, 12.0, 11.0], "silent": [10.0, 11.9, 11.0], "dies": [9.9, 12.0, 11.0]}
+    result = {
+        "command": "python -m benchmarks.tracking",
+        "hardware": "2 CPU cores",
+        "versions": {"wandb": "0.31.0"},
+        "steps": 1000,
+        **tracking.compared(speeds),
+    }
+    lines = tracking.table(result).splitlines()
+    assert lines[2] == "| `tracking.trackers: []` | 11.0 | | |"
+    assert lines[3] == "| W&B online, a server that never answers | 11.0 | 1.000 | 0.992, 1.000 |"
+    assert lines[4] == "| W&B online, a server that dies in the middle | 11.0 | 1.000 | 0.990, 1.000 |"
+    job = tracking.command("dies", Path("run"), 1000)
+    assert load_config(job[job.index("--config") + 1], job[job.index("--config") + 2 :]).tracking.wandb.mode == "online"
+
+
+@pytest.mark.parametrize("is_soft", [False, True])
+def test_the_confusion_matrix_counts_what_has_a_label(is_soft: bool) -> None:
+    task = Classification(num_classes=3)
+    outputs = torch.tensor([[2.0, 1, 0], [0, 2, 1], [0, 2, 1], [0, 0, 5]])
+    labels = torch.tensor([0, 1, 2, 2]) if is_soft else torch.tensor([0, 1, 2, -100])
+    targets = functional.one_hot(labels, 3).float() if is_soft else labels
+    tables: dict[str, torch.Tensor] = {}
+    for _ in range(2):
+        task.eval_tables(tables, outputs, (torch.zeros(4), targets))
+    assert tables["confusion"].tolist() == [[2, 0, 0], [0, 2, 0], [0, 2, 2 if is_soft else 0]]
+    wide: dict[str, torch.Tensor] = {}
+    task.eval_tables(wide, torch.zeros(4, 1001), (torch.zeros(4), labels))
+    assert wide == {}
+
+
+def test_pictures_are_as_they_were_before_they_were_normalised() -> None:
+    original = torch.randint(0, 256, (3, 3, 20, 500), dtype=torch.uint8)
+    normalize = NormalizeConfig(mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25])
+    normalized = DeviceAugmentation(normalize, dtype=torch.float32)(original)
+    task = Classification(num_classes=2)
+    collector = Collector(task, 5)
+    for batch in (normalized[:2], normalized[2:]):
+        collector.add(torch.tensor([[0.0, 9.0]] * len(batch)), (batch, torch.tensor([0] * len(batch))))
+    media = collector.media({}, ["cat", "dog"], normalize)
+    assert [(e.number, e.target, e.prediction) for e in media.examples] == [(i, "cat", "dog") for i in range(3)]
+    assert media.examples[0].caption == "dog (100%), is cat"
+    for example, expected in zip(media.examples, original, strict=True):
+        assert example.image is not None
+        assert example.image.shape == (10, 256, 3)
+        small = functional.interpolate(expected[None].float(), (10, 256), mode="area")[0].permute(1, 2, 0)
+        assert np.abs(example.image - small.numpy()).max() <= 1

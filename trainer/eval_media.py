@@ -1,0 +1,189 @@
+"""What an evaluation shows beside its metrics: a few samples with their predictions, and tables of counts.
+
+Collects both while batches pass, without waiting for the device, and writes them to `eval/step-00000480/` in the run
+folder, of which the newest and the best stay. What a sample or a count means is the task's business.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from trainer.config import NormalizeConfig
+from trainer.errors import one_line_text
+from trainer.tasks.base import Task
+
+logger = logging.getLogger("lockstep")
+
+_LONGEST_SIDE = 256  # of a picture that is kept
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample and what the model makes of it.
+
+    Args:
+        number: of the sample among those that are shown, from 0.
+        image: uint8 (height, width, 3), where the input is a picture.
+        target: what it is.
+        prediction: what the model says.
+        confidence: how sure it is, from 0 to 1, where it says that.
+    """
+
+    number: int
+    image: NDArray[np.uint8] | None
+    target: str
+    prediction: str
+    confidence: float | None
+
+    @property
+    def caption(self) -> str:
+        """One line for a person."""
+        sure = f" ({self.confidence:.0%})" if self.confidence is not None else ""
+        return f"{self.prediction}{sure}, is {self.target}"
+
+
+@dataclass(frozen=True)
+class EvalMedia:
+    """Examples and tables of one evaluation, in host memory.
+
+    Args:
+        examples: a few samples.
+        tables: square counts by name, such as `confusion`: a row per target, a column per prediction.
+        classes: names of rows and columns.
+    """
+
+    examples: Sequence[Example]
+    tables: Mapping[str, NDArray[np.int64]]
+    classes: Sequence[str]
+
+
+class Collector:
+    """Collects the media of one evaluation on one rank; all of it stays on the device until the end.
+
+    Args:
+        task: what a batch means.
+        num_examples: how many samples to keep; 0 on all ranks but one.
+    """
+
+    def __init__(self, task: Task, num_examples: int) -> None:
+        self._task = task
+        self._num_missing = num_examples
+        self._examples: list[dict[str, torch.Tensor]] = []
+        self.tables: dict[str, torch.Tensor] = {}
+
+    def add(self, outputs: Any, data: Any) -> None:
+        """Takes what it wants from a batch. Waits for nothing."""
+        self._task.eval_tables(self.tables, outputs, data)
+        if self._num_missing > 0:
+            taken = self._task.examples(outputs, data, self._num_missing)
+            if not taken:
+                self._num_missing = 0
+                return
+            self._examples.append({name: tensor.clone() for name, tensor in taken.items()})  # else all of it stays
+            self._num_missing -= len(next(iter(taken.values())))
+
+    def media(
+        self, tables: Mapping[str, torch.Tensor], classes: Sequence[str] | None, normalize: NormalizeConfig | None
+    ) -> EvalMedia:
+        """Brings all to host memory.
+
+        Args:
+            tables: those of all ranks together.
+            classes: names of labels, where the data set knows them.
+            normalize: what was done to pictures.
+        """
+        counts = {name: table.cpu().numpy().astype(np.int64) for name, table in tables.items()}
+        num = max((len(table) for table in counts.values()), default=0)
+        names = [*(classes or ()), *(str(label) for label in range(len(classes or ()), num))]
+        examples: list[Example] = []
+        for part in self._examples:
+            pictures = _pictures(part["image"], normalize) if "image" in part else None
+            told = self._task.describe_examples({k: v.cpu() for k, v in part.items() if k != "image"}, names)
+            for i, (target, prediction, confidence) in enumerate(told):
+                image = pictures[i] if pictures is not None else None
+                examples.append(Example(len(examples), image, target, prediction, confidence))
+        return EvalMedia(examples, counts, names)
+
+
+def _pictures(inputs: torch.Tensor, normalize: NormalizeConfig | None) -> NDArray[np.uint8] | None:
+    """Turns inputs of a model back into pictures (B, height, width, 3); None where they are none."""
+    if inputs.ndim != 4 or inputs.shape[1] not in (1, 3):
+        return None
+    images = inputs.detach()
+    if images.dtype != torch.uint8:
+        images = images.float()
+        if normalize is not None and len(normalize.mean) in (1, images.shape[1]):
+            mean = torch.tensor(normalize.mean, device=images.device).view(-1, 1, 1)
+            std = torch.tensor(normalize.std, device=images.device).view(-1, 1, 1)
+            images = images * std + mean
+        else:  # of unknown range
+            low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+            images = (images - low) / (high - low).clamp(min=1e-12)
+        images = images.nan_to_num(0.0).clamp(0, 1) * 255
+    longest = max(images.shape[2:])
+    if longest > _LONGEST_SIDE:
+        size = [max(side * _LONGEST_SIDE // longest, 1) for side in images.shape[2:]]
+        images = functional.interpolate(images.float(), size, mode="area")
+    found: NDArray[np.uint8] = images.round().to(torch.uint8).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+    return found
+
+
+def write_media(run_dir: Path, step: int, media: EvalMedia, best_step: int | None) -> None:
+    """Writes `eval/step-<step>/` and removes those of all steps but this and the best one.
+
+    A disk that is full ends no run: then there is a warning, and the folder is not there.
+    """
+    folder = run_dir / "eval"
+    target = folder / f"step-{step:08d}"
+    staged = folder / f".{target.name}.new"
+    try:
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+        _write(staged, media)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(staged, target)
+    except OSError as error:
+        logger.warning("samples of the evaluation not written to '%s': %s", target, one_line_text(error))
+        shutil.rmtree(staged, ignore_errors=True)
+        return
+    for entry in folder.iterdir():
+        found = re.fullmatch(r"\.?step-(\d+)(\.new)?", entry.name)
+        if found and (found[2] or int(found[1]) not in (step, best_step)):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _write(folder: Path, media: EvalMedia) -> None:
+    from PIL import Image
+
+    samples = []
+    for example in media.examples:
+        name = None
+        if example.image is not None:
+            name = f"{example.number}.png"
+            Image.fromarray(example.image).save(folder / name, compress_level=1)
+        confidence = example.confidence
+        samples.append(
+            {
+                "image": name,
+                "target": example.target,
+                "prediction": example.prediction,
+                "confidence": round(confidence, 4) if confidence is not None else None,
+            }
+        )
+    (folder / "samples.json").write_text(json.dumps(samples, indent=1), encoding="utf-8")
+    for name, table in media.tables.items():
+        content = {"classes": list(media.classes), "counts": table.tolist()}
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")

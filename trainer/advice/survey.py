@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -359,10 +360,7 @@ def cheaper_ways(config: Config, feed: DeviceFeed, runtime: Runtime) -> tuple[st
 
 
 class _OperationTimes:
-    """What one operation takes on a CPU that has next to nothing to compute, in forward and backward.
-
-    Tried a few times in the course of a run, because it depends on what else the machine does.
-    """
+    """What one operation takes on a CPU that has next to nothing to compute, in forward and backward."""
 
     def __init__(self) -> None:
         with preserved_generators():
@@ -372,18 +370,36 @@ class _OperationTimes:
                 self._pass()
         self._num_operations = counter.num_operations
         self._times: list[float] = []
+        self._before = _run_and_waited()
 
     def median(self) -> float:
-        """Returns the median of the trials so far, and makes another one where they are few."""
+        """Returns the median of the trials so far, and makes another one where they are few.
+
+        A trial is over too soon to see what else the machine does. So its time on the core counts, and what this thread
+        has waited for a core since the last call is added in proportion.
+        """
         if len(self._times) < _TRIALS:
-            started = time.perf_counter()
+            self._pass()  # a step, too, finds its code in the caches
+            started = time.thread_time()
             self._pass()
-            self._times.append((time.perf_counter() - started) / self._num_operations)
-        return statistics.median(self._times)
+            self._times.append((time.thread_time() - started) / self._num_operations)
+        now = _run_and_waited()
+        (run_before, waited_before), self._before = self._before, now
+        crowding = (now[1] - waited_before) / max(now[0] - run_before, 1e-6)
+        return statistics.median(self._times) * (1 + crowding)
 
     def _pass(self) -> None:
         with torch.enable_grad():
             self._model(torch.ones(1, 4)).sum().backward()
+
+
+def _run_and_waited() -> tuple[float, float]:
+    """Returns the seconds that this thread has been on a core, and those that it could have been and had to wait."""
+    try:
+        run, waited, _ = Path("/proc/thread-self/schedstat").read_text().split()
+    except (OSError, ValueError):  # not on Linux
+        return time.thread_time(), 0.0
+    return int(run) / 1e9, int(waited) / 1e9
 
 
 def copied_per_second() -> float:

@@ -609,7 +609,8 @@ class Trainer(Observed):
         """Ends workers and trackers, and leaves the process group."""
         self._close_feeds()
         if self.reporter is not None:
-            left = self.config.faults.grace.seconds - self.stop_requests.seconds_ago()
+            # Not all that is left of the grace: there is more to do than to wait for a tracker's server.
+            left = (self.config.faults.grace.seconds - self.stop_requests.seconds_ago()) / 2
             self.reporter.close(False, self._open_step(), left if self.stop_requests.requested else None)
         self.decisions.forget()
         self.saver.wait()

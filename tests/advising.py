@@ -10,8 +10,7 @@ from typing import Any
 
 from run_results import records, summary
 
-LEAST, MOST = 0.5, 2.0  # times the promised gain that was measured: between these, a promise is kept
-
+MARGIN = 2.0  # a promise is kept where the measured gain is between half and twice of it
 _TRIES = 3  # of both runs: what else the machine does may change between the one and the other
 
 Run = Callable[..., Any]  # of command line arguments
@@ -39,12 +38,12 @@ class Followed:
     remaining: list[str]
     log: str = field(repr=False)
 
-    def keeps_its_promise(self) -> bool:
+    def keeps_its_promise(self, margin: float = MARGIN) -> bool:
         """Tells whether it is as much faster as it was told to be, within the margin."""
-        return self.promised is not None and LEAST * self.promised <= self.gain <= MOST * self.promised
+        return self.promised is not None and self.promised / margin <= self.gain <= margin * self.promised
 
 
-def follow(run: Run, config: Path, tmp_path: Path, rule: str, *instead: str) -> Followed:
+def follow(run: Run, config: Path, tmp_path: Path, rule: str, *instead: str, margin: float = MARGIN) -> Followed:
     """Runs a config, changes exactly what the rule advises, and runs it again; all of it again if that fails.
 
     Args:
@@ -53,10 +52,11 @@ def follow(run: Run, config: Path, tmp_path: Path, rule: str, *instead: str) -> 
         tmp_path: for the runs.
         rule: that is to speak.
         instead: arguments of the second run where the advice is no setting.
+        margin: how many times more or less than promised may be gained.
     """
     for number in range(_TRIES):
         followed = _followed(run, config, tmp_path / f"try-{number}", rule, *instead)
-        if followed.promised is None or followed.keeps_its_promise():
+        if followed.promised is None or followed.keeps_its_promise(margin):
             break
     return followed
 

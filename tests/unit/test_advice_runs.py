@@ -19,6 +19,9 @@ from run_results import summary
 from trainer.checkpoint.storage import LocalStorage
 from trainer.data.feed import DeviceFeed
 from trainer.telemetry import observer
+from trainer.tracking import Trackers
+
+COMPUTING = 2.5  # the margin where nothing sleeps: other programs on the machine slow one run down, and not the other
 
 
 def _sleeping(forward: float, backward: float, **arguments: Any) -> dict[str, Any]:
@@ -43,22 +46,26 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def slow_bus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every copy of a batch to the device takes 30 ms, on whichever thread."""
+    """Every copy of a batch to the device takes 60 ms, on whichever thread."""
     move, moved = DeviceFeed._move, DeviceFeed._moved
 
     def slowly(feed: DeviceFeed, batch: Any) -> Any:
-        time.sleep(0.03)
+        time.sleep(0.06)
         return move(feed, batch)
 
     def slowly_each(feed: DeviceFeed, tensor: Any) -> Any:
-        time.sleep(0.015)  # there are two: inputs and labels
+        time.sleep(0.03)  # there are two: inputs and labels
         return moved(feed, tensor)
 
     monkeypatch.setattr(DeviceFeed, "_move", slowly)
     monkeypatch.setattr(DeviceFeed, "_moved", slowly_each)
 
 
-def test_more_workers_where_one_is_too_slow(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
+def test_more_workers_where_one_is_too_slow(
+    train: Train, write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []  # trackers, which show the text with the results of a run
+    monkeypatch.setattr(Trackers, "summarise", lambda self, values, step: told.append(values["advice"]))
     config = write_config(
         data__train=_steady(0.01),
         data__eval=None,
@@ -69,10 +76,12 @@ def test_more_workers_where_one_is_too_slow(train: Train, write_config: WriteCon
         log__every=10,
     )
     followed = follow(train, config, tmp_path, "data_wait")
-    assert followed.advice["settings"] == {"data.workers": pytest.approx(4, abs=1)}
+    assert followed.advice["settings"] == {"data.workers": pytest.approx(4, abs=2)}
     assert followed.keeps_its_promise(), followed
     assert followed.log.count("advice: The device waited") == 2, followed.log
     assert "data_wait" not in followed.remaining
+    assert [text[:17] for text in told[:2]] == ["The device waited"] * 2
+    assert told[-1] == "none"
 
 
 def test_workers_where_there_are_none(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
@@ -91,13 +100,13 @@ def test_workers_where_there_are_none(train: Train, write_config: WriteConfig, t
 
 def test_a_deeper_queue_for_uneven_samples(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
     config = write_config(
-        data__train={"name": "bottlenecks:Uneven", "args": {"length": 1200, "seconds": 0.4, "every": 120}},
+        data__train={"name": "bottlenecks:Uneven", "args": {"length": 1200, "seconds": 0.8, "every": 120}},
         data__eval=None,
         checkpoint__every=1000,
         data__workers=3,
-        model=_sleeping(0.01, 0.01),
-        train={"steps": 90, "batch_size": 12},
-        log__every=15,
+        model=_sleeping(0.03, 0.03),
+        train={"steps": 60, "batch_size": 12},
+        log__every=10,
     )
     followed = follow(train, config, tmp_path, "data_wait")
     assert followed.advice["settings"] == {"data.prefetch_factor": 8}
@@ -109,9 +118,9 @@ def test_copies_beside_the_step(train: Train, write_config: WriteConfig, tmp_pat
     config = write_config(
         data__eval=None,
         checkpoint__every=1000,
-        model=_sleeping(0.02, 0.02),
-        train={"steps": 48, "batch_size": 12},
-        log__every=12,
+        model=_sleeping(0.03, 0.03),
+        train={"steps": 40, "batch_size": 12},
+        log__every=10,
     )
     followed = follow(train, config, tmp_path, "copies")
     assert followed.advice["settings"] == {"data.workers": 1}
@@ -125,12 +134,12 @@ def test_larger_micro_batches_for_tiny_kernels(train: Train, write_config: Write
         checkpoint__every=1000,
         data__workers=1,
         model={"name": "mlp", "args": {"in_features": 8, "hidden": [8] * 30}},
-        train={"steps": 60, "batch_size": 12, "micro_batch_size": 4},
-        log__every=10,
+        train={"steps": 48, "batch_size": 12, "micro_batch_size": 4},
+        log__every=8,
     )
-    followed = follow(train, config, tmp_path, "host_bound")
+    followed = follow(train, config, tmp_path, "host_bound", margin=COMPUTING)
     assert followed.advice["settings"] == {"train.micro_batch_size": 12}
-    assert followed.keeps_its_promise(), followed
+    assert followed.keeps_its_promise(COMPUTING), followed
 
 
 def test_keeping_activations_where_memory_is_idle(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
@@ -173,7 +182,7 @@ def test_rarer_saves_where_a_disk_is_slow(
         log__every=10,
     )
     followed = follow(train, config, tmp_path, "checkpoints")
-    assert followed.advice["settings"] == {"checkpoint.every": pytest.approx(11, abs=2)}
+    assert followed.advice["settings"] == {"checkpoint.every": pytest.approx(10, abs=4)}
     assert followed.keeps_its_promise(), followed
 
 
@@ -213,8 +222,8 @@ def test_nothing_where_nothing_is_wrong(train: Train, write_config: WriteConfig,
     config = write_config(
         data__train={"name": "vectors:Vectors", "args": {"length": 600}},
         data__workers=1,
-        model=_sleeping(0.02, 0.02),
-        train={"epochs": 2, "batch_size": 12},
+        model=_sleeping(0.04, 0.04),
+        train={"epochs": 1, "batch_size": 12},
         log__every=10,
     )
     outcome = train("--config", config)

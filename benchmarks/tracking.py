@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 import wandb
 
 REPOSITORY = Path(__file__).resolve().parent.parent

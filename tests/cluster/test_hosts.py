@@ -19,7 +19,7 @@ import pytest
 from cluster_machines import Hosts, end_jobs
 from conftest import REPOSITORY, SUPPORT, Train, WriteConfig, nightly
 from launching import Job
-from run_results import losses, summary
+from run_results import losses, records, summary
 
 from trainer.faults.plan import VARIABLE, Event, write_plan
 
@@ -98,6 +98,8 @@ def test_hosts_train_as_one_process_does(
     assert summary(tmp_path / "run")["status"] == "finished"
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
     assert "on host2" in (tmp_path / "run" / "logs" / "rank-1.log").read_text()
+    told = {key for record in records(tmp_path / "run") for key in record}
+    assert {f"system/{node}/cpu_percent" for node in range(count)} <= told  # every machine tells what it does
     assert left(hosts) == []
 
 

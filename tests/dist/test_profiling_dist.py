@@ -30,9 +30,11 @@ def test_every_rank_leaves_a_profile(
         assert sum(record["kind_seconds"].values()) == pytest.approx(record["traced_seconds"], rel=0.02)
         # The exchange of gradients is waited for in backward, where no operator runs, and is found nevertheless.
         assert record["kind_seconds"]["communication"] > 0
-    by_name = {row["name"]: row for row in found["kernels"]}
-    assert by_name["c10d::allreduce_"]["kind"] == "communication"
-    assert by_name["aten::addmm"]["calls"] == 2 * 4 * 2
+        table = json.loads((run / "profile" / f"rank-{record['rank']}.kernels.json").read_text())["kernels"]
+        calls = {(row["name"], row["kind"]): row["calls"] for row in table}
+        assert calls["c10d::allreduce_", "communication"] >= 4
+        assert calls["aten::addmm", "matmul"] == 4 * 2
+        assert calls["aten::addmm", "evaluation"] == 2 * 2
 
     assert main(["profile", str(run)]) == 0
     text = capsys.readouterr().out

@@ -29,13 +29,15 @@ SPLIT = {
 ADVICE = [
     {
         "rule": "data_wait",
-        "text": "The devices waited 21% of the time for data. 4 workers deliver 1,900 images/s, the model can take 2,750.",
+        "text": "The devices waited 21% of the time for data. 4 workers deliver 1,900 images/s, the model can take "
+        "2,750.",
         "settings": {"data.workers": 6},
         "gain": 0.26,
     },
     {
         "rule": "memory_unused",
-        "text": "13.1 of 40 GiB were never used: a larger micro-batch needs fewer, larger kernels.",
+        "text": "13.1 of 40 GiB were never used (`python -m launch plan` says what fits): a "
+        "larger micro-batch needs fewer, larger kernels.",
         "settings": {"train.micro_batch_size": 128, "memory.checkpointing": "none"},
         "gain": None,
     },
@@ -65,9 +67,8 @@ def make_run(folder: Path, name: str = "photos", steps: int = 2400, every: int =
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     _write(folder / "environment.json", _environment(num_ranks))
-    metrics, ranks = open(folder / "metrics.jsonl", "w"), open(folder / "ranks.jsonl", "w")
-    now, best = START + 41, {"step": 0, "metric": "accuracy", "value": 0.0}
-    with metrics, ranks:
+    now, best, best_step = START + 41, 0.0, 0
+    with open(folder / "metrics.jsonl", "w") as metrics, open(folder / "ranks.jsonl", "w") as ranks:
         for step in range(every, steps + 1, every):
             done = step / steps
             now += every * 256 / speed
@@ -78,13 +79,17 @@ def make_run(folder: Path, name: str = "photos", steps: int = 2400, every: int =
                 ranks.write(json.dumps({"step": step, "time": now, **_ranks(draw, num_ranks)}) + "\n")
             if step % (steps // 10 // every * every or every) == 0:
                 accuracy = 0.93 * (1 - math.exp(-4 * done)) + draw.gauss(0, 0.006)
-                evaluation = {"eval/loss": 2.3 * math.exp(-2.4 * done) + 0.28 + draw.gauss(0, 0.02), "eval/accuracy": accuracy}
+                loss = 2.3 * math.exp(-2.4 * done) + 0.28 + draw.gauss(0, 0.02)
+                evaluation = {"eval/loss": loss, "eval/accuracy": accuracy}
                 now += 9
                 metrics.write(json.dumps({**position, **evaluation, "time": now}) + "\n")
-                if accuracy > best["value"]:
-                    best = {"step": step, "metric": "accuracy", "value": accuracy}
+                if accuracy > best:
+                    best, best_step = accuracy, step
     took = now - START
-    _write(folder / "summary.json", _summary(steps, num_ranks, best, speed, took))
+    _write(
+        folder / "summary.json",
+        _summary(steps, num_ranks, {"step": best_step, "metric": "accuracy", "value": best}, speed, took),
+    )
     _write(folder / "attempts.json", _attempts(steps, num_ranks, took))
     _make_faults(folder)
     _make_evaluation(folder / "eval" / f"step-{steps:08d}", draw, changes.get("classes"))
@@ -114,21 +119,24 @@ def _environment(num_ranks: int) -> dict[str, Any]:
     }
 
 
-def _report(draw: random.Random, step: int, steps: int, lr: float, speed: float, num_ranks: int) -> dict[str, float | None]:
+def _report(
+    draw: random.Random, step: int, steps: int, lr: float, speed: float, num_ranks: int
+) -> dict[str, float | None]:
     done = step / steps
     warm = min(step / (0.05 * steps), 1)
     rate = lr * warm * 0.5 * (1 + math.cos(math.pi * done))
     loss = 2.3 * math.exp(-3 * done) + 0.12 + draw.gauss(0, 0.05)
-    is_bad = 0.618 < done < 0.622
+    norm = 40.0 if 0.612 < done <= 0.618 else 1.4 * math.exp(-done) + abs(draw.gauss(0, 0.2))
+    is_bad = 0.618 < done < 0.634
     waits = SPLIT["data_wait"] * (1.6 if 0.3 < done < 0.45 else 0.85) * draw.uniform(0.85, 1.15)
     split = {**SPLIT, "data_wait": waits}
-    split = {part: share * draw.uniform(0.9, 1.1) / 1.0 for part, share in split.items()}
+    split = {part: share * draw.uniform(0.9, 1.1) for part, share in split.items()}
     total = sum(split.values())
     now = speed * (1 - waits) / (1 - SPLIT["data_wait"]) * draw.uniform(0.97, 1.03)
     return {
         "train/loss": None if is_bad else loss + (2.0 if 0.612 < done <= 0.618 else 0),
         "train/lr": rate,
-        "train/grad_norm": None if is_bad else (40.0 if 0.612 < done <= 0.618 else 1.4 * math.exp(-done) + abs(draw.gauss(0, 0.2))),
+        "train/grad_norm": None if is_bad else norm,
         "train/samples_per_second": now,
         "train/samples_per_second_per_device": now / num_ranks,
         "train/mfu": 0.34 * now / speed,
@@ -154,8 +162,9 @@ def _report(draw: random.Random, step: int, steps: int, lr: float, speed: float,
 
 def _ranks(draw: random.Random, num_ranks: int) -> dict[str, Any]:
     slow = num_ranks - 2
+    seconds = [0.083 * (1.17 if rank == slow else 1) * draw.uniform(0.98, 1.03) for rank in range(num_ranks)]
     return {
-        "seconds_to_exchange": [0.083 * (1.17 if rank == slow else 1) * draw.uniform(0.98, 1.03) for rank in range(num_ranks)],
+        "seconds_to_exchange": seconds,
         "communication": [(0.02 if rank == slow else 0.1) * draw.uniform(0.9, 1.1) for rank in range(num_ranks)],
         "data_wait": [0.2 * draw.uniform(0.9, 1.1) for _ in range(num_ranks)],
         "peak_gib": [25.2 - 0.3 * (rank % 3) for rank in range(num_ranks)],
@@ -164,7 +173,8 @@ def _ranks(draw: random.Random, num_ranks: int) -> dict[str, Any]:
 
 
 def _summary(steps: int, num_ranks: int, best: dict[str, Any], speed: float, took: float) -> dict[str, Any]:
-    parts = {"train": 0.71, "data_wait": 0.17, "startup": 0.04, "evaluation": 0.03, "checkpoint": 0.01, "lost": 0.025, "restarts": 0.015}
+    parts = {"train": 0.71, "data_wait": 0.17, "startup": 0.04, "evaluation": 0.03, "checkpoint": 0.01}
+    parts |= {"lost": 0.025, "restarts": 0.015}
     return {
         "status": "finished",
         "error": None,
@@ -196,8 +206,9 @@ def _attempts(steps: int, num_ranks: int, took: float) -> list[dict[str, Any]]:
     def attempt(number: int, status: str, span: tuple[float, float], first: int, last: int) -> dict[str, Any]:
         began, ended = (START + share * took for share in span)
         life = ended - began
-        seconds = {"startup": 25.0, "train": 0.72 * life, "data_wait": 0.17 * life, "lost": 0.04 * life if status == "killed" else 0.0}
-        seconds |= {"evaluation": 0.03 * life, "checkpoint": 0.01 * life}
+        shares = {"train": 0.72, "data_wait": 0.17, "lost": 0.04 if status == "killed" else 0.0}
+        shares |= {"evaluation": 0.03, "checkpoint": 0.01}
+        seconds = {"startup": 25.0, **{part: share * life for part, share in shares.items()}}
         return {
             "number": number,
             "started": began,
@@ -220,11 +231,12 @@ def _attempts(steps: int, num_ranks: int, took: float) -> list[dict[str, Any]]:
 
 
 def _make_faults(folder: Path) -> None:
-    fault = {"rank": 2, "kind": "lost", "message": "its process is gone (signal 9)", "step": 1600, "place": "backward"}
-    _write(folder / "faults" / "attempt-002" / "first.json", {**fault, "samples": [], "host": "node-b", "pid": 4242, "restart": True, "time": START})
+    fault: dict[str, Any] = {"rank": 2, "kind": "lost", "message": "its process is gone (signal 9)", "step": 1600}
+    fault |= {"place": "backward", "samples": [], "host": "node-b", "pid": 4242, "restart": True, "time": START}
+    _write(folder / "faults" / "attempt-002" / "first.json", fault)
     bad = [
         {"step": 1484, "ranks": [1], "message": "the loss of rank 1 is nan", "samples": [1207, 88, 4031]},
-        {"step": 1485, "ranks": [0, 1, 2, 3], "message": "the norm of the gradients is inf", "samples": list(range(40))},
+        {"step": 1485, "ranks": [0, 1], "message": "the norm of the gradients is inf", "samples": list(range(40))},
     ]
     (folder / "faults" / "bad-steps.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in bad))
 
@@ -236,11 +248,15 @@ def _make_evaluation(folder: Path, draw: random.Random, classes: list[str] | Non
     folder.mkdir(parents=True)
     samples: list[dict[str, Any]] = []
     for i in range(24):
-        Image.fromarray((digits.images[i] * 15.9).astype(np.uint8)).resize((32, 32), Image.Resampling.NEAREST).save(folder / f"{i}.png")
+        picture = Image.fromarray((digits.images[i] * 15.9).astype(np.uint8))
+        picture.resize((32, 32), Image.Resampling.NEAREST).save(folder / f"{i}.png")
         target = int(digits.target[i]) % num
         prediction = draw.randrange(num) if i % 7 == 5 else target
-        samples.append({"image": f"{i}.png", "target": names[target], "prediction": names[prediction], "confidence": draw.uniform(0.5, 1)})
+        sample = {"image": f"{i}.png", "target": names[target], "prediction": names[prediction]}
+        samples.append({**sample, "confidence": draw.uniform(0.5, 1)})
     samples.append({"image": None, "target": names[0], "prediction": names[-1], "confidence": 0.41})
     _write(folder / "samples.json", samples)
-    counts = [[max(0, round(draw.gauss(90, 4))) if i == j else max(0, round(draw.gauss(-1, 2.2))) for j in range(num)] for i in range(num)]
+    counts = [[max(0, round(draw.gauss(-1, 2.2))) for _ in names] for _ in names]
+    for i, row in enumerate(counts):
+        row[i] = round(draw.gauss(90, 4))
     _write(folder / "confusion.json", {"classes": names, "counts": counts})

@@ -43,6 +43,7 @@ def test_train_answers_without_torch(arguments: list[str], code: int, shown: str
         ("trainer", ["--help"], 0, "evaluate"),
         ("trainer", ["export", "--help"], 0, "safetensors"),
         ("trainer", ["schema"], 0, "json-schema.org"),
+        ("trainer", ["report", "none"], 2, "error: 'none' is not a run folder: it does not exist"),
         ("trainer", [], 2, "required: command"),
         ("launch", ["--help"], 0, "local"),
         ("launch", ["local", "--help"], 0, "--processes"),

@@ -149,8 +149,12 @@ def test_a_full_run_folder(
     changes = {"run__dir": str(run), "checkpoint": {"every": 20, "dir": str(tmp_path / "checkpoints")}}
     code, out, err = train("--config", config(write_config, events, **changes, train__steps=steps))
     assert (code, err) == (0, "")
-    (warning,) = warnings(out)
+    warning, *of_page = warnings(out)
     assert re.fullmatch(rf"cannot write to '{run}', .*{NO_ROOM}.*", warning)
+    assert [re.fullmatch(rf"cannot write '{run}/report.html': .*{NO_ROOM}", line) is not None for line in of_page] == (
+        [] if freed else [True]
+    )
+    assert (run / "report.html").exists() == freed
     assert out.count(f"all records are in '{run}' now") == freed
     reported = list(losses(run))  # every line is a whole record
     assert reported == list(range(1, len(reported) + 1))

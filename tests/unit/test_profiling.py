@@ -54,7 +54,10 @@ def test_a_run_leaves_a_profile_and_is_the_same(
     assert done.code == 0, done.err
     assert "profile    steps 3 to 5" in done.out
     assert_same_end(folder, tmp_path / "plain")
-    assert summary(folder)["goodput_seconds"]["profile"] > 0
+    written = summary(folder)["goodput_seconds"]["profile"]
+    assert written > 0
+    split = summary(folder)["time_split"]  # nor does writing seem to be part of a step
+    assert split["host"] * summary(folder)["seconds"]["total"] > 0.9 * written
 
     # What is traced reads like the loop.
     names = ranges(read_trace(folder))
@@ -158,13 +161,13 @@ def test_a_profile_that_cannot_be_written_ends_no_run(train: Train, write_config
     (tmp_path / "run" / "profile").touch()
     done = train("--config", write_config(profile={"steps": [1, 2]}))
     assert done.code == 0, done.err
-    assert re.search("step 2: the profile cannot be written to '.*/run/profile': .*File exists", done.out)
+    assert re.search("step 2: the profile is not whole in '.*/run/profile': .*File exists", done.out)
     assert summary(tmp_path / "run")["status"] == "finished"
 
 
 def make(folder: Path, first: int, last: int) -> Profiling:
     config = ProfileConfig(steps=(first, last))
-    made = Profiling.wanted(config, folder, 0, 1, torch.device("cpu"), Clock(), lambda: None, total_steps=100)
+    made = Profiling.wanted(config, folder, 0, 1, torch.device("cpu"), Clock(), lambda place: None, total_steps=100)
     assert made is not None
     return made
 
@@ -206,17 +209,38 @@ def test_a_step_given_up_half_way(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert "step 1 was the first of its process" in text
 
 
+@pytest.mark.parametrize("half", ['{"traceEvents": [', None])
 def test_no_room_for_the_trace(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    half: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """torch writes half of a trace to a full disk, and says nothing."""
+    """torch writes half of a trace to a full disk, or nothing, and says nothing."""
     profiling = make(tmp_path / "profile", 1, 1)
-    monkeypatch.setattr(profile, "export_chrome_trace", lambda _, path: Path(path).write_text('{"traceEvents": ['))
+    monkeypatch.setattr(profile, "export_chrome_trace", lambda _, path: Path(path).write_text(half) if half else None)
     with caplog.at_level(logging.WARNING):
         pass_step(profiling, 1)
-    assert "the profile cannot be written" in caplog.text
-    assert "torch's trace is cut short; is there room in" in caplog.text
-    assert list((tmp_path / "profile").iterdir()) == []
+    assert "step 1: the profile is not whole in" in caplog.text
+    assert "torch could not write the trace; is there room in" in caplog.text
+
+
+def test_a_trace_that_is_too_large_to_look_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pass_step(make(tmp_path / "profile", 1, 1), 1)
+    assert len(list((tmp_path / "profile").iterdir())) == 4
+    monkeypatch.setattr("trainer.profiling.recording._MOST_BYTES", 1000)
+    with caplog.at_level(logging.WARNING):
+        pass_step(make(tmp_path / "profile", 1, 1), 1)
+    assert "KiB are too much to look into; trace fewer steps" in caplog.text
+    assert [file.name for file in (tmp_path / "profile").iterdir()] == ["rank-0.trace.json.gz"]
+    assert "step 1" in ranges(read_trace(tmp_path))
+
+
+def test_a_run_that_fails_leaves_what_it_traced(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
+    data = {"name": "vectors:Buggy", "args": {"length": 60}}
+    assert train("--config", write_config(data__train=data, profile={"steps": [1, 10]})).code == 1
+    kernels = read_kernels(tmp_path / "run")
+    assert kernels["given_up"] == kernels["steps"][-1]
+    assert kernels["steps"][0] == 1
 
 
 # ---- a GPU's trace, made by hand ------------------------------------------------------------------------------
@@ -311,6 +335,7 @@ def test_what_a_trace_of_a_gpu_says() -> None:
         ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer", "optimizer"),
         ("Memset (Device)", "forward", "copies"),
         ("aten::convolution_backward", "backward", "matmul"),
+        ("## Call CompiledFxGraph f7jgda3c6t3cekw4 ##", "forward", "elementwise"),
         ("aten::convert_something", "forward", "other"),
         ("aten::linalg_vector_norm", "backward", "elementwise"),
         ("aten::copy_", "loading a batch", "copies"),

@@ -23,21 +23,19 @@ RULES: tuple[Rule, ...] = (
 )
 
 MOST_SHOWN = 3  # whoever reads more does none of it
-_LEAST_STEPS = 8  # of a stretch that says something of a run
-_LEAST_SECONDS = 1.0
+LEAST_STEPS = 8  # of a stretch that says something of a run
+LEAST_SECONDS = 1.0
 
 
 class Adviser:
-    """Says each thing once in an attempt, and only when it was so in two reports in a row."""
+    """Says each thing once in an attempt, and only when it was so twice in a row."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()
         self._seen_before: set[str] = set()
 
     def ask(self, measured: Measured) -> list[Advice]:
-        """Returns what is new, given the figures since the last report."""
-        if not _says_something(measured):
-            return []
+        """Returns what is new, given the figures since the last call."""
         found = advice(measured)
         new = [a for a in found if a.rule in self._seen_before and a.rule not in self._said]
         self._seen_before = {a.rule for a in found}
@@ -47,14 +45,10 @@ class Adviser:
 
 def advice(measured: Measured) -> list[Advice]:
     """Returns what the rules say of a stretch of training, the most useful first."""
-    if not _says_something(measured):
+    if measured.num_steps < LEAST_STEPS or measured.seconds < LEAST_SECONDS:
         return []
     found = [said for rule in RULES if (said := rule(measured)) is not None]
     return list(_without_repetition(sorted(found, key=lambda a: -a.rank)))[:MOST_SHOWN]
-
-
-def _says_something(measured: Measured) -> bool:
-    return measured.num_steps >= _LEAST_STEPS and measured.seconds >= _LEAST_SECONDS
 
 
 def _without_repetition(found: Iterable[Advice]) -> Iterable[Advice]:

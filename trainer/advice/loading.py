@@ -82,7 +82,7 @@ def loader_memory(measured: Measured) -> Advice | None:
         "page that a worker shares with the others: keep lists of names and labels as numpy arrays, and collect "
         "nothing in __getitem__. It costs no speed until memory runs out."
     )
-    return Advice("loader_memory", text, {}, None, 0.05)
+    return Advice("loader_memory", text, {}, None, at_stake=0.9)  # all of the run, in the end
 
 
 def _busy_seconds(measured: Measured) -> float:

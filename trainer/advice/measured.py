@@ -65,8 +65,8 @@ class Host:
     Args:
         num_cores: that a rank and its workers may keep busy.
         num_threads: that computing keeps busy: 1 where a GPU computes.
-        operation_seconds: forward and backward of one operation that has nothing to compute; 0 where not measured.
-        num_operations: differentiable operations of a micro-batch; 0 where not counted.
+        operation_seconds: of one operation of torch that has nothing to compute; 0 where not measured.
+        num_operations: in forward and backward of a micro-batch; 0 where not counted.
         is_behind: whether the device had nothing left to do whenever the host looked: the host is the slower one.
         device_busy: share of the time in which the GPU computed, where known.
     """

@@ -81,9 +81,9 @@ def evaluations(measured: Measured) -> Advice | None:
 def _rounded(every: float, factor: float, unit: str) -> tuple[Setting, float]:
     """Returns an interval that is at least so many times as long, as it is written, and how many times it really is."""
     if unit == "minutes":
-        count = math.ceil(10 * every * factor) / 10
+        count = math.ceil(10 * every * factor - 1e-6) / 10
         return f"{count:g} minutes", count / every
-    whole = math.ceil(every * factor)
+    whole = math.ceil(every * factor - 1e-6)
     return (whole if unit == "steps" else f"{whole} epochs"), whole / every
 
 

@@ -9,6 +9,7 @@ from trainer.advice.measured import Advice, Measured, Setting, line, percent, sp
 _EXCHANGE = 0.12  # of the time, not hidden behind backward
 _COMPRESSIBLE = 2**20  # bytes: an exchange of less waits for answers and not for bytes
 _BUCKETS = 8  # with so many, one eighth of the exchange is left when backward is over
+_SECOND_BEST = 0.5  # of the best gain, with which a change that has no other effect is preferred
 _FULL = 0.9  # of the memory target
 
 
@@ -18,10 +19,11 @@ def communication(measured: Measured) -> Advice | None:
     if exchange.num_ranks == 1 or exchange.share < _EXCHANGE:
         return None
     ways = [_smaller_buckets, _compressed] if exchange.strategy == "ddp" else [_kept_gathered, _within_machines]
-    found = [way(measured) for way in ways]
-    advice = max((a for a in found if a is not None), key=lambda a: a.rank, default=None)
-    if advice is not None:
-        return advice
+    found = [said for way in ways if (said := way(measured)) is not None]
+    if found:
+        # The first way costs nothing but memory: the second must be much better.
+        best = max(said.rank for said in found)
+        return next(said for said in found if said.rank >= _SECOND_BEST * best)
     text = (
         f"{_begin(measured)} What is left is a faster network (`python -m launch doctor` measures this one), or fewer "
         "exchanges: a larger train.batch_size, in more micro-batches, which changes the optimisation."

@@ -6,6 +6,7 @@ Owns which figures go where, and what of an attempt counts: not its first steps.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from trainer.advice.adviser import Adviser, advice
+from trainer.advice.adviser import LEAST_SECONDS, LEAST_STEPS, Adviser, advice
 from trainer.advice.measured import Advice, Batch, Exchange, Host, Loading, Measured, Memory, Pauses
 from trainer.checkpoint.writing import Saver
 from trainer.config import Config
@@ -30,7 +31,7 @@ from trainer.faults.pace import Straggler
 from trainer.memory.blocks import repeated_blocks
 from trainer.resumable import Resumable
 from trainer.runtime import Runtime
-from trainer.telemetry.efficiency import count_operations
+from trainer.telemetry.efficiency import OperationCounter
 from trainer.telemetry.memory import memory_use
 from trainer.telemetry.observer import Observation
 from trainer.telemetry.stopwatch import PARTS
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
 _WARM_UP_STEPS = 5  # which compile, allocate and fill queues; a window that they are in does not count
 _AT_ONCE = 0.3  # of a step: a device that is through so soon after the host is the faster one
 _COPIED_BYTES = 16 * 2**20
-_TRIED_LAYERS = 64
-_TRIALS = 5
+_TRIED_LAYERS = 12
+_TRIALS = 7
 
 
 @dataclass
@@ -105,13 +106,14 @@ class Survey:
         self._flops = run.flops
         self._adviser = Adviser()
         self._all = _Stretch()
+        self._recent = _Stretch()  # since the rules were last asked
         self._straggler: Straggler | None = None  # the one that cost most
         self._straggler_steps = 0  # in windows that had one
         self._worker_bytes: list[tuple[float, int]] = []
-        self._last: Measured | None = None
+        self._seen: Sequence[Observation] = ()  # at the last report that counts
         self._is_cuda = runtime.device.type == "cuda"
         self._num_threads = 1 if self._is_cuda else torch.get_num_threads()
-        self._operation_seconds = 0.0 if self._is_cuda else operation_seconds()
+        self._operation_times = None if self._is_cuda else _OperationTimes()
         self._memory_before = memory_use(runtime.device).allocated
         self._num_blocks, self._recomputed = _recomputation(config, model, run.planned)
         self._has_batchnorm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
@@ -153,16 +155,20 @@ class Survey:
         window.num_looks = 1
         window.num_at_once = int(device_wait < _AT_ONCE * math.fsum(window.seconds.values()) / num_steps)
         self._all.add(window)
+        self._recent.add(window)
         if straggler is not None:
             self._straggler_steps += num_steps
             if self._straggler is None or straggler.share > self._straggler.share:
                 self._straggler = straggler
-        self._last = self._measured(self._all, seen, self._lasting_straggler())
-        return self._adviser.ask(self._measured(window, seen, straggler))
+        self._seen = seen
+        if self._recent.num_steps < LEAST_STEPS or math.fsum(self._recent.seconds.values()) < LEAST_SECONDS:
+            return []
+        recent, self._recent = self._recent, _Stretch()
+        return self._adviser.ask(self._measured(recent, seen, straggler))
 
     def conclude(self) -> list[Advice]:
         """Returns advice for the next run, from this attempt without its first steps, the most useful first."""
-        return advice(self._last) if self._last is not None else []
+        return advice(self._measured(self._all, self._seen, self._lasting_straggler())) if self._all.num_steps else []
 
     def _lasting_straggler(self) -> Straggler | None:
         """Returns the slow rank, with what it cost over all steps."""
@@ -217,7 +223,7 @@ class Survey:
         return Host(
             self._runtime.num_cores,
             self._num_threads,
-            self._operation_seconds,
+            self._operation_times.median() if self._operation_times is not None else 0.0,
             (self._flops.num_operations if self._flops is not None else None) or 0,
             self._is_cuda and stretch.num_at_once > 0.8 * stretch.num_looks,
             self._device_busy,
@@ -352,19 +358,32 @@ def cheaper_ways(config: Config, feed: DeviceFeed, runtime: Runtime) -> tuple[st
     return tuple(found)
 
 
-def operation_seconds() -> float:
-    """Returns what forward and backward of one operation take on a CPU that has next to nothing to compute."""
-    with preserved_generators(), torch.enable_grad():
-        layers = nn.Sequential(*(part for _ in range(_TRIED_LAYERS) for part in (nn.Linear(4, 4), nn.GELU())))
-        inputs = torch.ones(1, 4)
-        num_operations = count_operations([layers(inputs)])
-        return min(_seconds_of(layers, inputs) for _ in range(_TRIALS)) / num_operations
+class _OperationTimes:
+    """What one operation takes on a CPU that has next to nothing to compute, in forward and backward.
 
+    Tried a few times in the course of a run, because it depends on what else the machine does.
+    """
 
-def _seconds_of(model: nn.Module, inputs: torch.Tensor) -> float:
-    started = time.perf_counter()
-    model(inputs).sum().backward()
-    return time.perf_counter() - started
+    def __init__(self) -> None:
+        with preserved_generators():
+            parts = (part for _ in range(_TRIED_LAYERS) for part in (nn.Linear(4, 4), nn.LayerNorm(4), nn.GELU()))
+            self._model = nn.Sequential(*parts)
+            with OperationCounter() as counter:
+                self._pass()
+        self._num_operations = counter.num_operations
+        self._times: list[float] = []
+
+    def median(self) -> float:
+        """Returns the median of the trials so far, and makes another one where they are few."""
+        if len(self._times) < _TRIALS:
+            started = time.perf_counter()
+            self._pass()
+            self._times.append((time.perf_counter() - started) / self._num_operations)
+        return statistics.median(self._times)
+
+    def _pass(self) -> None:
+        with torch.enable_grad():
+            self._model(torch.ones(1, 4)).sum().backward()
 
 
 def copied_per_second() -> float:

@@ -10,6 +10,7 @@ LOADING = "loading a batch"
 EVALUATION = "evaluation"
 
 WITHIN_A_STEP = (LOADING, "forward", "backward", "optimizer")
+PROFILE = "writing a profile"
 AFTER_STEP = "exchange of decisions"
 
 # Where a rank may be, in the order in which it passes through them in a step.
@@ -17,6 +18,7 @@ PLACES = (
     "building",
     "restoring a checkpoint",
     *WITHIN_A_STEP,
+    PROFILE,
     AFTER_STEP,
     EVALUATION,
     "saving a checkpoint",

@@ -11,7 +11,7 @@ from trainer.faults.judging import AFTER_STEP, EVALUATION, LOADING
 KINDS = {
     "matmul": "matrix products, convolutions, attention",
     "normalisation": "normalisation",
-    "elementwise": "elementwise, reductions",
+    "elementwise": "elementwise, reductions, fused",
     "copies": "copies",
     "communication": "communication",
     "optimizer": "optimizer",
@@ -49,8 +49,11 @@ _PATTERNS = (
     ("normalisation", r"(batch|layer|group|instance|rms)_?norm|bn_(fw|bw)|RowwiseMoments|welford|GammaBeta"),
     ("matmul", r"gemm|gemv|cutlass|xmma|nvjet|winograd|wgrad|dgrad|fprop|cudnn|cublas|splitK|triton_tem"),
     ("matmul", r"conv(?!ert)|fmha|flash|attention|matmul|linear(?!alg)"),
-    ("elementwise", r"elementwise|reduce_kernel|softmax|dropout|pool|triton_(poi|per|red)|nll_loss|cross_entropy"),
-    ("elementwise", r"threshold|relu|gelu|silu|sigmoid|tanh|vector_norm|distribution|_foreach_"),
+    (
+        "elementwise",
+        r"elementwise|reduce_kernel|softmax|dropout|pool|triton_(poi|per|red)|nll_loss|cross_entropy",
+    ),
+    ("elementwise", r"threshold|relu|gelu|silu|sigmoid|tanh|vector_norm|distribution|_foreach_|CompiledFxGraph"),
 )
 _COMPILED = tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in _PATTERNS)
 

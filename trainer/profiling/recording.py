@@ -22,14 +22,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from trainer.config_reporting import ProfileConfig
-from trainer.errors import UserError, one_line_text
+from trainer.errors import UserError, one_line, one_line_text
+from trainer.faults.judging import PROFILE
 from trainer.profiling.tables import kernels_text
-from trainer.profiling.traces import Analysis, analyse, step_range
+from trainer.profiling.traces import Analysis, analyse, read_trace, step_range
 from trainer.telemetry.clock import Clock
+from trainer.units import format_bytes
 
 logger = logging.getLogger("lockstep")
 
 _MOST_ALLOCATIONS = 1_000_000  # in a snapshot, a ring buffer of the last ones
+_MOST_BYTES = 1 << 30  # of a trace that is looked into: each takes about five times that, in memory
 _GZIP_LEVEL = 5  # 1% larger than the default of 9, in a third of the time
 _QUIET = "99"  # level of what libkineto writes to stderr: nothing, as a machine without a GPU is an error to it
 
@@ -46,7 +49,7 @@ class Profiling:
         num_ranks: how many there are.
         device: that the model is on.
         clock: of this attempt: the time of writing is no training.
-        beat: called between long pieces of work.
+        at: told again and again, while files are written, that this is what goes on.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class Profiling:
         num_ranks: int,
         device: torch.device,
         clock: Clock,
-        beat: Callable[[], None],
+        at: Callable[[str], None],
     ) -> None:
         assert config.steps is not None
         self._config = config
@@ -66,7 +69,7 @@ class Profiling:
         self._rank, self._num_ranks = rank, num_ranks
         self._device = device
         self._clock = clock
-        self._beat = beat
+        self._at = at
         self._profiler: profile | None = None  # once it warms up
         self._is_warm = False  # it was there for a whole step before the first one that it records
         self._steps: list[int] = []  # begun while recording
@@ -83,7 +86,7 @@ class Profiling:
         num_ranks: int,
         device: torch.device,
         clock: Clock,
-        beat: Callable[[], None],
+        at: Callable[[str], None],
         total_steps: int,
     ) -> Profiling | None:
         """Returns it where the config asks for it.
@@ -96,7 +99,7 @@ class Profiling:
         if config.steps[0] > total_steps:
             message = f"the run has {total_steps} steps, and the first to trace is {config.steps[0]}"
             raise UserError(message, path="profile.steps", agreed=True)
-        return cls(config, folder, rank, num_ranks, device, clock, beat)
+        return cls(config, folder, rank, num_ranks, device, clock, at)
 
     # ---- in the loop --------------------------------------------------------------------------------------
 
@@ -210,45 +213,48 @@ class Profiling:
         with self._clock.phase("profile"):
             self._wait_for_device()  # within the last step, whose work this is
             self._close_ranges()
-            profiler.stop_trace()
             self._profiler, self._steps = None, []
-            self._beat()
-            try:
+            self._at(PROFILE)
+            profiler.stop_trace()
+            with self._tolerant(steps[-1]):
                 self._folder.mkdir(parents=True, exist_ok=True)
-                if self._rank == 0:
-                    self._remove_others()
-                if self._records_snapshot:
-                    with self._replacing("memory.pickle") as staged:
-                        torch.cuda.memory._dump_snapshot(str(staged))
-                    self._beat()
+                self._remove_old()
                 self._write_trace(profiler, steps)
-            except (OSError, ValueError, RuntimeError) as error:  # torch has RuntimeErrors for full disks
-                where = f"'{self._folder}'"
-                logger.warning("step %d: the profile cannot be written to %s: %s", steps[-1], where, _why(error))
-            finally:
-                if self._records_snapshot:
-                    torch.cuda.memory._record_memory_history(enabled=None)
-        self._beat()
+            if self._records_snapshot:
+                with self._tolerant(steps[-1]), self._replacing("memory.pickle") as staged:
+                    torch.cuda.memory._dump_snapshot(str(staged))
+                torch.cuda.memory._record_memory_history(enabled=None)
+        self._at(PROFILE)
+
+    @contextlib.contextmanager
+    def _tolerant(self, step: int) -> Iterator[None]:
+        """Makes a warning of whatever torch, a disk, or a trace unlike any seen does: training goes on."""
+        try:
+            yield
+        except Exception as error:
+            logger.warning("step %d: the profile is not whole in '%s': %s", step, self._folder, _why(error))
+        self._at(PROFILE)
 
     def _write_trace(self, profiler: profile, steps: list[int]) -> None:
         with tempfile.TemporaryDirectory(prefix="lockstep-profile-") as folder:
             plain = Path(folder) / "trace.json"
             profiler.export_chrome_trace(str(plain))
-            self._beat()
-            with open(plain, encoding="utf-8", errors="replace") as stream:
-                trace = json.load(stream)
-            self._beat()
-            found = analyse(trace, is_alone=self._num_ranks == 1)
-            self._beat()
+            self._at(PROFILE)
             with (
                 self._replacing("trace.json.gz") as staged,
                 open(plain, "rb") as source,
                 gzip.open(staged, "wb", compresslevel=_GZIP_LEVEL) as packed,
             ):
                 shutil.copyfileobj(source, packed, 1 << 20)
-        self._beat()
+            self._at(PROFILE)
+            if plain.stat().st_size > _MOST_BYTES:
+                size = format_bytes(plain.stat().st_size)
+                raise ValueError(f"only the trace is there: {size} are too much to look into; trace fewer steps")
+            with open(plain, encoding="utf-8", errors="replace") as stream:
+                found = analyse(read_trace(stream), is_alone=self._num_ranks == 1)
+        self._at(PROFILE)
         if self._config.memory and self._device.type != "cuda":
-            self._write_text("memory.json", json.dumps(found.allocations()))
+            self._write_text("memory.json", json.dumps(found.memory.table(found.start)))
         record = {**self._about(steps), **found.record()}
         self._write_text("kernels.json", json.dumps(record, indent=1))
         self._write_text("kernels.txt", kernels_text(record))
@@ -258,8 +264,7 @@ class Profiling:
 
     def _warn_of_missing_kernels(self, found: Analysis) -> None:
         if self._device.type == "cuda" and not found.has_gpu:
-            message = "the profile has no GPU kernels: the driver may keep its counters to administrators"
-            logger.warning("%s (NVreg_RestrictProfilingToAdminUsers)", message)
+            logger.warning("the profile has no GPU kernels: another profiler may be on, or the driver may not allow it")
 
     def _about(self, steps: list[int]) -> dict[str, Any]:
         is_cuda = self._device.type == "cuda"
@@ -291,15 +296,16 @@ class Profiling:
             with contextlib.suppress(OSError):
                 staged.unlink()
 
-    def _remove_others(self) -> None:
-        """Removes the files of ranks that the run had more of before: they are of other steps."""
+    def _remove_old(self) -> None:
+        """Removes this rank's files, and those of ranks that there are no more, which are of other steps."""
         for file in self._folder.glob("rank-*.*"):
             number = file.name.removeprefix("rank-").partition(".")[0]
-            if number.isdigit() and int(number) >= self._num_ranks:
+            is_mine = number == str(self._rank)
+            if is_mine or (self._rank == 0 and number.isdigit() and int(number) >= self._num_ranks):
                 file.unlink()
 
 
 def _why(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"torch's trace is cut short; is there room in '{tempfile.gettempdir()}'?"
-    return one_line_text(error)
+    if isinstance(error, json.JSONDecodeError | FileNotFoundError):  # torch says nothing where it cannot write
+        return f"torch could not write the trace; is there room in '{tempfile.gettempdir()}'?"
+    return one_line_text(error) if isinstance(error, OSError | ValueError) else one_line(error)

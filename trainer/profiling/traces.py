@@ -6,6 +6,7 @@ say together is `trainer.profiling.summary`.
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_right
 from collections import defaultdict
@@ -13,9 +14,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from operator import itemgetter
-from typing import Any
+from typing import IO, Any
 
 from trainer.faults.judging import LOADING
+from trainer.profiling.allocations import Allocation, Memory, Place
 from trainer.profiling.kinds import kind_of, kind_outside
 
 _GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -26,7 +28,6 @@ _ALLOCATES = re.compile(r"^aten::(empty|new_empty|resize_|set_|_empty|zeros|ones
 _STEP = re.compile(r"step (\d+)")
 _SLACK = 2e-3  # microseconds: times are rounded to a nanosecond
 _NUM_GAPS = 5
-_NUM_LARGEST = 10
 _NUM_KERNELS = 100
 
 
@@ -38,16 +39,6 @@ def step_range(step: int) -> str:
 Span = tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Place:
-    """A part of a step on the main thread; times in microseconds."""
-
-    start: float
-    end: float
-    name: str
-    step: int
-
-
 @dataclass
 class Usage:
     """Calls of one operator or kernel, and their microseconds without those of what they call."""
@@ -55,25 +46,6 @@ class Usage:
     kind: str
     calls: int = 0
     microseconds: float = 0.0
-
-
-@dataclass
-class Allocation:
-    """A change of memory.
-
-    Args:
-        time: microseconds.
-        num_bytes: negative where memory was given back.
-        address: of it.
-        total: that torch says is allocated since then.
-        operator: that allocated it, if one did.
-    """
-
-    time: float
-    num_bytes: int
-    address: int
-    total: int
-    operator: str | None = None
 
 
 @dataclass
@@ -92,8 +64,7 @@ class Analysis:
         busy: when the GPU did anything, merged.
         computing: when it did anything but communicate, merged.
         work: start, end and name of everything that the GPU did, in order.
-        changes: of memory on the device, in order; on the CPU where there is no GPU.
-        is_gpu_memory: whose it is.
+        memory: what became of it.
     """
 
     steps: dict[int, Span]
@@ -107,8 +78,7 @@ class Analysis:
     busy: list[Span] = field(default_factory=list)
     computing: list[Span] = field(default_factory=list)
     work: list[tuple[float, float, str]] = field(default_factory=list)
-    changes: list[Allocation] = field(default_factory=list)
-    is_gpu_memory: bool = False
+    memory: Memory = field(default_factory=Memory)
 
     @property
     def start(self) -> float:
@@ -146,7 +116,7 @@ class Analysis:
             "place_seconds": {place: value / 1e6 for place, value in self.host_places.items()},
             "gpu": self._gpu() if self.has_gpu else None,
             "kernels": _table(usages, sum(kinds.values())),
-            "memory": self._memory() if self.changes else None,
+            "memory": self.memory.record(self.place_at),
         }
 
     def _gpu(self) -> dict[str, Any]:
@@ -183,46 +153,16 @@ class Analysis:
             "before": self.work[next_one][2] if next_one < len(self.work) else None,
         }
 
-    def _memory(self) -> dict[str, Any]:
-        first = self.changes[0]
-        before = first.total - first.num_bytes if self.is_gpu_memory else 0  # torch's own total on a CPU begins at 0
-        live, peak, peak_index = before, before, -1
-        for i, change in enumerate(self.changes):
-            live += change.num_bytes
-            if live > peak:
-                peak, peak_index = live, i
-        alive: dict[int, Allocation] = {}
-        for change in self.changes[: peak_index + 1]:
-            if change.num_bytes > 0:
-                alive[change.address] = change
-            else:
-                alive.pop(change.address, None)
-        holders: dict[tuple[str, str], list[int]] = defaultdict(list)
-        for change in alive.values():
-            place = self.place_at(change.time)
-            where = place.name if place else "another thread"
-            holders[change.operator or "no operator", where].append(change.num_bytes)
-        largest = sorted(holders.items(), key=lambda item: -sum(item[1]))[:_NUM_LARGEST]
-        peak_place = self.place_at(self.changes[peak_index].time) if peak_index >= 0 else None
-        return {
-            "of": "gpu" if self.is_gpu_memory else "cpu",
-            "peak_bytes": peak,
-            "before_bytes": before,
-            "step": peak_place.step if peak_place else None,
-            "place": peak_place.name if peak_place else None,
-            "held_by": [
-                {"operator": operator, "place": place, "bytes": sum(sizes), "allocations": len(sizes)}
-                for (operator, place), sizes in largest
-            ],
-        }
 
-    def allocations(self) -> dict[str, Any]:
-        """Returns every change of memory with the bytes that were alive after it, for JSON."""
-        live, rows = 0, []
-        for change in self.changes:
-            live += change.num_bytes
-            rows.append([round((change.time - self.start) / 1e6, 9), change.num_bytes, live, change.operator])
-        return {"columns": ["seconds", "bytes", "bytes_alive", "operator"], "allocations": rows}
+def read_trace(stream: IO[str]) -> dict[str, Any]:
+    """Reads the file of a trace, without the events that `analyse` does not look at, which may be the most."""
+    return json.load(stream, object_hook=_looked_at)
+
+
+def _looked_at(found: dict[str, Any]) -> dict[str, Any] | None:
+    if "ph" not in found or found.get("cat") in (*_HOST_WORK, *_GPU_WORK) or found.get("name") == "[memory]":
+        return found
+    return None
 
 
 def analyse(trace: Mapping[str, Any], is_alone: bool = True) -> Analysis:
@@ -235,7 +175,7 @@ def analyse(trace: Mapping[str, Any], is_alone: bool = True) -> Analysis:
     Raises:
         ValueError: it holds no step.
     """
-    events = [event for event in trace["traceEvents"] if event.get("ph") in ("X", "i")]
+    events = [event for event in trace["traceEvents"] if event is not None and event["ph"] in ("X", "i")]
     main, steps = _steps(events)
     found = Analysis(steps, [])
     by_thread: defaultdict[Any, list[dict[str, Any]]] = defaultdict(list)
@@ -246,7 +186,7 @@ def analyse(trace: Mapping[str, Any], is_alone: bool = True) -> Analysis:
         _walk(found, of_thread, is_main=thread == main, is_alone=is_alone)
     _add_pauses(found, _merged(_exchanges(events, main)))
     _add_gpu(found, events, _launches(found, by_thread, main))
-    _sort_memory(found)
+    found.memory.sort()
     return found
 
 
@@ -423,17 +363,8 @@ def _length(spans: Iterable[Span]) -> float:
 
 def _add_memory(found: Analysis, event: Mapping[str, Any], operator: str | None) -> None:
     args = event["args"]
-    is_gpu = args["Device Type"] != 0
-    if is_gpu and not found.is_gpu_memory:  # memory of the host is of no interest beside that of the GPU
-        found.changes.clear()
-        found.is_gpu_memory = True
-    if is_gpu == found.is_gpu_memory:
-        change = Allocation(event["ts"], args["Bytes"], args["Addr"], args["Total Allocated"], operator)
-        found.changes.append(change)
-
-
-def _sort_memory(found: Analysis) -> None:
-    found.changes.sort(key=lambda change: change.time)  # stable: equal times keep their order
+    change = Allocation(event["ts"], args["Bytes"], args["Addr"], args["Total Allocated"], operator)
+    found.memory.add(change, is_gpu=args["Device Type"] != 0)
 
 
 def _kinds(usages: Iterable[Usage]) -> dict[str, float]:

@@ -7,7 +7,7 @@ import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 
-from trainer.report.parts import Html, duration, join, link, moment, number, percent, safe, table, tag
+from trainer.report.parts import UNKNOWN, Html, duration, join, link, moment, number, percent, safe, table, tag
 from trainer.report.reading import Attempt, Run
 
 # What the parts of `attempts.json` are called, and their colours; the others get a grey.
@@ -106,7 +106,7 @@ def _row(run: Run, attempt: Attempt, first: float, scale: float, start: Path) ->
     width = max((attempt.last_seen - attempt.started) * scale, 4)
     track = tag("rect", x=0, y=0, width=_WIDTH, height=14, class_="track")
     pieces = bar(attempt.seconds, width, left=min(left, _WIDTH - width))
-    steps = "–"
+    steps = UNKNOWN
     if attempt.first_step is not None and attempt.step is not None:
         steps = f"{attempt.first_step:,} → {attempt.step:,}"
     return [
@@ -133,7 +133,7 @@ def _ending(attempt: Attempt, start: Path) -> Html:
         where += f" ({fault['place']})"
     shown = [tag("span", f"{where}: {fault.get('message')}", class_="ending")]
     if attempt.fault_folder is not None:
-        shown += [" ", link(address(attempt.fault_folder, start), "files")]
+        shown += [Html(" "), link(address(attempt.fault_folder, start), "files")]
     return join(shown)
 
 

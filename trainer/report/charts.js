@@ -78,8 +78,7 @@ class Chart {
     this.height = width > 640 ? WIDE_HEIGHT : HEIGHT;
     this.area = { left: 52, right: width - 14, top, bottom: this.height - 34 };
     if (kind === "matrix") this.layOutMatrix(width);
-    if (kind === "heat") this.area.bottom = top + Math.max(Math.min(this.data.rows.length * 18, 360), 40);
-    if (kind === "heat") this.height = this.area.bottom + 34;
+    if (kind === "heat") this.layOutHeat();
     this.svg = svg("svg", { viewBox: `0 0 ${width} ${this.height}`, width, height: this.height, role: "img", tabindex: "0" });
     this.svg.setAttribute("aria-label", this.title);
     this.stage.replaceChildren(this.svg);
@@ -121,6 +120,13 @@ class Chart {
     for (const series of shown) {
       if (series.best && (!this.isLog || series.best.y > 0)) drawBest(this.svg, series.best, area, this.x, this.y, data.format, series.colour);
     }
+  }
+
+  layOutHeat() {
+    const { rows } = this.data;
+    this.area.left = Math.max(...rows.map((name) => name.length)) * 6.6 + 12;
+    this.area.bottom = this.area.top + Math.min(rows.length * 18, 360);
+    this.height = this.area.bottom + 34;
   }
 
   layOutMatrix(width) {

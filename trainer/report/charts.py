@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from trainer.report.curves import Curve, Curves, RankTable
+from trainer.report.reading import as_number
 
 # In the order in which they are stacked: what has to be first, what is waiting on top.
 TIME_PARTS = {
@@ -27,7 +27,7 @@ TIME_PARTS = {
 }
 _NUM_COLOURS = 8
 _MOST_LINES_OF_RANKS = 8
-_MOST_ROWS = 48
+_MOST_ROWS = 64
 _LOWER_IS_BETTER = re.compile(r"loss|err|perplexity|ppl|nll|bpb|bits|wer|cer|mae|mse|rmse|fid", re.IGNORECASE)
 
 
@@ -80,7 +80,8 @@ def lines(identity: str, title: str, series: Sequence[Line], end: float, **optio
         entry |= {"best": line.best} if line.best is not None else {}
         entry |= {"dashed": True} if line.dashed else {}
         drawn.append(entry)
-    return Chart(identity, title, {"kind": "lines", "domain": [0, max(end, 1)], "format": "", "series": drawn, **options})
+    data = {"kind": "lines", "domain": [0, max(end, 1)], "format": "", "series": drawn}
+    return Chart(identity, title, {**data, **options})
 
 
 def is_lower_better(metric: str) -> bool:
@@ -96,12 +97,11 @@ def best_point(curve: Curve, metric: str, best: dict[str, Any] | None = None) ->
         metric: its name.
         best: what the summary says, if it is of this metric.
     """
-    is_low = is_lower_better(metric)
-    step, value = (best or {}).get("step"), (best or {}).get("value")
-    if isinstance(step, int | float) and isinstance(value, int | float) and math.isfinite(value):
+    step, value = as_number((best or {}).get("step")), as_number((best or {}).get("value"))
+    if step is not None and value is not None:
         highest = curve.best(highest=True)
-        is_low = highest is not None and value < highest[1] if highest and highest[1] != value else is_low and False
-        return {"x": step, "y": value, "isLow": is_low}
+        return {"x": step, "y": value, "isLow": highest is not None and value < highest[1]}
+    is_low = is_lower_better(metric)
     found = curve.best(highest=not is_low)
     return {"x": found[0], "y": found[1], "isLow": is_low} if found is not None and curve.num_values > 1 else None
 
@@ -175,8 +175,8 @@ def _on_grid(points: Sequence[tuple[float, float | None]], grid: Sequence[float]
     steps = [step for step, _ in points]
     if steps == grid:
         return [value or 0.0 for _, value in points]
-    found = (bisect.bisect_left(steps, step) for step in grid)
-    return [(points[min(i, len(points) - 1)][1] or 0.0) if steps[0] <= step else 0.0 for i, step in zip(found, grid, strict=True)]
+    found = (min(bisect.bisect_left(steps, step), len(points) - 1) if step >= steps[0] else None for step in grid)
+    return [(points[i][1] or 0.0) if i is not None else 0.0 for i in found]
 
 
 def memory(curves: Curves, end: float) -> list[Chart]:
@@ -188,7 +188,8 @@ def memory(curves: Curves, end: float) -> list[Chart]:
         if (curve := curves.get(f"memory/{key}")) is not None
     ]
     charts = [lines("memory", "Memory, most of any rank", series, end, zero=True, format="GiB")]
-    charts.append(_single(curves, "memory/workers_gib", "Loader workers of rank 0", end, colour(2), zero=True, format="GiB"))
+    workers = "Loader workers of rank 0"
+    charts.append(_single(curves, "memory/workers_gib", workers, end, colour(2), zero=True, format="GiB"))
     return _there(charts)
 
 
@@ -204,17 +205,27 @@ def system(curves: Curves, end: float) -> list[Chart]:
             node, figure = "", node
         device = re.match(r"([a-z]+)(\d+)[_/]", figure)
         kind = re.sub(r"^([a-z]+)\d+([_/])", r"\1\2", figure)
-        name = " ".join(part for part in (f"node {node}" if node else "", f"{device[1].upper()} {device[2]}" if device else "") if part)
+        name = " ".join(
+            part
+            for part in (f"node {node}" if node else "", f"{device[1].upper()} {device[2]}" if device else "")
+            if part
+        )
         groups.setdefault(kind, []).append((name or figure, key))
-    charts = []
+    charts: list[Chart | None] = []
     for kind, members in groups.items():
         ending, unit = next(((ending, unit) for ending, unit in _UNITS if kind.endswith(ending)), ("", ""))
         title = kind.removesuffix(ending).replace("_", " ").replace("/", " ")
         title = re.sub(r"\b(cpu|gpu)\b", lambda found: found[0].upper(), title)
         title = title[:1].upper() + title[1:] + (" in use" if unit == "percent" else "")
-        series = [Line(name, curves.by_key[key], colour(i), dashed=i >= _NUM_COLOURS) for i, (name, key) in enumerate(members)]
-        options = {"top": 100} if unit == "percent" and all((c.curve.best(True) or (0, 0))[1] <= 100 for c in series) else {}
-        charts.append(lines(f"system-{len(charts)}", title, series, end, zero=True, format=unit, showLegend=True, **options))
+        series = [
+            Line(name, curves.by_key[key], colour(i), dashed=i >= _NUM_COLOURS) for i, (name, key) in enumerate(members)
+        ]
+        options = (
+            {"top": 100} if unit == "percent" and all((c.curve.best(True) or (0, 0))[1] <= 100 for c in series) else {}
+        )
+        charts.append(
+            lines(f"system-{len(charts)}", title, series, end, zero=True, format=unit, showLegend=True, **options)
+        )
     return _there(charts)
 
 
@@ -233,7 +244,17 @@ def ranks(table: RankTable, curves: Curves, end: float) -> list[Chart]:
             continue
         draw = _rank_lines if table.num_ranks <= _MOST_LINES_OF_RANKS else _rank_heat
         charts.append(draw(f"ranks-{name}", title, unit, table.steps, columns, end))
-    charts.append(_single(curves, "train/straggler_wait", "Share of a step that ranks wait for the slowest", end, colour(4), zero=True, format="share"))
+    charts.append(
+        _single(
+            curves,
+            "train/straggler_wait",
+            "Share of a step that ranks wait for the slowest",
+            end,
+            colour(4),
+            zero=True,
+            format="share",
+        )
+    )
     return _there(charts)
 
 
@@ -252,10 +273,16 @@ def _rank_heat(identity: str, title: str, unit: str, steps: list[float], columns
     together = -(-num // _MOST_ROWS)
     starts = range(0, num, together)
     values = np.fmax.reduceat(columns, list(starts), axis=1)
-    names = [f"{start}" if together == 1 else f"{start}–{min(start + together, num) - 1}" for start in starts]
+    names = [f"{start}" if together == 1 else f"{start}\N{EN DASH}{min(start + together, num) - 1}" for start in starts]
     known = values[~np.isnan(values)]
     low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
-    data = {"kind": "heat", "domain": [0, max(end, 1)], "format": unit, "x": steps, "rows": [f"rank {n}" for n in names]}
+    data = {
+        "kind": "heat",
+        "domain": [0, max(end, 1)],
+        "format": unit,
+        "x": steps,
+        "rows": [f"rank {n}" for n in names],
+    }
     note = f" ({number_range(low, high, unit)})"
     return Chart(identity, title + note, {**data, "values": values.tolist(), "low": low, "high": high})
 

@@ -1,4 +1,4 @@
-"""The page that compares runs: their curves over one another, their figures side by side, where their configs differ."""
+"""The page that compares runs: curves over one another, figures side by side, and where their configs differ."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.report.page import (
     navigation,
     setting_text,
 )
-from trainer.report.parts import Html, duration, join, link, number, page, percent, section, table, tag
+from trainer.report.parts import UNKNOWN, Html, duration, join, link, number, page, percent, section, table, tag
 from trainer.report.reading import Run
 
 _NUM_PLAIN = 8  # runs with a colour of their own; the next ones have the same again, dashed
@@ -44,12 +44,19 @@ def comparison_page(runs: Sequence[Run], start: Path) -> str:
         section("runs", "Runs", overview(runs, names, start)),
         section("training", "Training", drawn.grid(training(runs, names))),
         section("speed", "Throughput", drawn.grid(speed(runs, names))),
-        section("time", "Where the time goes", time_splits(runs, names), note="Shares of the wall time, averaged over each run."),
+        section(
+            "time",
+            "Where the time goes",
+            time_splits(runs, names),
+            note="Shares of the wall time, averaged over each run.",
+        ),
         section("config", "Config differences", config_differences(runs, names)),
         section("advice", "What to change", *advised),
     ]
     shown = f"{len(runs)} runs compared"
-    heading = tag("header", tag("div", tag("h1", shown), class_="heading"), tag("p", ", ".join(names), class_="subtitle"))
+    heading = tag(
+        "header", tag("div", tag("h1", shown), class_="heading"), tag("p", ", ".join(names), class_="subtitle")
+    )
     body = join((heading, navigation(sections), tag("main", *sections)))
     return page(f"{shown}: {', '.join(names)}", body, drawn.specs)
 
@@ -76,7 +83,7 @@ def overview(runs: Sequence[Run], names: Sequence[str], start: Path) -> Html:
         columns.append((f"{metric}, best", highest, [best[1] if best else None for best in bests], number))
     columns += [
         ("train loss", False, [_last(run, "train/loss") for run in runs], number),
-        ("samples/s", True, [run.number("samples_per_second") or _mean(run, "train/samples_per_second") for run in runs], number),
+        ("samples/s", True, [_speed(run) for run in runs], number),
         ("MFU", True, [run.number("mfu") or _mean(run, "train/mfu") for run in runs], percent),
         ("goodput", True, [run.goodput for run in runs], percent),
         ("peak GiB", None, [_gib(run.number("peak_memory_bytes")) for run in runs], number),
@@ -89,7 +96,7 @@ def overview(runs: Sequence[Run], names: Sequence[str], start: Path) -> Html:
         steps = f"{number(run.step)} of {number(total)}" if (total := run.number("total_steps")) else number(run.step)
         name = join((mark, link(address(run.folder, start), names[i])))
         cells = [_cell(values, i, highest, show) for _, highest, values, show in columns]
-        rows.append([name, status_chip(run.status), device(run), steps, *cells])
+        rows.append([name, status_chip(run.status), tag("span", device(run), class_="whole"), steps, *cells])
     head = ["run", "status", "devices", "step", *(name for name, *_ in columns)]
     return table(head, rows, numeric=range(3, len(head)))
 
@@ -110,6 +117,11 @@ def _mean(run: Run, key: str) -> float | None:
     return curve.mean if curve is not None else None
 
 
+def _speed(run: Run) -> float | None:
+    known = run.number("samples_per_second")
+    return known if known is not None else _mean(run, "train/samples_per_second")
+
+
 def _gib(num_bytes: float | None) -> float | None:
     return num_bytes / 2**30 if num_bytes is not None else None
 
@@ -120,11 +132,17 @@ def _took(run: Run) -> float | None:
 
 def training(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
     """Returns the charts of what the runs learn."""
-    keys = ["train/loss", *dict.fromkeys(key for run in runs for key in run.curves.keys("eval/")), "train/lr", "train/grad_norm"]
-    titles = {"train/loss": "Loss, train", "eval/loss": "Loss, eval", "train/lr": "Learning rate", "train/grad_norm": "Gradient norm"}
+    metrics = dict.fromkeys(key for run in runs for key in run.curves.keys("eval/"))
+    titles = {
+        "train/loss": "Loss, train",
+        "eval/loss": "Loss, eval",
+        **{key: key.removeprefix("eval/") for key in metrics if key != "eval/loss"},
+        "train/lr": "Learning rate",
+        "train/grad_norm": "Gradient norm",
+    }
     is_log = {"train/loss", "eval/loss", "train/grad_norm"}
-    charts_of_keys = [overlay(runs, names, key, titles.get(key, key.removeprefix("eval/")), log=key in is_log) for key in keys]
-    return [chart for chart in charts_of_keys if chart is not None]
+    found = [overlay(runs, names, key, title, log=key in is_log) for key, title in titles.items()]
+    return [chart for chart in found if chart is not None]
 
 
 def speed(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
@@ -147,7 +165,8 @@ def overlay(runs: Sequence[Run], names: Sequence[str], key: str, title: str, **o
         curve = run.curves.get(key)
         if curve is None:
             continue
-        best = best_point(curve, key) if key.startswith("eval/") and len(runs) <= 3 else None
+        best = best_point(curve, key) if key.startswith("eval/") else None
+        best = {**best, "isQuiet": True} if best is not None else None  # its value is in the table
         series.append(Line(name, curve, colour(i), best, dashed=i >= _NUM_PLAIN))
     identity = re.sub(r"[^a-z0-9]+", "-", key.lower())
     return lines(identity, title, series, end, showLegend=True, **options)
@@ -171,8 +190,9 @@ def time_splits(runs: Sequence[Run], names: Sequence[str]) -> Html:
 def share_cell(share: float | None, part: str) -> Html:
     """Returns a share with a bar as long."""
     if share is None:
-        return tag("span", "–")
-    style = f"width:{min(max(share, 0), 1) * 100:.1f}%;background:var(--{f't-{part}' if part in TIME_PARTS else 't-other'})"
+        return tag("span", UNKNOWN)
+    colour_name = f"t-{part}" if part in TIME_PARTS else "t-other"
+    style = f"width:{min(max(share, 0), 1) * 100:.1f}%;background:var(--{colour_name})"
     return tag("span", tag("i", style=style), percent(share), class_="share")
 
 
@@ -182,7 +202,7 @@ def config_differences(runs: Sequence[Run], names: Sequence[str]) -> Html:
     keys = sorted({key for settings in flat for key in settings if not _NOT_COMPARED.fullmatch(key)})
     rows = []
     for key in keys:
-        values = [setting_text(settings[key]) if key in settings else "–" for settings in flat]
+        values = [setting_text(settings[key]) if key in settings else UNKNOWN for settings in flat]
         if len(set(values)) > 1:
             rows.append([tag("code", key), *(tag("code", value) for value in values)])
     if not rows:

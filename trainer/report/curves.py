@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import pydantic_core
@@ -116,9 +116,8 @@ class Curve:
 def _stretches(steps: Sequence[float], values: Sequence[float], length: int) -> dict[str, np.ndarray]:
     """Returns a row per stretch of this many values; the last one may be shorter."""
     num = -(-len(steps) // length)
-    x, y = np.full(num * length, math.nan), np.full(num * length, math.nan)
-    x[: len(steps)], y[: len(values)] = steps, values
-    x, y = x.reshape(num, length), y.reshape(num, length)
+    x, y = np.full((num, length), math.nan), np.full((num, length), math.nan)
+    x.reshape(-1)[: len(steps)], y.reshape(-1)[: len(values)] = steps, values
     known, rows = np.isfinite(y), np.arange(num)
     y[~known] = math.nan
     low_at, high_at = np.where(known, y, math.inf).argmin(axis=1), np.where(known, y, -math.inf).argmax(axis=1)
@@ -157,6 +156,9 @@ class RankTable:
     FIELDS = ("seconds_to_exchange", "communication", "data_wait", "peak_gib")
 
     def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
         self._per_column = 1
         self._in_last = 0
         self.steps: list[float] = []  # the last of each column
@@ -175,7 +177,7 @@ class RankTable:
         if len(shapes) != 1 or len(shape := shapes.pop()) != 1:
             return
         if self._sums and self._shape() != shape:  # the run goes on with another number of ranks
-            self.__init__()  # type: ignore[misc]
+            self._clear()
         while self.steps and self.steps[-1] >= step:  # made again
             self.steps.pop()
             self._sums.pop()
@@ -264,15 +266,15 @@ class Curves:
             self.last_samples = samples
         by_key = self.by_key
         for key, value in record.items():
-            curve = by_key.get(key)
-            if curve is None:
+            known = by_key.get(key)
+            if known is None:
                 if key in _NOT_CURVES or not (value is None or _is_number(value)):
                     continue
-                curve = by_key[key] = Curve()
+                known = by_key[key] = Curve()
             if type(value) is float:
-                curve.add(step, value)
+                known.add(step, value)
             elif value is None or _is_number(value):
-                curve.add(step, math.nan if value is None else value)
+                known.add(step, math.nan if value is None else value)
 
     def get(self, key: str) -> Curve | None:
         """Returns the curve of a key that has a value."""
@@ -284,7 +286,7 @@ class Curves:
         return [key for key in self.by_key if key.startswith(prefix) and self.get(key) is not None]
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -307,5 +309,5 @@ def _parsed(lines: list[bytes]) -> Iterator[Any]:
     for line in lines:
         try:
             yield json.loads(line)
-        except ValueError:  # half written by a run that was killed
+        except (ValueError, RecursionError):  # half written by a run that was killed
             continue

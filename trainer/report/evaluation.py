@@ -72,19 +72,25 @@ def confusion(folder: Path) -> tuple[Html, list[Chart]]:
     pairs = [(count, i, j) for i, row in enumerate(counts) for j, count in enumerate(row) if i != j and count > 0]
     pairs.sort(reverse=True, key=lambda pair: (pair[0], -pair[1], -pair[2]))
     rows = [[names[i], names[j], f"{count:,}", percent(count / sum(counts[i]))] for count, i, j in pairs[:_MOST_PAIRS]]
-    shown = table(["is", "taken for", "samples", "of this class"], rows, numeric=(2, 3), class_="narrow") if rows else ""
     if len(names) > _MOST_CLASSES:
-        return join((tag("h3", f"Most often confused of {len(names)} classes"), shown)), []
+        return join((tag("h3", f"Most often confused of {len(names)} classes"), _pairs(rows))), []
     chart = Chart("confusion", "Confusion matrix", {"kind": "matrix", "classes": names, "counts": counts})
-    few = table(["is", "taken for", "samples", "of this class"], rows[:10], numeric=(2, 3), class_="narrow") if rows else ""
-    beside = tag("div", tag("h3", "Most often confused"), few) if rows else ""
+    beside = tag("div", tag("h3", "Most often confused"), _pairs(rows[:10])) if rows else ""
     return tag("div", figure(chart.identity, chart.title), beside, class_="beside matrix"), [chart]
 
 
+def _pairs(rows: list[list[str]]) -> Html:
+    return table(["is", "taken for", "samples", "of this class"], rows, numeric=(2, 3), class_="narrow")
+
+
 def _is_square(counts: list[Any], size: int) -> bool:
-    return size > 0 and len(counts) == size and all(
-        isinstance(row, list)
-        and len(row) == size
-        and all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in row)
-        for row in counts
+    return (
+        size > 0
+        and len(counts) == size
+        and all(
+            isinstance(row, list)
+            and len(row) == size
+            and all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in row)
+            for row in counts
+        )
     )

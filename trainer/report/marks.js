@@ -67,12 +67,13 @@ function drawLine(parent, series, x, y, isLog) {
   for (const [cx, cy] of dots) svg("circle", { cx, cy, r: showAll ? 2.4 : 1.5, class: "dot" }, group);
 }
 
-/** Marks the best point with a ring, and says its value where there is room. */
+/** Marks the best point with a ring, and says its value unless there are several such marks. */
 function drawBest(parent, best, area, x, y, format, colourName) {
   const [cx, cy] = [px(x.at(best.x)), px(y.at(best.y))];
   const group = svg("g", { class: "best" }, parent);
   group.style.setProperty("--colour", colour(colourName));
   svg("circle", { cx, cy, r: 4.5 }, group);
+  if (best.isQuiet) return;
   const isRight = cx > (area.left + area.right) / 2;
   const below = cy - 10 < area.top + 6 || (y.at(0) > y.at(1) ? best.isLow : !best.isLow);
   const label = `best ${valueText(best.y, format)}`;

@@ -15,6 +15,7 @@ from trainer.report import charts, evaluation
 from trainer.report.attempts import address, status_chip, timeline, wall_time
 from trainer.report.charts import TIME_PARTS, Chart
 from trainer.report.parts import (
+    UNKNOWN,
     Html,
     duration,
     figure,
@@ -25,6 +26,7 @@ from trainer.report.parts import (
     number,
     page,
     percent,
+    safe,
     section,
     table,
     tag,
@@ -43,13 +45,13 @@ def run_page(run: Run, start: Path) -> str:
         start: folder of the page, from which its links go out.
     """
     end = max(run.curves.last_step or 0, run.step or 0)
-    curves, best = run.curves, run.summary.get("best")
+    curves, best = run.curves, run.summary.get("best") if isinstance(run.summary.get("best"), dict) else None
     num_ranks = max(curves.ranks.num_ranks, int(run.number("num_processes") or 0))
     drawn = Drawn()
     split = charts.time_split(curves, end)
     sections = [
         section("advice", "What to change", *map(advice_card, run.advice, map(str, range(len(run.advice))))),
-        section("training", "Training", drawn.grid(charts.training(curves, end, best if isinstance(best, dict) else None))),
+        section("training", "Training", drawn.grid(charts.training(curves, end, best))),
         section("time", "Where the time goes", time_split(run, drawn.wide(split) if split is not None else None)),
         section("speed", "Throughput", drawn.grid(charts.throughput(curves, end, num_ranks))),
         section("memory", "Memory", drawn.grid(charts.memory(curves, end))),
@@ -62,7 +64,7 @@ def run_page(run: Run, start: Path) -> str:
         section("files", "Files", files(run, start)),
     ]
     body = join((header(run), navigation(sections), tag("main", *sections)))
-    return page(f"{run.name} – {run.status}", body, drawn.specs)
+    return page(f"{run.name}: {run.status}", body, drawn.specs)
 
 
 class Drawn:
@@ -108,7 +110,7 @@ def header(run: Run) -> Html:
     figures = [
         tag("div", tag("dt", name), tag("dd", value, " ", tag("small", more) if more else ""))
         for name, value, more in key_figures(run)
-        if value != "–"
+        if value != UNKNOWN
     ]
     return tag("header", heading, *lines, tag("dl", *figures, class_="figures"))
 
@@ -138,7 +140,11 @@ def device(run: Run) -> str:
     name = run.environment.get("device")
     if ranks is None or not isinstance(name, str):
         return str(name or "")
-    return f"{ranks:g} × {'CPU process' if name == 'cpu' else name}"
+    return (
+        f"{ranks:g} CPU process{'' if ranks == 1 else 'es'}"
+        if name == "cpu"
+        else f"{ranks:g} \N{MULTIPLICATION SIGN} {name}"
+    )
 
 
 def key_figures(run: Run) -> list[tuple[str, str, str]]:
@@ -162,7 +168,7 @@ def key_figures(run: Run) -> list[tuple[str, str, str]]:
         ("samples/s", number(speed if speed is not None else speeds.mean if speeds is not None else None), ""),
         ("MFU", percent(run.number("mfu")), ""),
         ("goodput", percent(run.goodput), f"in {counted(len(run.attempts), 'attempt')}" if run.attempts else ""),
-        ("peak memory", f"{peak / 2**30:.2f} GiB" if peak else "–", ""),
+        ("peak memory", f"{peak / 2**30:.2f} GiB" if peak else UNKNOWN, ""),
     ]
 
 
@@ -171,7 +177,7 @@ def key_figures(run: Run) -> list[tuple[str, str, str]]:
 
 def advice_card(advice: Advice, identity: str) -> Html:
     """Returns a piece of advice with the lines to copy."""
-    parts = [tag("p", advice.text)]
+    parts = [tag("p", with_code(advice.text))]
     if advice.settings:
         source = f"advice-{identity}"
         text = "\n".join(f"{key}={setting_text(value)}" for key, value in advice.settings.items())
@@ -182,13 +188,23 @@ def advice_card(advice: Advice, identity: str) -> Html:
     return tag("article", *parts, class_="advice")
 
 
+def with_code(text: str) -> Html:
+    """Returns a text in which what stands between backticks is code."""
+    pieces = text.split("`")
+    if len(pieces) % 2 == 0:  # one of them stands alone
+        return safe(text)
+    return join(tag("code", piece) if i % 2 else piece for i, piece in enumerate(pieces))
+
+
 def setting_text(value: object) -> str:
     """Returns a value as it is written on a command line."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def average_split(run: Run) -> dict[str, float]:
-    """Returns the shares of the time over the whole run, as far as its reports tell; else those of its last attempt."""
+    """Returns the shares of the time over the whole run: exact after a single attempt, else the mean of its reports."""
+    if run.time_split and len(run.attempts) == 1 and run.status not in ("running", "killed"):
+        return run.time_split
     means = {key.removeprefix("time/"): run.curves.by_key[key].mean or 0.0 for key in run.curves.keys("time/")}
     return means or run.time_split
 
@@ -224,9 +240,10 @@ def slowest_rank(run: Run) -> Html:
         return Html("")
     sums, nums = np.nansum(columns, axis=0), np.maximum((~np.isnan(columns)).sum(axis=0), 1)
     means = sums / nums
-    slowest, median = int(means.argmax()), float(np.median(means))
+    slowest = int(means.argmax())
+    others = float(np.delete(means, slowest).mean())
     host = f" on {ranks.hosts[slowest]}" if slowest < len(ranks.hosts) else ""
-    more = f", {means[slowest] / median - 1:.0%} more than the median rank" if median > 0 else ""
+    more = f", {means[slowest] / others - 1:.0%} more than the others" if others > 0 else ""
     text = f"Slowest over the run: rank {slowest}{host}, {means[slowest]:.3g} s to the exchange{more}."
     waits = run.curves.get("train/straggler_wait")
     if waits is not None and waits.mean is not None:
@@ -249,7 +266,7 @@ def trouble(run: Run) -> Html:
     if isinstance(avoided, list) and avoided:
         facts.append(f"left out after a rollback: step {', '.join(map(str, avoided[:20]))}")
     rows = [
-        [entry.get("step", "–"), *(_short_list(entry.get(key)) for key in ("message", "ranks", "samples"))]
+        [entry.get("step", UNKNOWN), *(_short_list(entry.get(key)) for key in ("message", "ranks", "samples"))]
         for entry in run.bad_steps
     ]
     shown = table(["step", "what was wrong", "ranks", "samples"], rows, class_="medium") if rows else ""
@@ -260,7 +277,7 @@ def trouble(run: Run) -> Html:
 
 def _short_list(value: Any, most: int = 12) -> str:
     if not isinstance(value, list):
-        return "–" if value is None else str(value)[:300]
+        return UNKNOWN if value is None else str(value)[:300]
     return ", ".join(str(entry)[:80] for entry in value[:most]) + (", …" if len(value) > most else "")
 
 

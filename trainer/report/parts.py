@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import Any
 
+UNKNOWN = "\N{EN DASH}"  # stands for a value that is not known
+
 _SCRIPTS = ("scales.js", "marks.js", "charts.js")
 
 
@@ -30,9 +32,11 @@ def join(parts: Iterable[object]) -> Html:
 
 
 def tag(name: str, *content: object, **attributes: object) -> Html:
-    """Returns an element; an attribute that is None is left out, `class_` and `data_x` stand for `class` and `data-x`."""
+    """Returns an element. An attribute that is None is left out; `class_` stands for `class`, `data_x` for `data-x`."""
     shown = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{safe(value)}"' for key, value in attributes.items() if value is not None
+        f' {key.rstrip("_").replace("_", "-")}="{safe(value)}"'
+        for key, value in attributes.items()
+        if value is not None
     )
     return Html(f"<{name}{shown}>{join(content)}</{name}>")
 
@@ -45,7 +49,9 @@ def section(identity: str, title: str, *content: object, note: str | None = None
     return tag("section", tag("h2", title), hint, *content, id=identity)
 
 
-def table(head: Sequence[object], rows: Iterable[Sequence[object]], numeric: Iterable[int] = (), **attributes: Any) -> Html:
+def table(
+    head: Sequence[object], rows: Iterable[Sequence[object]], numeric: Iterable[int] = (), **attributes: Any
+) -> Html:
     """Returns a table that scrolls within its box.
 
     Args:
@@ -61,7 +67,8 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]], numeric: Ite
 
     top = join(cell("th", i, content, scope="col") for i, content in enumerate(head))
     body = join(
-        tag("tr", cell("th", 0, row[0], scope="row"), *(cell("td", i, row[i]) for i in range(1, len(row)))) for row in rows
+        tag("tr", cell("th", 0, row[0], scope="row"), *(cell("td", i, row[i]) for i in range(1, len(row))))
+        for row in rows
     )
     whole = tag("table", tag("thead", tag("tr", top)) if head else "", tag("tbody", body), **attributes)
     return tag("div", whole, class_="scroll", tabindex="0")
@@ -83,7 +90,7 @@ def link(path: str, text: object) -> Html:
 def number(value: float | None) -> str:
     """Returns a number with as many digits as a reader takes in."""
     if value is None or math.isnan(value):
-        return "–"
+        return UNKNOWN
     if math.isinf(value):
         return "∞" if value > 0 else "-∞"
     size = abs(value)
@@ -96,13 +103,13 @@ def number(value: float | None) -> str:
 
 def percent(value: float | None) -> str:
     """Returns a share as percents."""
-    return "–" if value is None else f"{value:.1%}" if abs(value) < 0.9995 or value == 1 else f"{value:.2%}"
+    return UNKNOWN if value is None else f"{value:.1%}" if abs(value) < 0.9995 or value == 1 else f"{value:.2%}"
 
 
 def duration(seconds: float | None) -> str:
     """Returns a time as a person reads it."""
     if seconds is None:
-        return "–"
+        return UNKNOWN
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -116,11 +123,11 @@ def duration(seconds: float | None) -> str:
 def moment(seconds: float | None) -> str:
     """Returns a time of the clock on the wall of this machine, with its offset from UTC."""
     if seconds is None:
-        return "–"
+        return UNKNOWN
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(seconds))
     except (OverflowError, ValueError, OSError):
-        return "–"
+        return UNKNOWN
 
 
 def gain(value: float) -> str:

@@ -5,6 +5,7 @@ Owns the meaning of the files; keeps nothing that is not of the expected kind, s
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -84,9 +85,8 @@ class Run:
         """The last step that is known to have been made."""
         last_of_attempt = self.attempts[-1].step if self.attempts else None
         known = (as_number(self.curves.last_step), last_of_attempt, self.number("step"))
-        return int(max((step for step in known if step is not None), default=-1)) if any(
-            step is not None for step in known
-        ) else None
+        steps = [int(step) for step in known if step is not None]
+        return max(steps) if steps else None
 
     @property
     def started(self) -> float | None:
@@ -103,10 +103,11 @@ class Run:
     def goodput(self) -> float | None:
         """From 0 to 1."""
         curve = self.curves.get("goodput")
-        # A summary of an earlier attempt is older than the newest record.
-        if curve is not None and self.status in ("running", "killed"):
-            return curve.last
-        return self.number("goodput") if self.number("goodput") is not None else curve.last if curve else None
+        told = self.number("goodput")
+        # The summary of an earlier attempt is older than the newest record.
+        if told is not None and (curve is None or self.status not in ("running", "killed")):
+            return told
+        return curve.last if curve is not None else None
 
 
 def is_run_folder(folder: Path) -> bool:
@@ -144,7 +145,7 @@ def read_run(folder: Path, curves: Curves | None = None) -> Run:
         environment=environment,
         curves=curves if curves is not None else Curves.read(folder),
         attempts=attempts,
-        bad_steps=[record for _, record in zip(range(_MOST_BAD_STEPS), records(folder / "faults" / "bad-steps.jsonl"))],
+        bad_steps=list(itertools.islice(records(folder / "faults" / "bad-steps.jsonl"), _MOST_BAD_STEPS)),
         advice=_advice(summary.get("advice")),
         time_split=numbers(summary.get("time_split")),
         checkpoints=sorted(_listed(folder / "checkpoints", r"step-\d+|best")),
@@ -257,7 +258,7 @@ def _listed(folder: Path, pattern: str) -> list[Path]:
 
 def _by_number(files: list[Path]) -> list[Path]:
     """Sorts `rank-10.log` behind `rank-9.log`."""
-    return sorted(files, key=lambda file: [int(part) if part.isdigit() else 0 for part in re.findall(r"\d+", file.name)])
+    return sorted(files, key=lambda file: ([int(part) for part in re.findall(r"\d+", file.name)], file.name))
 
 
 def _newest_evaluation(folder: Path) -> Path | None:

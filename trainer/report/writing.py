@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,8 @@ from trainer.report.reading import read_run
 logger = logging.getLogger("lockstep")
 
 NAME = "report.html"
+
+_one_at_a_time = threading.Lock()  # of a run that hangs and fails, the watch's thread writes the page as well
 
 
 def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
@@ -47,15 +50,16 @@ def write_page(folder: Path, curves: Curves | None = None) -> None:
         curves: its curves, where they are known already.
     """
     try:
-        run = read_run(folder, curves)
-        _replace(folder / NAME, run_page(run, folder.resolve()))
+        with _one_at_a_time:
+            _replace(folder / NAME, run_page(read_run(folder, curves), folder.resolve()))
     except Exception as error:
         logger.warning("cannot write '%s': %s", folder / NAME, one_line_text(error))
 
 
 def _replace(file: Path, content: str) -> None:
     """Writes a file whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.parent.exists():
+        file.parent.mkdir(parents=True)
     staged = file.with_name(f".{file.name}.new")
     try:
         staged.write_text(content, encoding="utf-8")

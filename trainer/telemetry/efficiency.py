@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.data.loader import preserved_generators
@@ -44,7 +45,7 @@ class FlopCounter:
         self.per_sample: float | None = None
         """FLOPs, once they are counted and where they can be."""
         self.num_operations: int | None = None
-        """Of a micro-batch that have a backward, once they are counted and where they can be."""
+        """Of torch, for forward and backward of a micro-batch, once they are counted and where they can be."""
         try:
             self._model = _without_memory(model)
         except Exception as error:  # of a user's model: it may hold what cannot be copied
@@ -59,14 +60,14 @@ class FlopCounter:
         """Counts with the shapes of a micro-batch. Where that fails, nothing is known of MFU and all else goes on."""
         assert self._model is not None
         try:
-            with preserved_generators(), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+            flops, operations = FlopCounterMode(display=False), OperationCounter()
+            with preserved_generators(), torch.enable_grad(), flops, operations:
                 outputs = self._task.forward(self._model, map_tensors(lambda t: t.to("meta"), data))
                 totals = [t.sum() for t in _tensors_in(outputs) if t.requires_grad]
-                num_operations = count_operations(totals)
                 if totals:
                     torch.stack([total.float() for total in totals]).sum().backward()
-            self.num_operations = num_operations
-            self.per_sample = counter.get_total_flops() / num_samples
+            self.num_operations = operations.num_operations
+            self.per_sample = flops.get_total_flops() / num_samples
         except Exception as error:  # code of the user's that needs numbers, an operation without a shape function, ...
             logger.debug("FLOPs are not counted: %s", one_line(error))
         self._model = None
@@ -76,16 +77,16 @@ class FlopCounter:
         return None if self.per_sample is None else self.per_sample * samples_per_second / self.peak
 
 
-def count_operations(outputs: Sequence[torch.Tensor]) -> int:
-    """Returns how many differentiable operations tensors were computed with."""
-    pending = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    seen = set(pending)
-    while pending:
-        for node, _ in pending.pop().next_functions:
-            if node is not None and node not in seen:
-                seen.add(node)
-                pending.append(node)
-    return sum(not hasattr(node, "variable") for node in seen)  # parameters have a node each, too
+class OperationCounter(TorchDispatchMode):
+    """Counts the operations of torch that run in its body, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num_operations += 1
+        return func(*args, **(kwargs or {}))
 
 
 def _without_memory(model: nn.Module) -> nn.Module:

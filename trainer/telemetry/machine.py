@@ -15,6 +15,7 @@ import psutil
 logger = logging.getLogger("lockstep")
 
 PERIOD_SECONDS = 10.0  # between two samples at least: reports may come many times a second
+_LEAST_SECONDS = 0.1  # that the kernel's counters need to say something; so that short runs have a sample, too
 _MIB = 2**20
 
 
@@ -25,14 +26,14 @@ class Machine:
         psutil.cpu_percent()  # the first call begins the time that the next one is about
         self._sent, self._received = _network_bytes()
         self._since = time.monotonic()
-        self._is_first = True
+        self._period = _LEAST_SECONDS  # until the first sample
         self._handles = _gpus()
 
     def sample(self) -> dict[str, float] | None:
         """Returns figures by name for the time since the last sample; None while that is too short."""
         now = time.monotonic()
         seconds = now - self._since
-        if seconds < PERIOD_SECONDS and not (self._is_first and seconds > 1):
+        if seconds < self._period:
             return None
         sent, received = _network_bytes()
         figures = {
@@ -43,7 +44,7 @@ class Machine:
         }
         for number, handle in enumerate(self._handles):
             figures |= {f"gpu{number}_{name}": value for name, value in _gpu_figures(handle).items()}
-        self._sent, self._received, self._since, self._is_first = sent, received, now, False
+        self._sent, self._received, self._since, self._period = sent, received, now, PERIOD_SECONDS
         return figures
 
 

@@ -42,12 +42,13 @@ def own_memory_bytes(pid: int) -> int | None:
     """Returns the memory of another process, a page that several share divided among them; None where it is gone.
 
     Its resident size would count what a forked worker shares with its parent as if it were its own from the start, and
-    so would not grow when the worker writes to it.
+    so would not grow when the worker writes to it. Pages of mapped files, which the system takes back when it needs
+    them, do not count.
     """
-    with suppress(OSError, ValueError, IndexError):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
+    with suppress(OSError, ValueError, KeyError):
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        kib = {line.split()[0]: int(line.split()[1]) for line in lines if line.startswith("Pss")}
+        return 1024 * (kib["Pss_Anon:"] + kib["Pss_Shmem:"])
     with suppress(psutil.Error):
         return int(psutil.Process(pid).memory_info().rss)
     return None

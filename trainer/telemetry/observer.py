@@ -28,6 +28,7 @@ class Observation:
 
     Args:
         host: name of its machine.
+        local_rank: its number on this machine.
         seconds: by part of `stopwatch.PARTS`; None where that is not measured.
         to_exchange: mean seconds of a step before the exchange with the other ranks.
         memory: of its process, now.
@@ -36,6 +37,7 @@ class Observation:
     """
 
     host: str
+    local_rank: int
     seconds: dict[str, float] | None
     to_exchange: float
     memory: MemoryUse
@@ -62,7 +64,7 @@ class Observer:
         self._device = runtime.device
         self._feed = feed
         self._stopwatch = stopwatch
-        self._host = socket.gethostname()
+        self._host, self._local_rank = socket.gethostname(), runtime.local_rank
         self._machine = Machine() if runtime.local_rank == 0 else None
         self._copy_seconds = 0.0
         self._workers_due = time.monotonic()
@@ -83,6 +85,7 @@ class Observer:
         """
         return Observation(
             self._host,
+            self._local_rank,
             self._part_seconds(),
             to_exchange,
             memory_use(self._device),
@@ -124,10 +127,11 @@ class Observer:
         figures["memory/peak_gib"] = max(memory.peak for memory in memories) / _GIB
         if seen[0].workers_bytes is not None:
             figures["memory/workers_gib"] = seen[0].workers_bytes / _GIB
-        hosts = list(dict.fromkeys(rank.host for rank in seen))
+        node = -1  # machines may have the same name
         for rank in seen:
+            node += rank.local_rank == 0
             for name, value in (rank.machine or {}).items():
-                figures[f"system/{hosts.index(rank.host)}/{name}"] = value
+                figures[f"system/{node}/{name}"] = value
         return figures
 
     def time_split(self) -> dict[str, float] | None:

@@ -33,6 +33,7 @@ PART_OF_PLACE = {
     "forward": "forward",
     "backward": "backward",
     "optimizer": "optimizer",
+    "writing a profile": "host",
     "exchange of decisions": "host",
     "evaluation": "evaluation",
     "saving a checkpoint": "checkpoint",

@@ -333,6 +333,20 @@ def test_which_checkpoints_are_uploaded(which: Any, expected: list[tuple[int, li
     assert run.given == [(step, ["latest", f"step-{step}", *more]) for step, more in expected]
 
 
+@pytest.mark.parametrize("scheme", ["memory", "s3"])
+def test_a_checkpoint_in_an_object_store_is_a_reference(scheme: str, tmp_path: Path) -> None:
+    run = SimpleNamespace(id="a-run", given=[])
+    run.log_artifact = lambda artifact, aliases: run.given.append(artifact.manifest.entries)
+    uploads = CheckpointUploads(run, tmp_path / "wandb", "last", is_online=False)
+    storage = SimpleNamespace(location=f"{scheme}://bucket/run")
+    uploads.add(CheckpointFolder(storage, 1), Progress(step=3))  # type: ignore[arg-type]
+    uploads.finish(30)
+    (entries,) = run.given
+    assert {name: entry.ref for name, entry in entries.items()} == {
+        "step-00000003": f"{scheme}://bucket/run/step-00000003"
+    }
+
+
 def test_a_rollback_sends_no_step_twice() -> None:
     """Trackers other than W&B are told of each step once, too."""
     sent: list[int] = []

@@ -339,7 +339,7 @@ def test_a_checkpoint_in_an_object_store_is_a_reference(scheme: str, tmp_path: P
     run.log_artifact = lambda artifact, aliases: run.given.append(artifact.manifest.entries)
     uploads = CheckpointUploads(run, tmp_path / "wandb", "last", is_online=False)
     storage = SimpleNamespace(location=f"{scheme}://bucket/run")
-    uploads.add(CheckpointFolder(storage, 1), Progress(step=3))  # type: ignore[arg-type]
+    uploads.add(CheckpointFolder(storage, 1), Progress(step=3))
     uploads.finish(30)
     (entries,) = run.given
     assert {name: entry.ref for name, entry in entries.items()} == {

@@ -8,10 +8,9 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -33,20 +32,20 @@ from trainer.eval_media import Collector, EvalMedia
 from trainer.faults.fault import Fault, next_attempt
 from trainer.faults.lookout import Lookout
 from trainer.faults.numbers import BadNumbers, NumberGuard
-from trainer.faults.pace import Pace, Straggler, find_straggler, waited_share
+from trainer.faults.pace import Pace, Straggler
 from trainer.faults.stopping import StopRequests
 from trainer.goodput import Ledger
 from trainer.memory.checkpointing import check_compiled_buffers
 from trainer.memory.out_of_memory import Situation
+from trainer.observed import Observed
 from trainer.parallel import in_lockstep, watch_exchanges
 from trainer.profiling.recording import Profiling
 from trainer.random_state import generator_states, restore_generators
 from trainer.reporting import Reporter
-from trainer.resumable import Resumable
-from trainer.run_folder import RANKS_FILE, RunFolder
+from trainer.run_folder import RunFolder
 from trainer.runtime import Runtime, explained_model_errors
 from trainer.telemetry.clock import Clock, Timer
-from trainer.telemetry.observer import Observer, rank_record
+from trainer.telemetry.observer import Observer
 from trainer.telemetry.stopwatch import Stopwatch
 from trainer.window import Window
 
@@ -56,7 +55,7 @@ logger = logging.getLogger("lockstep")
 _IN_STEP = 8  # most exchanges of decisions within a step, between groups of micro-batches
 
 
-class Trainer(Resumable):
+class Trainer(Observed):
     """One run, from a config to a trained model.
 
     Args:
@@ -97,7 +96,7 @@ class Trainer(Resumable):
             path,
             attempt,
             self._describe_feeds,
-            lambda fault: self._summarise("failed", str(fault)),
+            lambda fault: self.summarise("failed", str(fault)),
         )
 
     def _prepare(self) -> None:
@@ -136,7 +135,7 @@ class Trainer(Resumable):
         self.straggler: Straggler | None = None  # at the last report
         self.window = Window(runtime, self.clock)
         self.observer = Observer(runtime, self.feed, self.stopwatch)
-        self._skipped_samples = 0  # that could not be read, on all ranks, at the last report
+        self.skipped_samples = 0  # that could not be read, on all ranks, at the last report
         if self.lookout is not None:
             rank, num_ranks, folder = runtime.rank, runtime.num_ranks, self.folder.path / "profile"
             self.profiling = Profiling.wanted(
@@ -465,7 +464,7 @@ class Trainer(Resumable):
         if self.ledger is not None:
             self.ledger.rolled_back(before.step, progress.step, *self.times())
         self.save()  # of the same step, so that only the progress is new: the next attempt avoids that batch, too
-        self._measure_from_here()
+        self.measure_from_here()
         logger.warning("going back to step %d, and leaving out the batch of step %d", progress.step, bad.step)
 
     # ---- around the steps ---------------------------------------------------------------------------------
@@ -528,70 +527,6 @@ class Trainer(Resumable):
         progress.best_of = self.best_of
         return True
 
-    def report(self) -> None:
-        """Reports the steps since the last report. The only place where training waits for the device."""
-        self.at("report")
-        window, step = self.window, self.progress.step
-        arrived = time.perf_counter()
-        totals = self.runtime.sum(
-            {
-                "loss": window.loss_sum,
-                "count": window.num_counted,
-                "timed": torch.tensor(window.num_timed_samples),
-                "skipped": torch.tensor(self._num_skipped()),
-            }
-        )
-        device_wait = time.perf_counter() - arrived
-        self._skipped_samples = int(totals["skipped"])
-        if self.numbers.policy == "skip":
-            self.count_bad_steps()
-        seconds = window.train_seconds(self.clock)
-        rate = totals["timed"] / seconds
-        record = {
-            "train/loss": totals["loss"] / totals["count"] if totals["count"] else math.nan,
-            "train/lr": self.learning_rate(step - 1),
-            "train/samples_per_second": rate,
-            "train/samples_per_second_per_device": rate / self.runtime.num_ranks,
-        }
-        if window.grad_norm is not None:
-            record["train/grad_norm"] = float(window.grad_norm)
-        if self.task.tokens_per_sample is not None:
-            record["train/tokens_per_second"] = rate * self.task.tokens_per_sample
-        mfu = self.flops.utilisation(rate / self.runtime.num_ranks) if self.flops is not None else None
-        if mfu is not None:
-            record["train/mfu"] = mfu
-        seen = self.runtime.gather(self.observer.observe(self.pace.mean_seconds() if self.pace is not None else 0.0))
-        record |= self.observer.figures(seen)
-        if self.pace is not None:
-            step_seconds = seconds / max(window.num_timed_steps, 1)
-            record["train/straggler_wait"] = self._look_for_straggler([r.to_exchange for r in seen], step_seconds)
-        if self.ledger is not None:
-            self.ledger.saved(self.saver.saved_step)
-            self.ledger.update(step, *self.times())
-            record["goodput"] = self.ledger.summary().goodput
-        if self.reporter is not None:
-            self.reporter.publish(step, record)
-            if self.survey is not None:
-                said = self.survey.report(step, window.num_timed_steps, seen, self.straggler, device_wait)
-                self.reporter.advise(step, said)
-            if len(seen) > 1:
-                self.folder.append(RANKS_FILE, {"step": step, **rank_record(seen)})
-        self.window = Window(self.runtime, self.clock)
-
-    def _measure_from_here(self) -> None:
-        """What came before, such as start-up, counts no more."""
-        self.window.restart(self.clock)
-        self.observer.restart()
-
-    def _look_for_straggler(self, by_rank: list[float], step_seconds: float) -> float:
-        """Names a rank that the others wait for, when it is another than before. Returns the share of a step lost."""
-        found = find_straggler(by_rank, step_seconds)
-        before = self.straggler.rank if self.straggler is not None else None
-        if found is not None and found.rank != before and self.runtime.is_main:
-            logger.warning("step %d: %s", self.progress.step, found)
-        self.straggler = found
-        return waited_share(by_rank, step_seconds)
-
     # ---- begin and end ------------------------------------------------------------------------------------
 
     def start(self) -> None:
@@ -620,7 +555,7 @@ class Trainer(Resumable):
             self.ledger.begin(self.progress.step, self.runtime.num_ranks, self.times()[2])
             self.survey = Survey(self)
         self.first_step = self.progress.step
-        self._measure_from_here()
+        self.measure_from_here()
         if self.config.faults.non_finite == "rollback" and self.saver.saved_step is None:
             self.save()  # there must be something to go back to
 
@@ -640,8 +575,8 @@ class Trainer(Resumable):
             self.wait_for_the_last_save(must_be_there=status == "finished")
         if self.numbers.policy == "skip":
             self.count_bad_steps()
-        self._skipped_samples = int(self.runtime.sum({"skipped": torch.tensor(self._num_skipped())})["skipped"])
-        self._summarise(status)
+        self.skipped_samples = int(self.runtime.sum({"skipped": torch.tensor(self.num_skipped())})["skipped"])
+        self.summarise(status)
         if self.runtime.is_main:
             self.stop_requests.fulfilled()
         self.close()
@@ -664,7 +599,7 @@ class Trainer(Resumable):
             if self.profiling is not None:
                 self.profiling.give_up()
             fault = self.ended_by()
-            self._summarise("failed", str(fault) if fault is not None else one_line(error))
+            self.summarise("failed", str(fault) if fault is not None else one_line(error))
             self._close_feeds()
             self.stop_requests.release_signals()
             if self.reporter is not None:
@@ -674,7 +609,8 @@ class Trainer(Resumable):
         """Ends workers and trackers, and leaves the process group."""
         self._close_feeds()
         if self.reporter is not None:
-            left = self.config.faults.grace.seconds - self.stop_requests.seconds_ago()
+            # Not all that is left of the grace: there is more to do than to wait for a tracker's server.
+            left = (self.config.faults.grace.seconds - self.stop_requests.seconds_ago()) / 2
             self.reporter.close(False, self._open_step(), left if self.stop_requests.requested else None)
         self.decisions.forget()
         self.saver.wait()
@@ -688,37 +624,6 @@ class Trainer(Resumable):
         self.feed.close()
         if self.eval_feed is not None:
             self.eval_feed.close()
-
-    def _summarise(self, status: Literal["finished", "stopped", "failed"], error: str | None = None) -> None:
-        if self.ledger is not None and self.ledger.has_begun:
-            self.ledger.saved(self.saver.saved_step)
-            self.ledger.end(status, self.progress.step, *self.times())
-        if self.reporter is not None and self.ledger is not None:
-            wait = self.feed.data_wait_seconds
-            # Other ranks' skips are those of their last report: a failed run must not wait for them.
-            skipped = max(self._skipped_samples, self._num_skipped())
-            self.reporter.summarise(
-                status,
-                self.progress,
-                self.best_metric,
-                self.clock,
-                wait,
-                skipped,
-                self.saver.statistics,
-                self.ledger.summary(),
-                self.survey.conclude() if self.survey is not None else [],
-                {
-                    "time_split": self.observer.time_split(),
-                    "stopped_by": self.decisions.stopping or None,
-                    "straggler": asdict(self.straggler) if self.straggler is not None else None,
-                    "injected_faults": self.injector.done() if self.injector is not None else [],
-                },
-                error,
-            )
-
-    def _num_skipped(self) -> int:
-        """Returns how often this rank could not read a sample."""
-        return self.feed.num_skipped + (self.eval_feed.num_skipped if self.eval_feed is not None else 0)
 
     def situation(self) -> Situation:
         """Returns what is being done at this moment, for the report of running out of memory."""

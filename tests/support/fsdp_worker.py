@@ -75,7 +75,7 @@ def trained(file: Path) -> dict[str, Any]:
     metrics = trainer.evaluate() if trainer.eval_feed is not None else {}
     found |= {"after": layout(trainer), "losses": losses, "norms": norms, "metrics": metrics}
     found["skipped_steps"] = trainer.progress.skipped_steps
-    found["skipped_samples"] = trainer._num_skipped()
+    found["skipped_samples"] = trainer.num_skipped()
     scaler = trainer.runtime.scaler
     found["scale"] = scaler.get_scale() if scaler is not None else None
     state: dict[str, torch.Tensor] = {name: whole(tensor) for name, tensor in trainer.bare_model.state_dict().items()}

@@ -83,3 +83,8 @@ def artifacts(file: Path) -> list[Any]:
         elif r.WhichOneof("record_type") == "request" and r.request.WhichOneof("request_type") == "log_artifact":
             found.append(r.request.log_artifact.artifact)
     return found
+
+
+def exit_code(file: Path) -> int | None:
+    """Returns how the run ended, if it says so."""
+    return next((r.exit.exit_code for r in records(file) if r.WhichOneof("record_type") == "exit"), None)

@@ -329,7 +329,7 @@ def test_the_most_useful_comes_first_and_three_are_enough() -> None:
         )
     )
     assert len(found) == 3
-    gains = [a.gain for a in found]
+    gains = [a.gain or 0.0 for a in found]
     assert gains == sorted(gains, reverse=True)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import wandb_log
+from accelerate import PartialState
 from conftest import Train, WriteConfig
 from launching import environment
 from run_results import records, summary
@@ -39,6 +40,7 @@ from trainer.faults.plan import VARIABLE, Event, write_plan
 from trainer.tasks.classification import Classification
 from trainer.tracking import Trackers, wandb_file, wandb_run
 from trainer.tracking.artifacts import CheckpointUploads
+from trainer.tracking.wandb_run import WandbRun
 
 if TYPE_CHECKING:
     from resuming import TrainServer
@@ -54,19 +56,24 @@ def home(tmp_path: Path) -> dict[str, str]:
     return {"HOME": str(folder)}
 
 
-def sync(run_dir: Path, variables: Mapping[str, str]) -> None:
-    """Uploads all offline runs with wandb's own reader."""
-    folders = sorted(glob.glob(str(run_dir / "wandb" / "offline-run-*")))
-    command = [sys.executable, "-m", "wandb", "sync", *folders]
+def sync(variables: Mapping[str, str], *arguments: str) -> None:
+    """Uploads with wandb's own reader."""
+    command = [sys.executable, "-m", "wandb", "sync", *arguments]
     done = subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=60)
     assert "ERROR" not in done.stderr, done.stderr
+
+
+def offline_runs(run_dir: Path) -> list[str]:
+    return sorted(glob.glob(str(run_dir / "wandb" / "offline-run-*")))
 
 
 def assert_one_curve(run: StoredRun, run_dir: Path) -> None:
     """Asserts that W&B has each step of metrics.jsonl once, in order, with the same values."""
     expected: dict[int, dict[str, Any]] = {}
     for record in records(run_dir):
-        expected.setdefault(record["step"], {}).update({k: v for k, v in record.items() if k != "time"})
+        expected.setdefault(record["step"], {}).update(
+            {key: value for key, value in record.items() if key != "time" and value is not None}
+        )
     assert [row["step"] for row in run.history] == list(expected)
     assert [row["_step"] for row in run.history] == list(expected)
     for row in run.history:
@@ -74,7 +81,7 @@ def assert_one_curve(run: StoredRun, run_dir: Path) -> None:
             # The others are measured by a clock: they differ where a step was made twice.
             if key in ("epoch", "samples", "train/loss", "train/lr", "train/grad_norm") or key.startswith("eval/"):
                 assert row[key] == value, (row["step"], key)
-        assert row.keys() >= expected[row["step"]].keys()
+        assert row.keys() >= {key for key in expected[row["step"]] if not key.startswith("system/")}
 
 
 def aliases(artifact: Mapping[str, Any]) -> set[str]:
@@ -83,9 +90,10 @@ def aliases(artifact: Mapping[str, Any]) -> set[str]:
 
 @pytest.fixture
 def killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
-    """Variables of a run that is killed in step 9; the checkpoint before is that of step 6."""
+    """Variables of a run with a checkpoint every 3 steps that is rolled back in step 8, and killed in step 9."""
     (tmp_path / "run").mkdir()
-    write_plan(tmp_path / "plan.json", tmp_path / "run", [Event("kill", step=9, place="forward")], seconds_valid=600)
+    events = [Event("nan", step=8), Event("kill", step=9, place="forward")]
+    write_plan(tmp_path / "plan.json", tmp_path / "run", events, seconds_valid=600)
     return {VARIABLE: str(tmp_path / "plan.json")}
 
 
@@ -95,7 +103,7 @@ def test_online_is_one_curve_over_a_kill(
     settings = {"project": "p", "name": "shown", "group": "g", "tags": ["t"], "notes": "n", "entity": "team"}
     init = {"wandb": {"job_type": "trial", "settings": {"x_file_stream_transmit_interval": 0.1}}}
     changes = {**wandb_config(**settings, checkpoints="all"), "init": init}
-    config = write_config(tracking=changes, checkpoint__every=3, eval__every=2)
+    config = write_config(tracking=changes, checkpoint__every=3, eval__every=2, faults__non_finite="rollback")
     with WandbServer() as online:
         variables = {**home(tmp_path), **online.variables}
         assert server.train("--config", config, variables={**variables, **killed}).code == -9
@@ -110,7 +118,7 @@ def test_online_is_one_curve_over_a_kill(
         assert (told["entity"], told["project"], told["jobType"]) == ("team", "p", "trial")
         assert run.config["optim"]["lr"] == 0.01
         evaluated = [r["eval/accuracy"] for r in records(tmp_path / "run") if "eval/accuracy" in r]
-        losses = [r["train/loss"] for r in records(tmp_path / "run") if "train/loss" in r]
+        losses = [r["train/loss"] for r in records(tmp_path / "run") if r.get("train/loss") is not None]
         assert (run.summary["eval/accuracy"], run.summary["train/loss"]) == (evaluated[-1], losses[-1])
         assert run.summary["best/eval/accuracy"] == max(evaluated)
         assert run.summary["best/train/loss"] == min(losses)
@@ -126,25 +134,32 @@ def test_online_is_one_curve_over_a_kill(
 def test_offline_is_one_curve_once_synced(
     server: TrainServer, write_config: WriteConfig, tmp_path: Path, killed: dict[str, str]
 ) -> None:
-    changes = {"checkpoint__every": 3, "eval__every": 2, "tracking": wandb_config(mode="offline")}
-    config = write_config(**changes)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    changes = {"checkpoint__every": 3, "eval__every": 2, "faults__non_finite": "rollback"}
+    offline = {"trackers": ["wandb", "tensorboard"], "wandb": {"mode": "offline"}}
+    config = write_config(**changes, tracking=offline)
     variables = home(tmp_path)
     assert server.train("--config", config, variables={**variables, **killed}).code == -9
     assert server.train("--config", config, variables=variables).code == 0
     with WandbServer() as online:
-        sync(tmp_path / "run", {**variables, **online.variables})
+        sync({**variables, **online.variables}, *offline_runs(tmp_path / "run"))
         (run,) = online.runs.values()
         assert_one_curve(run, tmp_path / "run")
         assert run.exit_code == 0
+    assert summary(tmp_path / "run")["num_rollbacks"] == 1
+    written = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    written.Reload()
+    assert [event.step for event in written.Scalars("train/loss")] == list(range(1, 11))
     # Never synced, and the network is back: another attempt sends what the server lacks.
-    longer = write_config(**{**changes, "tracking": wandb_config(mode="online"), "train__epochs": 3})
+    longer = write_config(**changes, tracking=wandb_config(mode="online"), train__epochs=3)
     with WandbServer() as online:
         variables = {**variables, **online.variables}
         assert server.train("--config", longer, variables=variables).code == 0
         (run,) = online.runs.values()
         assert_one_curve(run, tmp_path / "run")
         assert max(row["step"] for row in run.history) == 15
-        sync(tmp_path / "run", variables)  # nothing is left to do
+        sync(variables, *offline_runs(tmp_path / "run"))  # nothing is left to do
         assert_one_curve(run, tmp_path / "run")
 
 
@@ -162,7 +177,11 @@ def test_a_server_that_dies_in_the_middle(server: TrainServer, write_config: Wri
     (file,) = (tmp_path / "run" / "wandb").glob("run-*/*.wandb")
     assert [row["step"] for row in wandb_log.history(file)] == list(range(1, 301))
     assert "wandb: not all is uploaded after 2 s" in done.out
-    assert f"wandb sync --include-online {file.parent}" in done.out
+    (line,) = (line for line in done.out.splitlines() if "wandb sync" in line)
+    with WandbServer() as online:  # as the line says
+        sync({**home(tmp_path), **online.variables}, *line.partition("wandb sync ")[2].split())
+        (run,) = online.runs.values()
+        assert_one_curve(run, tmp_path / "run")
 
 
 def test_servers_that_keep_one_waiting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -314,6 +333,20 @@ def test_which_checkpoints_are_uploaded(which: Any, expected: list[tuple[int, li
     assert run.given == [(step, ["latest", f"step-{step}", *more]) for step, more in expected]
 
 
+@pytest.mark.parametrize("scheme", ["memory", "s3"])
+def test_a_checkpoint_in_an_object_store_is_a_reference(scheme: str, tmp_path: Path) -> None:
+    run = SimpleNamespace(id="a-run", given=[])
+    run.log_artifact = lambda artifact, aliases: run.given.append(artifact.manifest.entries)
+    uploads = CheckpointUploads(run, tmp_path / "wandb", "last", is_online=False)
+    storage = SimpleNamespace(location=f"{scheme}://bucket/run")
+    uploads.add(CheckpointFolder(storage, 1), Progress(step=3))
+    uploads.finish(30)
+    (entries,) = run.given
+    assert {name: entry.ref for name, entry in entries.items()} == {
+        "step-00000003": f"{scheme}://bucket/run/step-00000003"
+    }
+
+
 def test_a_rollback_sends_no_step_twice() -> None:
     """Trackers other than W&B are told of each step once, too."""
     sent: list[int] = []
@@ -409,3 +442,24 @@ def test_pictures_are_as_they_were_before_they_were_normalised() -> None:
         assert example.image.shape == (10, 256, 3)
         small = functional.interpolate(expected[None].float(), (10, 256), mode="area")[0].permute(1, 2, 0)
         assert np.abs(example.image - small.numpy()).max() <= 1
+
+
+def test_a_step_that_is_evaluated_by_the_next_attempt(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", home(tmp_path)["HOME"])
+    PartialState(cpu=True)
+    config = load_config(str(write_config(tracking=wandb_config(mode="offline"))), [])
+    first = WandbRun(config, tmp_path, None, [], {}, {})
+    for step in (9, 10):
+        first.log({"train/loss": float(step)}, step)
+    first.finish(failed=True, open_step=10, seconds=None)
+    records = [{"step": step, "time": 0.0, "train/loss": float(step)} for step in (9, 10)]
+    second = WandbRun(config, tmp_path, first.id, records, {}, {})
+    second.log({"eval/loss": 1.0}, 10)
+    second.finish(failed=False, open_step=None, seconds=None)
+    rows = [wandb_log.history(file) for file in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))]
+    told = [[(row["step"], row["train/loss"], row.get("eval/loss")) for row in part] for part in rows]
+    assert told == [[(9, 9.0, None)], [(10, 10.0, 1.0)]]
+    codes = [wandb_log.exit_code(file) for file in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))]
+    assert codes == [1, 0]

@@ -118,7 +118,7 @@ class CheckpointUploads:
         if upload.is_local:
             artifact.add_dir(upload.location, policy="immutable", skip_cache=True)
         else:
-            artifact.add_reference(upload.location, checksum=False)
+            artifact.add_reference(upload.location, name=upload.location.rpartition("/")[2], checksum=False)
         aliases = ["latest", f"step-{progress.step}", *(["best"] if progress.best_step == progress.step else [])]
         logged = self._run.log_artifact(artifact, aliases=aliases)
         if self._is_online and upload.is_local:

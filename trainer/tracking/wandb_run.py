@@ -15,6 +15,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,6 +36,7 @@ logger = logging.getLogger("lockstep")
 _PROBE_SECONDS = 5.0  # for a server to show a sign of life
 _INIT_SECONDS = 30.0  # for it to take a new run; wandb's own default is 90
 _FAILED_SECONDS = 20.0  # for uploads of a run that failed: others may be waiting for this process to go
+_OWN_SECONDS = 2.0  # for wandb to give up by itself, where it waited for as long as it was told
 _FLUSH_SECONDS = 1.0  # a killed process loses no more of its `.wandb` file than this; wandb's own default is 15
 _MOST_CELLS = 10_000  # of a confusion matrix: what W&B draws
 
@@ -159,7 +161,7 @@ class WandbRun:
             limit = min(limit, max(seconds, 1.0))
         thread = threading.Thread(target=self._finish, args=[failed, limit], name="wandb-finish", daemon=True)
         thread.start()
-        thread.join(limit)
+        thread.join(limit + _OWN_SECONDS)
         if thread.is_alive():
             _end_service()
         if self.mode == "online" and (thread.is_alive() or self._is_behind()):
@@ -279,11 +281,13 @@ def _answers(server: str) -> bool:
 def _end_service() -> None:
     """Ends wandb's own process, which has written everything down and would hold this one at its exit."""
     for child in psutil.Process().children():
-        try:
+        with suppress(psutil.Error):
             if "wandb-core" in child.name():
                 child.terminate()
-        except psutil.Error:
-            continue
+    with suppress(Exception):  # wandb's own: without this it looks for that process at the exit, with a traceback
+        import wandb
+
+        wandb.setup()._connection._cleanup()  # type: ignore[union-attr,misc]
 
 
 def _wandb_media(media: EvalMedia) -> dict[str, Any]:

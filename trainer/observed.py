@@ -1,0 +1,143 @@
+"""How a run says how it goes: reports while it trains, the summary at its end.
+
+Owns what is asked of which part of the run, and that all ranks ask together. What is measured is `trainer.telemetry`,
+what is written and shown is `trainer.reporting`; the loop is `trainer.loop`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Literal
+
+import torch
+
+from trainer.advice.survey import Survey
+from trainer.faults.injection import Injector
+from trainer.faults.pace import Pace, Straggler, find_straggler, waited_share
+from trainer.resumable import Resumable
+from trainer.run_folder import RANKS_FILE
+from trainer.telemetry.observer import Observer, rank_record
+from trainer.window import Window
+
+logger = logging.getLogger("lockstep")
+
+
+class Observed(Resumable):
+    """A run that is observed; `trainer.loop.Trainer` fills in its parts."""
+
+    observer: Observer
+    survey: Survey | None  # on rank 0, once it trains
+    pace: Pace | None  # of several ranks
+    straggler: Straggler | None  # at the last report
+    injector: Injector | None
+    skipped_samples: int  # that could not be read, on all ranks, at the last report
+
+    def report(self) -> None:
+        """Reports the steps since the last report. The only place where training waits for the device."""
+        self.at("report")
+        window, step = self.window, self.progress.step
+        arrived = time.perf_counter()
+        totals = self.runtime.sum(
+            {
+                "loss": window.loss_sum,
+                "count": window.num_counted,
+                "timed": torch.tensor(window.num_timed_samples),
+                "skipped": torch.tensor(self.num_skipped()),
+            }
+        )
+        device_wait = time.perf_counter() - arrived
+        self.skipped_samples = int(totals["skipped"])
+        if self.numbers.policy == "skip":
+            self.count_bad_steps()
+        seconds = window.train_seconds(self.clock)
+        record = self._training_record(totals, seconds)
+        seen = self.runtime.gather(self.observer.observe(self.pace.mean_seconds() if self.pace is not None else 0.0))
+        record |= self.observer.figures(seen)
+        if self.pace is not None:
+            step_seconds = seconds / max(window.num_timed_steps, 1)
+            record["train/straggler_wait"] = self._look_for_straggler([r.to_exchange for r in seen], step_seconds)
+        if self.ledger is not None:
+            self.ledger.saved(self.saver.saved_step)
+            self.ledger.update(step, *self.times())
+            record["goodput"] = self.ledger.summary().goodput
+        if self.reporter is not None:
+            self.reporter.publish(step, record)
+            if self.survey is not None:
+                said = self.survey.report(step, window.num_timed_steps, seen, self.straggler, device_wait)
+                self.reporter.advise(step, said)
+            if len(seen) > 1:
+                self.folder.append(RANKS_FILE, {"step": step, **rank_record(seen)})
+        self.window = Window(self.runtime, self.clock)
+
+    def _training_record(self, totals: Mapping[str, float], seconds: float) -> dict[str, float]:
+        """Returns how the training itself went since the last report.
+
+        Args:
+            totals: of all ranks: `loss` of `count` samples, `timed` samples in that time.
+            seconds: in steps.
+        """
+        rate = totals["timed"] / seconds
+        record = {
+            "train/loss": totals["loss"] / totals["count"] if totals["count"] else math.nan,
+            "train/lr": self.learning_rate(self.progress.step - 1),
+            "train/samples_per_second": rate,
+            "train/samples_per_second_per_device": rate / self.runtime.num_ranks,
+        }
+        if self.window.grad_norm is not None:
+            record["train/grad_norm"] = float(self.window.grad_norm)
+        if self.task.tokens_per_sample is not None:
+            record["train/tokens_per_second"] = rate * self.task.tokens_per_sample
+        mfu = self.flops.utilisation(rate / self.runtime.num_ranks) if self.flops is not None else None
+        if mfu is not None:
+            record["train/mfu"] = mfu
+        return record
+
+    def measure_from_here(self) -> None:
+        """What came before, such as start-up, counts no more."""
+        self.window.restart(self.clock)
+        self.observer.restart()
+
+    def _look_for_straggler(self, by_rank: list[float], step_seconds: float) -> float:
+        """Names a rank that the others wait for, when it is another than before. Returns the share of a step lost."""
+        found = find_straggler(by_rank, step_seconds)
+        before = self.straggler.rank if self.straggler is not None else None
+        if found is not None and found.rank != before and self.runtime.is_main:
+            logger.warning("step %d: %s", self.progress.step, found)
+        self.straggler = found
+        return waited_share(by_rank, step_seconds)
+
+    def summarise(self, status: Literal["finished", "stopped", "failed"], error: str | None = None) -> None:
+        """Writes what the run came to. Waits for no other rank."""
+        if self.ledger is not None and self.ledger.has_begun:
+            self.ledger.saved(self.saver.saved_step)
+            self.ledger.end(status, self.progress.step, *self.times())
+        if self.reporter is not None and self.ledger is not None:
+            wait = self.feed.data_wait_seconds
+            # Other ranks' skips are those of their last report: a failed run must not wait for them.
+            skipped = max(self.skipped_samples, self.num_skipped())
+            self.reporter.summarise(
+                status,
+                self.progress,
+                self.best_metric,
+                self.clock,
+                wait,
+                skipped,
+                self.saver.statistics,
+                self.ledger.summary(),
+                self.survey.conclude() if self.survey is not None else [],
+                {
+                    "time_split": self.observer.time_split(),
+                    "stopped_by": self.decisions.stopping or None,
+                    "straggler": asdict(self.straggler) if self.straggler is not None else None,
+                    "injected_faults": self.injector.done() if self.injector is not None else [],
+                },
+                error,
+            )
+
+    def num_skipped(self) -> int:
+        """Returns how often this rank could not read a sample."""
+        return self.feed.num_skipped + (self.eval_feed.num_skipped if self.eval_feed is not None else 0)

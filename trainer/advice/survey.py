@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 _WARM_UP_STEPS = 5  # which compile, allocate and fill queues; a window that they are in does not count
 _AT_ONCE = 0.3  # of a step: a device that is through so soon after the host is the faster one
 _COPIED_BYTES = 16 * 2**20
-_TRIED_LAYERS = 12
-_TRIALS = 7
+_TRIED_LAYERS = 8
+_TRIALS = 3
 
 
 @dataclass

@@ -89,7 +89,7 @@ class Assembly:
             self.fitting = Fitting(config, runtime, self._planner)
             self.planned = self.fitting.choose(self.plan.micro_batch_size)
             self.split_batch(self.plan.num_samples, self.planned.micro_batch_size)
-        self.flops = self._flop_counter() if self.to_train and runtime.is_main else None
+        self.flops = self._flop_counter() if self.to_train else None
         runtime.agree(self._shape_model)
 
     def _check_surroundings(self) -> None:
@@ -150,12 +150,16 @@ class Assembly:
         seed_everything(config.run.seed + 1 + self.runtime.rank)  # dropout differs per rank
 
     def _flop_counter(self) -> FlopCounter:
+        if not self.runtime.is_main:
+            return FlopCounter(self.bare_model, self.task, None)
         peak = peak_flops(
             self.runtime.device,
             self.runtime.step_dtype,
             is_fp8=self.config.precision == "fp8",
             allow_tf32=allows_tf32(self.config.backends, self.bare_model),
         )
+        if self.runtime.device.type == "cpu":  # where several ranks have the same cores, each has a part of their peak
+            peak *= min(self.runtime.num_cores / torch.get_num_threads(), 1.0)
         return FlopCounter(self.bare_model, self.task, peak)
 
     def _planner(self) -> Planner:

@@ -147,7 +147,7 @@ class Trainer(Observed):
         self.clock.stopwatch = stopwatch
         self.feed.on_arrival = partial(stopwatch.enter, "forward")
         if self.runtime.is_sharded:
-            watch_exchanges(self.model, partial(stopwatch.inside, "communication"))
+            watch_exchanges(self.model, stopwatch.exchange)
         if self.runtime.num_ranks > 1:
             self._on_computed = partial(stopwatch.enter, "communication")
 
@@ -196,6 +196,8 @@ class Trainer(Observed):
         if self.runtime.num_ranks > 1:
             with self.inside("communication"):
                 self.runtime.broadcast(self.buffers.now())
+        if self.stopwatch is not None:
+            self.stopwatch.begin_step()
         if self.pace is not None:
             self.pace.begin_step()
         # DDP and FSDP average gradients over ranks; this makes the average the mean over the global batch.
@@ -203,7 +205,7 @@ class Trainer(Observed):
         loss_sum, num_samples = self.runtime.zero(), 0
         for i, batch in enumerate(self._batches(step)):
             self._micro_batch = i
-            if self.flops is not None and self.flops.is_due:
+            if self.flops is not None and self.flops.is_due:  # on every rank: a user's forward may hold a collective
                 self.flops.count(batch.data, len(batch.sample_ids))
             with self.runtime.accumulate(self.model, batch.is_last):
                 loss = self.loss_sum(batch)
@@ -274,7 +276,7 @@ class Trainer(Observed):
         step = self.progress.step
         self.at("loading a batch")
         for _ in self.feed.step_batches(step):
-            continue
+            self.at("loading a batch")
         self.progress.step += 1
         if step == self.first_step:  # the next one is the first that is made
             self.first_step += 1
@@ -532,7 +534,8 @@ class Trainer(Observed):
     def start(self) -> None:
         """Writes what this run is, starts its trackers and its feed, and takes over the stop signals."""
         with self.clock.phase("startup"):
-            if self.flops is not None:
+            if self.runtime.is_main:
+                assert self.flops is not None
                 self.reporter = Reporter(
                     self.config,
                     self.runtime,

@@ -9,18 +9,20 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Literal
 
 import torch
 
+from trainer.advice.measured import Advice
 from trainer.advice.survey import Survey
+from trainer.errors import one_line
 from trainer.faults.injection import Injector
 from trainer.faults.pace import Pace, Straggler, find_straggler, waited_share
 from trainer.resumable import Resumable
 from trainer.run_folder import RANKS_FILE
-from trainer.telemetry.observer import Observer, rank_record
+from trainer.telemetry.observer import Observation, Observer, rank_record
 from trainer.window import Window
 
 logger = logging.getLogger("lockstep")
@@ -66,9 +68,7 @@ class Observed(Resumable):
             record["goodput"] = self.ledger.summary().goodput
         if self.reporter is not None:
             self.reporter.publish(step, record)
-            if self.survey is not None:
-                said = self.survey.report(step, window.num_timed_steps, seen, self.straggler, device_wait)
-                self.reporter.advise(step, said)
+            self.reporter.advise(step, self._advice(seen, device_wait))
             if len(seen) > 1:
                 self.folder.append(RANKS_FILE, {"step": step, **rank_record(seen)})
         self.window = Window(self.runtime, self.clock)
@@ -95,6 +95,26 @@ class Observed(Resumable):
         if mfu is not None:
             record["train/mfu"] = mfu
         return record
+
+    def _advice(self, seen: Sequence[Observation], device_wait: float) -> list[Advice]:
+        """Returns what is new to be said about how this run could be faster. Whatever goes wrong in it ends no run."""
+        if self.survey is None:
+            return []
+        try:
+            return self.survey.report(
+                self.progress.step, self.window.num_timed_steps, seen, self.straggler, device_wait
+            )
+        except Exception as error:
+            logger.warning("no more advice in this attempt: %s", one_line(error))
+            self.survey = None
+            return []
+
+    def _last_advice(self) -> list[Advice]:
+        try:
+            return self.survey.conclude() if self.survey is not None else []
+        except Exception as error:
+            logger.warning("no advice: %s", one_line(error))
+            return []
 
     def measure_from_here(self) -> None:
         """What came before, such as start-up, counts no more."""
@@ -128,9 +148,9 @@ class Observed(Resumable):
                 skipped,
                 self.saver.statistics,
                 self.ledger.summary(),
-                self.survey.conclude() if self.survey is not None else [],
+                self._last_advice(),
                 {
-                    "time_split": self.observer.time_split(),
+                    "time_split": self.observer.time_split(to_the_end=status != "failed"),
                     "stopped_by": self.decisions.stopping or None,
                     "straggler": asdict(self.straggler) if self.straggler is not None else None,
                     "injected_faults": self.injector.done() if self.injector is not None else [],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import types
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -29,6 +30,9 @@ from trainer.data.nested import map_tensors
 from trainer.errors import UserError
 from trainer.memory.sharding import shard
 
+logger = logging.getLogger("lockstep")
+
+_EXCHANGES = ("unshard", "wait_for_unshard", "post_backward", "finalize_backward")
 _CHUNK_BYTES = 2**28  # what is sent at once: DDP's own size
 
 
@@ -296,17 +300,25 @@ def reshard(model: nn.Module) -> None:
 def watch_exchanges(model: nn.Module, around: Callable[[], AbstractContextManager[None]]) -> None:
     """Has everything that a sharded model does to exchange parameters and gradients run inside of `around()`.
 
-    What is issued to a stream of its own and waited for later counts where it is waited for.
+    What is issued to a stream of its own and waited for later counts where it is waited for. It takes torch's private
+    parts; where these have other names, nothing is watched.
     """
-    for module in model.modules():
-        if not isinstance(module, FSDPModule):
-            continue
-        state = module._get_fsdp_state()
-        # One group per module up to torch 2.11, several from then on.
-        groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
-        for group in filter(None, groups):
-            for name in ("unshard", "wait_for_unshard", "post_backward", "finalize_backward"):
-                setattr(group, name, _inside(around, getattr(group, name)))
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    try:
+        groups = [group for module in modules for group in _parameter_groups(module)]
+        methods = [(group, name, getattr(group, name)) for group in groups for name in _EXCHANGES]
+    except AttributeError as error:
+        logger.info("time.communication is not told apart from forward and backward: %s", error)
+        return
+    for group, name, method in methods:
+        setattr(group, name, _inside(around, method))
+
+
+def _parameter_groups(module: FSDPModule) -> list[Any]:
+    state = module._get_fsdp_state()
+    # One group per module in torch 2.11, several from some later version on.
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    return [group for group in groups if group is not None]
 
 
 def _inside(around: Callable[[], AbstractContextManager[None]], function: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trainer.errors import UserError
-from trainer.memory.devices import DEVICES, find_device, named_device, parse_bytes, this_device
+from trainer.memory.devices import DEVICES, find_device, known_device, named_device, parse_bytes, this_device
 
 GIB = 2**30
 
@@ -85,7 +85,7 @@ def test_speed_of_a_type() -> None:
         ("NVIDIA B200", 178.4, "b200"),
         ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40g"),
         ("NVIDIA A100 80GB PCIe", 79.2, "a100-80g"),
-        ("NVIDIA A10G", 22.1, "a10-24g"),
+        ("NVIDIA A10", 22.1, "a10-24g"),
         ("NVIDIA L4", 22.2, "l4-24g"),
         ("NVIDIA L40S", 44.4, "l40s-48g"),
         ("Tesla V100-SXM2-32GB", 31.7, "v100-32g"),
@@ -98,6 +98,13 @@ def test_names_of_the_driver(name: str, gib: float, like: str) -> None:
     device = named_device(name, int(gib * GIB))
     assert device.name == like
     assert device.memory_bytes == int(gib * GIB)
+
+
+@pytest.mark.parametrize(
+    "name", ["NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A10G"]
+)
+def test_slower_cards_of_a_similar_name_are_not_in_the_table(name: str) -> None:
+    assert known_device(name, 24 * GIB) is None
 
 
 def test_an_unknown_card_has_its_own_name() -> None:

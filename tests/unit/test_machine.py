@@ -16,7 +16,9 @@ from trainer.telemetry.observer import Observation, Observer, rank_record
 def observed(rank: int, local_rank: int, machine: dict[str, float] | None, **seconds: float) -> Observation:
     parts = dict.fromkeys(("data_wait", "h2d", "forward", "backward", "communication", "optimizer"), 0.0)
     parts |= dict.fromkeys(("checkpoint", "evaluation", "host"), 0.0) | seconds
-    return Observation(f"node{rank // 2}", local_rank, parts, 0.1 * rank, MemoryUse(rank, None, 2**30), None, machine)
+    return Observation(
+        f"node{rank // 2}", local_rank, parts, None, 0.1 * rank, MemoryUse(rank, None, 2**30), None, machine
+    )
 
 
 def observer() -> Observer:
@@ -43,7 +45,7 @@ def test_figures_of_two_machines_with_two_ranks_each() -> None:
     assert figures["time/data_wait"] == pytest.approx(2 / 4 / 4)
     assert figures["memory/peak_gib"] == 1
     assert "memory/reserved_gib" not in figures
-    split = watching.time_split()
+    split = watching.time_split(to_the_end=False)
     assert split is not None
     assert split["forward"] == pytest.approx(10 / 16)
     record = rank_record(seen)

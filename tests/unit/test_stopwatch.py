@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 
 import pytest
@@ -72,9 +71,10 @@ def test_what_takes_long_is_named(train: Train, write_config: WriteConfig, tmp_p
     # 12 samples of 4 ms, 30 ms of forward and 60 ms of backward make a step; all else is next to nothing.
     split = summary(tmp_path / "run")["time_split"]
     assert set(split) == set(PARTS)
-    assert split["data_wait"] / split["forward"] == pytest.approx(48 / 30, rel=0.25)
-    assert split["backward"] / split["forward"] == pytest.approx(60 / 30, rel=0.25)
-    assert split["data_wait"] + split["forward"] + split["backward"] > 0.8
+    assert split["data_wait"] > 0.2  # a sleep may take longer, never shorter
+    assert split["backward"] > split["forward"] > 0.1
+    assert split["data_wait"] + split["forward"] + split["backward"] > 0.7
+    assert split["evaluation"] > 0  # also the last one, after the last report
 
 
 def test_without_the_split(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_without_the_split(train: Train, write_config: WriteConfig, tmp_path: Pa
     assert summary(tmp_path / "run")["time_split"] is None
 
 
-def test_a_copy_counts_as_far_as_the_step_waits_for_it() -> None:
+def test_a_copy_counts_as_far_as_the_step_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from trainer.telemetry.observer import Observer
 
     class Feed:
@@ -95,16 +95,26 @@ def test_a_copy_counts_as_far_as_the_step_waits_for_it() -> None:
     class Runtime:
         device, local_rank = CPU, 1
 
+    now = 100.0
+    monkeypatch.setattr("trainer.telemetry.stopwatch.time.perf_counter", lambda: now)
     feed, stopwatch = Feed(), Stopwatch(CPU)
     observer = Observer(Runtime(), feed, stopwatch)  # type: ignore[arg-type]
     observer.restart()
     stopwatch.enter("data_wait")
-    time.sleep(0.05)
+    now += 3
     stopwatch.enter("forward")
-    feed.copy_wait_seconds += 0.02
+    feed.copy_wait_seconds += 1
     seconds = observer.observe().seconds
     assert seconds is not None
-    assert seconds["h2d"] == pytest.approx(0.02)
-    assert 0.03 <= seconds["data_wait"] < 0.05
-    feed.copy_wait_seconds += 0.02
+    assert (seconds["h2d"], seconds["data_wait"]) == (1, 2)
+    feed.copy_wait_seconds += 1
     assert (observer.observe().seconds or {})["h2d"] == 0  # nobody waited for data
+
+
+def test_exchanges_of_an_evaluation_belong_to_it() -> None:
+    stopwatch = Stopwatch(CPU)
+    for part, expected in (("forward", "communication"), ("backward", "communication"), ("evaluation", "evaluation")):
+        stopwatch.enter(part)
+        with stopwatch.exchange():
+            assert stopwatch.part == expected
+        assert stopwatch.part == part

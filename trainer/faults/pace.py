@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+_MOST_PENDING = 256  # steps that may wait for a report before those that are over are added up
 _SHARE = 0.15  # of a step that must be lost before a rank is called slow
 
 
@@ -27,7 +29,9 @@ class Pace:
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
         self._started: float | torch.cuda.Event = 0.0
-        self._measured: list[tuple[float | torch.cuda.Event, float | torch.cuda.Event]] = []
+        self._pending: deque[tuple[float | torch.cuda.Event, float | torch.cuda.Event]] = deque()
+        self._seconds = 0.0
+        self._num_steps = 0
 
     def begin_step(self) -> None:
         """A step begins, before its first batch is there."""
@@ -35,13 +39,26 @@ class Pace:
 
     def meet(self) -> None:
         """The exchange with the other ranks comes next."""
-        self._measured.append((self._started, self._now()))
+        self._pending.append((self._started, self._now()))
+        if len(self._pending) > _MOST_PENDING:
+            self._add_up()
 
     def mean_seconds(self) -> float:
         """Returns the mean time before the exchange since the last call. Call it when the device has nothing to do."""
-        seconds = [_between(*pair) for pair in self._measured]
-        self._measured.clear()
-        return statistics.fmean(seconds) if seconds else 0.0
+        self._add_up()
+        mean = self._seconds / self._num_steps if self._num_steps else 0.0
+        self._seconds, self._num_steps = 0.0, 0
+        return mean
+
+    def _add_up(self) -> None:
+        """Adds up the steps whose end the device has come to."""
+        while self._pending:
+            start, end = self._pending[0]
+            if isinstance(end, torch.cuda.Event) and not end.query():
+                return
+            self._pending.popleft()
+            self._seconds += _between(start, end)
+            self._num_steps += 1
 
     def _now(self) -> float | torch.cuda.Event:
         if not self._is_cuda:

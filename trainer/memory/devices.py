@@ -116,7 +116,7 @@ _CUDA_NAMES = {
     r"\bH100 NVL\b": ("h100-nvl-94g",),
     r"\bH100\b": ("h100-80g",),
     r"\bA100\b": ("a100-40g", "a100-80g"),
-    r"\bA10G?\b": ("a10-24g",),
+    r"\bA10\b": ("a10-24g",),
     r"\bA30\b": ("a30-24g",),
     r"\bL4\b": ("l4-24g",),
     r"\bL40S\b": ("l40s-48g",),
@@ -173,7 +173,7 @@ def named_device(name: str, memory_bytes: int) -> Device:
 def known_device(name: str, memory_bytes: int) -> Device | None:
     """Returns a CUDA device by the name that its driver gives it; None where the table does not have it."""
     keys = next((keys for pattern, keys in _CUDA_NAMES.items() if re.search(pattern, name)), ())
-    if not keys:
+    if not keys or re.search(r"\bMIG\b|\bLaptop\b|\bMax-Q\b", name):  # a part of one, or a slower one of that name
         return None
     like = min((DEVICES[key] for key in keys), key=lambda known: abs(known.memory_bytes - memory_bytes))
     return replace(like, memory_bytes=memory_bytes)

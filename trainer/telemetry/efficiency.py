@@ -25,8 +25,8 @@ from trainer.tasks.base import Task
 
 logger = logging.getLogger("lockstep")
 
-_MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
-_MATMUL_ROUNDS = 4  # the first of them warms up
+_MOST_PRODUCTS = 20  # of large matrices, of which the fastest counts
+_PRODUCT_SECONDS = 0.2  # and the time after which those that there are must do
 
 
 class FlopCounter:
@@ -35,10 +35,10 @@ class FlopCounter:
     Args:
         model: as built, before it is sharded, compiled or recomputes anything. None is kept of it but shapes.
         task: what a batch means.
-        peak: FLOP/s of a device, from `peak_flops`.
+        peak: FLOP/s of a device, from `peak_flops`; None on ranks that nobody asks.
     """
 
-    def __init__(self, model: nn.Module, task: Task, peak: float) -> None:
+    def __init__(self, model: nn.Module, task: Task, peak: float | None) -> None:
         self._task = task
         self.peak = peak
         self._model: nn.Module | None = None
@@ -49,7 +49,7 @@ class FlopCounter:
         try:
             self._model = _without_memory(model)
         except Exception as error:  # of a user's model: it may hold what cannot be copied
-            logger.debug("FLOPs are not counted: the model cannot be copied: %s", one_line(error))
+            logger.info("no MFU: the model cannot be copied to count its FLOPs: %s", one_line(error))
 
     @property
     def is_due(self) -> bool:
@@ -59,22 +59,30 @@ class FlopCounter:
     def count(self, data: Any, num_samples: int) -> None:
         """Counts with the shapes of a micro-batch. Where that fails, nothing is known of MFU and all else goes on."""
         assert self._model is not None
+        # The step casts as it goes; counting needs one type only, and FLOPs are the same in all.
+        dtype = next((p.dtype for p in self._model.parameters() if p.is_floating_point()), torch.float32)
+
+        def shape_of(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to("meta", dtype if tensor.is_floating_point() else tensor.dtype)
+
         try:
             flops, operations = FlopCounterMode(display=False), OperationCounter()
             with preserved_generators(), torch.enable_grad(), flops, operations:
-                outputs = self._task.forward(self._model, map_tensors(lambda t: t.to("meta"), data))
+                outputs = self._task.forward(self._model, map_tensors(shape_of, data))
                 totals = [t.sum() for t in _tensors_in(outputs) if t.requires_grad]
                 if totals:
                     torch.stack([total.float() for total in totals]).sum().backward()
             self.num_operations = operations.num_operations
             self.per_sample = flops.get_total_flops() / num_samples
         except Exception as error:  # code of the user's that needs numbers, an operation without a shape function, ...
-            logger.debug("FLOPs are not counted: %s", one_line(error))
+            logger.info("no MFU: FLOPs cannot be counted: %s", one_line(error))
         self._model = None
 
     def utilisation(self, samples_per_second: float) -> float | None:
         """Returns the MFU of a device that trains so many samples per second; None where FLOPs are not known."""
-        return None if self.per_sample is None else self.per_sample * samples_per_second / self.peak
+        if self.per_sample is None or self.peak is None:
+            return None
+        return self.per_sample * samples_per_second / self.peak
 
 
 class OperationCounter(TorchDispatchMode):
@@ -121,10 +129,19 @@ def peak_flops(device: torch.device, dtype: torch.dtype, is_fp8: bool, allow_tf3
         known = known_device(properties.name, properties.total_memory)
         if known is not None:
             return known.flops.of("float8" if is_fp8 else str(dtype).removeprefix("torch."), allow_tf32)
-    size = _MATMUL_SIZE.get(device.type, 1024)
-    with preserved_generators(), torch.no_grad():
-        matrix = torch.ones(size, size, device=device, dtype=dtype)
-        return 2 * size**3 / min(_product_seconds(matrix) for _ in range(_MATMUL_ROUNDS))
+    with torch.no_grad():
+        if device.type == "cpu":  # some have no units for half precision and are far slower in it than in float32
+            return max(_measured_flops(device, torch.float32, 1024), _measured_flops(device, dtype, 256))
+        return _measured_flops(device, dtype, 4096)
+
+
+def _measured_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    started = time.perf_counter()
+    seconds: list[float] = []
+    while len(seconds) < _MOST_PRODUCTS and (len(seconds) < 2 or time.perf_counter() - started < _PRODUCT_SECONDS):
+        seconds.append(_product_seconds(matrix))
+    return 2 * size**3 / min(seconds)
 
 
 def _product_seconds(matrix: torch.Tensor) -> float:
@@ -136,5 +153,5 @@ def _product_seconds(matrix: torch.Tensor) -> float:
 
 
 def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -30,6 +30,7 @@ class Observation:
         host: name of its machine.
         local_rank: its number on this machine.
         seconds: by part of `stopwatch.PARTS`; None where that is not measured.
+        idle_share: share of the steps at whose beginning a GPU had nothing left to do; None where that is not known.
         to_exchange: mean seconds of a step before the exchange with the other ranks.
         memory: of its process, now.
         workers_bytes: memory of its loader workers; None where there are none, or it was measured a moment ago.
@@ -39,6 +40,7 @@ class Observation:
     host: str
     local_rank: int
     seconds: dict[str, float] | None
+    idle_share: float | None
     to_exchange: float
     memory: MemoryUse
     workers_bytes: int | None
@@ -69,7 +71,7 @@ class Observer:
         self._copy_seconds = 0.0
         self._workers_due = time.monotonic()
         self.seconds = dict.fromkeys(PARTS, 0.0) if stopwatch is not None else None
-        """Of this attempt by part, the mean over all ranks, up to the last report."""
+        """Of this attempt by part, the mean over all ranks."""
 
     def restart(self) -> None:
         """Observes from now on: what came before was start-up."""
@@ -87,6 +89,7 @@ class Observer:
             self._host,
             self._local_rank,
             self._part_seconds(),
+            self._stopwatch.take_idle_share() if self._stopwatch is not None else None,
             to_exchange,
             memory_use(self._device),
             self._workers_bytes(),
@@ -134,10 +137,20 @@ class Observer:
                 figures[f"system/{node}/{name}"] = value
         return figures
 
-    def time_split(self) -> dict[str, float] | None:
-        """Returns the shares of this attempt's time by part, up to the last report; None before the first."""
-        total = math.fsum((self.seconds or {}).values())
-        return {part: seconds / total for part, seconds in (self.seconds or {}).items()} if total else None
+    def time_split(self, to_the_end: bool) -> dict[str, float] | None:
+        """Returns the shares of this attempt's time by part; None where it is not split.
+
+        Args:
+            to_the_end: with this rank's time since the last report, for which the device must have nothing to do; off
+                where it may never get there.
+        """
+        if self.seconds is None:
+            return None
+        if to_the_end:
+            for part, seconds in (self._part_seconds() or {}).items():
+                self.seconds[part] += seconds
+        total = math.fsum(self.seconds.values())
+        return {part: seconds / total for part, seconds in self.seconds.items()} if total else None
 
 
 def rank_record(seen: Sequence[Observation]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -57,6 +57,7 @@ class Stopwatch:
         self._is_cuda = device.type == "cuda"
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._num_begun = self._num_idle = 0
         self._part = "host"
         self._since: Moment = self._now()
 
@@ -69,7 +70,20 @@ class Stopwatch:
         """Forgets the time so far, such as that of start-up."""
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._pending.clear()
+        self._num_begun = self._num_idle = 0
         self._since = self._now()
+
+    def begin_step(self) -> None:
+        """The host begins to issue a step: has the device done all of the one before, and waits for work?"""
+        if isinstance(self._since, torch.cuda.Event):
+            self._num_begun += 1
+            self._num_idle += self._since.query()
+
+    def take_idle_share(self) -> float | None:
+        """Returns at which share of the steps since the last call the device had nothing to do; None on the CPU."""
+        share = self._num_idle / self._num_begun if self._num_begun else None
+        self._num_begun = self._num_idle = 0
+        return share
 
     def enter(self, part: str) -> None:
         """From this place on time belongs to `part`.
@@ -91,6 +105,12 @@ class Stopwatch:
             yield
         finally:
             self.enter(before)
+
+    @contextmanager
+    def exchange(self) -> Iterator[None]:
+        """Time in the body is communication, where it is a part of forward or backward; in an evaluation it is not."""
+        with self.inside("communication") if self._part in ("forward", "backward") else nullcontext():
+            yield
 
     def take(self) -> dict[str, float]:
         """Returns seconds by part since the last call. Call it when the device has nothing to do."""

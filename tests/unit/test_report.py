@@ -114,10 +114,10 @@ def test_the_best_point_is_what_the_summary_says() -> None:
     curve = Curve()
     for step, value in ((1, 0.5), (2, 0.9), (3, 0.7)):
         curve.add(step, value)
-    assert best_point(curve, "accuracy") == {"x": 2, "y": 0.9, "isLow": False}
-    assert best_point(curve, "loss") == {"x": 1, "y": 0.5, "isLow": True}
+    assert best_point(curve, "accuracy", {}) == {"x": 2, "y": 0.9, "isLow": False}
+    assert best_point(curve, "loss", {}) == {"x": 1, "y": 0.5, "isLow": True}
     told = {"metric": "accuracy", "step": 1, "value": 0.5}
-    assert best_point(curve, "accuracy", told) == {"x": 1, "y": 0.5, "isLow": True}
+    assert best_point(curve, "accuracy", {}, told) == {"x": 1, "y": 0.5, "isLow": True}
 
 
 # ---- one run ---------------------------------------------------------------------------------------------------

@@ -1,1 +1,3 @@
-"""Traces of a few steps: `recording` writes them, `traces` reads one, `summary` tells what those of all ranks say."""
+"""Traces of a few steps: `recording` writes them, `finding` makes tables of one, as `traces` reads it, and `summary` tells
+what those of all ranks say together.
+"""

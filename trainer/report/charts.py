@@ -28,9 +28,11 @@ TIME_PARTS = {
 _NUM_COLOURS = 8
 _MOST_LINES = 8  # of a chart of ranks or machines; more are rows of a heat map
 _MOST_ROWS = 64
-_LOWER_IS_BETTER = frozenset(
-    "loss logloss err error errors perplexity ppl nll bpb bpc bits wer cer eer mae mape mse rmse rmsle fid fvd kid lpips "
-    "ece brier".split()
+# Words in the names of metrics.
+_LOWER_IS_BETTER = re.compile(
+    r"(?<![a-z])((log)?loss|err(ors?)?|perplexity|ppl|nll|bp[bc]|bits|[wce]er|map?e|r?mse|rmsle|fid|fvd|kid|lpips|ece|"
+    r"brier)(?![a-z])",
+    re.IGNORECASE,
 )
 
 
@@ -96,7 +98,7 @@ def is_lower_better(metric: str, goals: Mapping[str, str]) -> bool:
     """
     if metric in goals:
         return goals[metric] == "min"
-    return not _LOWER_IS_BETTER.isdisjoint(re.split(r"[^a-z]+", metric.lower()))
+    return _LOWER_IS_BETTER.search(metric) is not None
 
 
 def best_point(
@@ -332,7 +334,7 @@ def _heat(
 
 
 def _row_name(first: str, last: str) -> str:
-    """Returns `rank 4–7` for `rank 4` to `rank 7`."""
+    """Returns the name of the rows from one to another."""
     if first == last:
         return first
     words, others = first.split(" "), last.split(" ")

@@ -249,9 +249,13 @@ def _add_all(to: dict[str, np.ndarray], other: Mapping[str, np.ndarray]) -> None
 
 
 class Curves:
-    """All values of a run: those of `metrics.jsonl` by key, and those of `ranks.jsonl`."""
+    """All values of a run: those of `metrics.jsonl` by key, and those of `ranks.jsonl`.
 
-    def __init__(self) -> None:
+    Args:
+        folder: of the run, where earlier attempts have left something.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
         self.by_key: dict[str, Curve] = {}
         self.ranks = RankTable()
         self.num_records = 0
@@ -260,14 +264,15 @@ class Curves:
         self.last_step: float | None = None
         self.last_epoch: float | None = None
         self.last_samples: float | None = None
-        self._starts = [time.time()]  # of attempts: the time between two of them is nobody's
+        # Of attempts, as the time between two of them is nobody's. What is added from now on is of this one.
+        earlier = _starts(folder / "attempts.json") if folder is not None else []
+        self._starts = sorted([*earlier, time.time()])
         self._last_report: float | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Curves:
         """Reads what a run folder has of them; lines that are not whole, and files that are not there, do not count."""
-        curves = cls()
-        curves._starts = _starts(folder / "attempts.json")
+        curves = cls(folder)
         for record in records(folder / "metrics.jsonl"):
             curves.add(record)
         for record in records(folder / "ranks.jsonl"):
@@ -325,7 +330,7 @@ class Curves:
 
 
 def _starts(file: Path) -> list[float]:
-    """Returns when the attempts at a run came to their first steps, as far as that is known, in order."""
+    """Returns when the attempts at a run came to their first steps, as far as that is known, in any order."""
     try:
         attempts = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -337,7 +342,7 @@ def _starts(file: Path) -> list[float]:
             seconds = attempt.get("seconds")
             startup = seconds.get("startup") if isinstance(seconds, dict) else None
             starts.append(started + (startup if _is_number(startup) and startup > 0 else 0))
-    return sorted(starts)
+    return starts
 
 
 def _is_number(value: object) -> TypeGuard[float]:

@@ -67,7 +67,7 @@ class RunFolder:
 
     def cut_metrics(self, step: int, evaluated_step: int) -> None:
         """Drops what a run that goes on from `step` writes again: later records, and evaluations new to it."""
-        self.curves = Curves()
+        self.curves = Curves(self.path)
         self._cut("metrics.jsonl", step, evaluated_step, self.curves.add)
         self._cut(RANKS_FILE, step, evaluated_step, self.curves.ranks.add)
 

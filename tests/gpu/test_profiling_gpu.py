@@ -29,6 +29,7 @@ def test_a_profile_has_kernels_and_a_snapshot(
     )
     assert done.code == 0, done.err
     folder = tmp_path / "run" / "profile"
+    assert main(["profile", str(tmp_path / "run"), "--json"]) == 0  # looks into the trace where nobody has
     record = json.loads((folder / "rank-0.kernels.json").read_text())
     assert record["kinds_are_of"] == "gpu"
     assert record["kind_seconds"]["matmul"] > 0

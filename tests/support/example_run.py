@@ -155,6 +155,9 @@ def _report(
                 "memory_percent": 31 + 4 * node + 3 * done,
                 "gpu0_percent": 78 + draw.gauss(0, 3),
                 "gpu1_percent": 76 + draw.gauss(0, 3),
+                "gpu0_power_w": 312 + draw.gauss(0, 8),
+                "gpu1_power_w": 304 + draw.gauss(0, 8),
+                "sent_mib_per_second": 940 + draw.gauss(0, 30),
             }.items()
         },
     }

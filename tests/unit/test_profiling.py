@@ -6,6 +6,8 @@ import gzip
 import json
 import logging
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from trainer.cli import main
 from trainer.config_reporting import ProfileConfig
 from trainer.profiling.kinds import kind_of
 from trainer.profiling.recording import Profiling
-from trainer.profiling.summary import combine, summary_text
+from trainer.profiling.summary import combine, summarise, summary_text
 from trainer.profiling.traces import analyse
 from trainer.telemetry.clock import Clock
 
@@ -33,7 +35,15 @@ def read_trace(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
 
 
 def read_kernels(folder: Path, rank: int = 0) -> dict[str, Any]:
+    summarise(folder)  # looks into the trace where its own process has not done so yet
     return json.loads((folder / "profile" / f"rank-{rank}.kernels.json").read_text())
+
+
+def waited_for(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.05)
+    return condition()
 
 
 def ranges(events: list[dict[str, Any]]) -> list[str]:
@@ -67,6 +77,8 @@ def test_a_run_leaves_a_profile_and_is_the_same(
     assert [name for name in third if name in PLACES] == [*made, *PLACES[3:]]
     assert "evaluation" not in names  # comes after the last of them
 
+    table = folder / "profile" / "rank-0.kernels.json"
+    assert waited_for(table.exists)  # comes by itself, a moment after the trace
     files = {file.name for file in (folder / "profile").iterdir()}
     assert files == {f"rank-0.{end}" for end in ("trace.json.gz", "memory.json", "kernels.json", "kernels.txt")}
     kernels = read_kernels(folder)
@@ -74,7 +86,8 @@ def test_a_run_leaves_a_profile_and_is_the_same(
     assert kernels["is_warmed_up"]
     assert kernels["given_up"] is None
     assert sum(kernels["step_seconds"].values()) == pytest.approx(kernels["traced_seconds"])
-    assert sum(kernels["kind_seconds"].values()) == pytest.approx(kernels["traced_seconds"], rel=0.02)
+    between = kernels["traced_seconds"] - sum(kernels["kind_seconds"].values())  # steps and operators, on a busy core
+    assert -0.02 < between / kernels["traced_seconds"] < 0.5
     assert set(PLACES) <= set(kernels["place_seconds"])
     calls = {(row["name"], row["kind"]): row["calls"] for row in kernels["kernels"]}
     assert calls["aten::addmm", "matmul"] == 3 * 3  # an MLP of three layers
@@ -165,9 +178,9 @@ def test_a_profile_that_cannot_be_written_ends_no_run(train: Train, write_config
     assert summary(tmp_path / "run")["status"] == "finished"
 
 
-def make(folder: Path, first: int, last: int) -> Profiling:
+def make(folder: Path, first: int, last: int, at: Callable[[str], None] = lambda place: None) -> Profiling:
     config = ProfileConfig(steps=(first, last))
-    made = Profiling.wanted(config, folder, 0, 1, torch.device("cpu"), Clock(), lambda place: None, total_steps=100)
+    made = Profiling.wanted(config, folder, 0, 1, torch.device("cpu"), Clock(), at, total_steps=100)
     assert made is not None
     return made
 
@@ -223,16 +236,64 @@ def test_no_room_for_the_trace(
 
 
 def test_a_trace_that_is_too_large_to_look_into(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    pass_step(make(tmp_path / "profile", 1, 1), 1)
-    assert len(list((tmp_path / "profile").iterdir())) == 4
-    monkeypatch.setattr("trainer.profiling.recording._MOST_BYTES", 1000)
+    pass_step(made := make(tmp_path / "profile", 1, 1), 1)
+    made.close()
+    assert waited_for(lambda: len(list((tmp_path / "profile").glob("rank-*"))) == 4)
+    for place in ("recording", "finding"):
+        monkeypatch.setattr(f"trainer.profiling.{place}.MOST_BYTES", 1000)
     with caplog.at_level(logging.WARNING):
         pass_step(make(tmp_path / "profile", 1, 1), 1)
     assert "KiB are too much to look into; trace fewer steps" in caplog.text
     assert [file.name for file in (tmp_path / "profile").iterdir()] == ["rank-0.trace.json.gz"]
     assert "step 1" in ranges(read_trace(tmp_path))
+    assert main(["profile", str(tmp_path)]) == 2
+    assert "rank-0.trace.json.gz' cannot be read: more than 1 KiB are too much" in capfd.readouterr().err
+
+
+def test_the_command_looks_into_what_nobody_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "profile"
+    told: list[str] = []
+    monkeypatch.setattr("sys.executable", "/none")
+    with caplog.at_level(logging.WARNING):
+        pass_step(make(folder, 1, 1, told.append), 1)
+    assert "No such file or directory: '/none'" in caplog.text
+    assert len(told) >= 4  # a beat between any two parts of the writing
+    assert set(told) == {"writing a profile"}
+    assert [file.name for file in folder.iterdir()] == ["rank-0.trace.json.gz"]
+    (folder / "rank-1.trace.json.gz").write_bytes((folder / "rank-0.trace.json.gz").read_bytes()[:-50])
+    (folder / "rank-2.trace.json.gz").write_bytes(gzip.compress(b"[]"))
+    assert main(["profile", str(tmp_path)]) == 0
+    text = capfd.readouterr().out
+    assert "rank 0 (cpu, " in text
+    assert "rank-1.trace.json.gz' cannot be read: it is not whole" in text
+    assert "rank-2.trace.json.gz' cannot be read: it is not a trace" in text
+    assert {file.name for file in folder.glob("rank-0.*")} == {
+        f"rank-0.{ending}" for ending in ("trace.json.gz", "memory.json", "kernels.json", "kernels.txt")
+    }
+
+
+@pytest.mark.parametrize("since", [1, 2, 3])
+def test_beside_another_profiler_nothing_is_traced(
+    since: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It begins before this one warms up, between that and the first step to trace, or in the midst of these."""
+    profiling = make(tmp_path / "profile", 2, 3)
+    other = profile()
+    with caplog.at_level(logging.WARNING):
+        for step in (1, 2, 3, 4):
+            if step == since:
+                other.start()
+            pass_step(profiling, step)
+    other.stop()
+    profiling.close()
+    if since < 3:
+        assert caplog.text.count("nothing is traced, as another profiler of torch's is on") == 1
+        assert not (tmp_path / "profile").exists()
+        assert "aten::mm" in {event.name for event in other.events() or ()}
 
 
 def test_a_run_that_fails_leaves_what_it_traced(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
@@ -310,7 +371,7 @@ def test_what_a_trace_of_a_gpu_says() -> None:
     slow = {**ranks[1], "place_seconds": {**record["place_seconds"], "loading a batch": 300e-6}}
     found = combine([{**rank, "num_ranks": 3, "torch": "2.14"} for rank in (ranks[0], slow)])
     text = summary_text({**found, "folder": "runs/a/profile", "files": ["rank-0.memory.pickle"]})
-    assert "2 ranks, torch 2.14; profiles of 1 more are not in this folder" in text
+    assert "2 ranks, torch 2.14; profiles of 1 more are not in this folder, or cannot be read" in text
     assert "rank-N.memory.pickle   drop it on https://pytorch.org/memory_viz (N = 0)" in text
     assert "the GPU was idle 46% of the traced steps" in text
     assert "did nothing but communicate 10% of them" in text

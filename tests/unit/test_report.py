@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import html
+import itertools
 import json
 import logging
 import math
 import random
 import re
+import shlex
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import Train, WriteConfig
 from example_run import make_run
 
 from trainer import cli
 from trainer.config import load_config
 from trainer.report import Curves, write_page, write_report
-from trainer.report.charts import best_point, time_split
+from trainer.report.charts import best_point, is_lower_better, system, time_split
 from trainer.report.comparison import config_differences, labels
 from trainer.report.curves import Curve, RankTable
-from trainer.report.page import run_page
+from trainer.report.page import advice_card, average_split, run_page
 from trainer.report.parts import embedded
-from trainer.report.reading import read_run
+from trainer.report.reading import Advice, read_run
 from trainer.run_folder import RANKS_FILE, RunFolder
+from trainer.telemetry.machine import Machine
 
 
 def page_of(folder: Path) -> str:
@@ -114,10 +121,85 @@ def test_the_best_point_is_what_the_summary_says() -> None:
     curve = Curve()
     for step, value in ((1, 0.5), (2, 0.9), (3, 0.7)):
         curve.add(step, value)
-    assert best_point(curve, "accuracy") == {"x": 2, "y": 0.9, "isLow": False}
-    assert best_point(curve, "loss") == {"x": 1, "y": 0.5, "isLow": True}
+    assert best_point(curve, "accuracy", {}) == {"x": 2, "y": 0.9, "isLow": False}
+    assert best_point(curve, "loss", {}) == {"x": 1, "y": 0.5, "isLow": True}
     told = {"metric": "accuracy", "step": 1, "value": 0.5}
-    assert best_point(curve, "accuracy", told) == {"x": 1, "y": 0.5, "isLow": True}
+    assert best_point(curve, "accuracy", {}, told) == {"x": 1, "y": 0.5, "isLow": True}
+
+
+@pytest.mark.parametrize(
+    ("metric", "is_lower"),
+    [
+        *((name, True) for name in ("loss", "val_loss", "top1_error", "WER", "word-wer", "data/rmse", "bits_per_byte")),
+        *((name, False) for name in ("terrain_iou", "cancer_auc", "answer_f1", "power", "fidelity", "accuracy")),
+    ],
+)
+def test_which_metrics_are_better_low(metric: str, is_lower: bool) -> None:
+    assert is_lower_better(metric, {}) is is_lower
+    assert is_lower_better(metric, {metric: "max"}) is False
+    assert is_lower_better(metric, {metric: "min"}) is True
+
+
+def test_reports_count_by_their_time(tmp_path: Path) -> None:
+    """A run of two attempts: of reports every 10 s, of one after 100 s, and the hour in between is nobody's."""
+    began = [1000.0, 5000.0]
+    times = [1015.0, 1025.0, 5105.0, 5106.0]
+    shares = [0.0, 0.0, 0.5, 0.0]
+    attempts = [{"started": start, "last_seen": start + 120, "seconds": {"startup": 5.0}} for start in began]
+    (tmp_path / "attempts.json").write_text(json.dumps(attempts))
+    with open(tmp_path / "metrics.jsonl", "w") as stream:
+        for step, (when, share) in enumerate(zip(times, shares, strict=True)):
+            late = {"time/data_wait": share} if step > 1 else {}  # earlier reports do not have it at all
+            stream.write(json.dumps({"step": step, "time": when, "time/forward": 1 - share, **late}) + "\n")
+            stream.write(json.dumps({"step": step, "time": when + 0.5, "eval/loss": 1.0}) + "\n")
+    seconds = [10.0, 10.0, 100.0, 1.0]
+    expected = sum(a * b for a, b in zip(seconds, shares, strict=True)) / sum(seconds)
+    split = average_split(read_run(tmp_path))
+    assert split == {"forward": pytest.approx(1 - expected), "data_wait": pytest.approx(expected)}
+    curve = Curve()
+    for step in range(50_000):  # also of a long one
+        curve.add(step, step % 2, 1.0 + step % 2 * 2)
+    assert curve.over_time() == (75_000.0, 100_000.0)
+
+
+def test_figures_of_machines_have_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that there are: NVML is stood in for."""
+    nvml: Any = types.ModuleType("pynvml")
+    nvml.NVMLError, nvml.NVML_TEMPERATURE_GPU = ValueError, 0
+    nvml.nvmlInit, nvml.nvmlDeviceGetCount, nvml.nvmlDeviceGetHandleByIndex = lambda: None, lambda: 8, lambda i: i
+    nvml.nvmlDeviceGetUtilizationRates = lambda handle: types.SimpleNamespace(gpu=50 + handle)
+    nvml.nvmlDeviceGetMemoryInfo = lambda handle: types.SimpleNamespace(used=20, total=80)
+    nvml.nvmlDeviceGetPowerUsage = lambda handle: 300_000
+    nvml.nvmlDeviceGetTemperature = lambda handle, sensor: 60
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    clock = itertools.count()
+    monkeypatch.setattr("trainer.telemetry.machine.time.monotonic", lambda: float(next(clock)))
+    figures = Machine().sample()
+    assert figures is not None
+    curves = Curves()
+    for step in range(1, 301):
+        values = {f"system/{node}/{name}": value for node in range(32) for name, value in figures.items()}
+        curves.add({"step": step, **values})
+    charts = system(curves, 300)
+    titles = {re.sub(r" \(.*", "", chart.title): chart.data for chart in charts}
+    assert {title: data["format"] for title, data in titles.items()} == {
+        "CPU in use": "percent",
+        "Memory in use": "percent",
+        "Sent": "MiB/s",
+        "Received": "MiB/s",
+        "GPU in use": "percent",
+        "GPU memory in use": "percent",
+        "GPU power": "W",
+        "GPU temperature": "°C",
+    }
+    assert titles["CPU in use"]["rows"] == [f"node {node}" for node in range(32)]
+    gpus = titles["GPU in use"]
+    assert (gpus["kind"], gpus["rows"][1]) == ("heat", "node 0 GPU 4\N{EN DASH}7")
+    assert (gpus["low"], gpus["high"]) == (53, 57)  # of four neighbours the highest
+    assert gpus["values"][0][:3] == [53, 57, 53]
+    assert len(gpus["x"]) == len(gpus["values"]) <= 240
+    assert gpus["x"][-1] == 300
+    assert sum(len(embedded(chart.data)) for chart in charts) < 1_000_000
 
 
 # ---- one run ---------------------------------------------------------------------------------------------------
@@ -142,6 +224,14 @@ def test_everything_of_a_run_is_on_its_page(tmp_path: Path) -> None:
     assert [len(series["y"]) for series in charts["time"]["series"]] == [60] * 9
     assert not re.search(r'(src|href)="(?!data:|#|[a-z]+[./]|[a-z]+")', page)
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", "")
+
+
+def test_lines_of_advice_work_in_a_shell() -> None:
+    settings = {"eval.every": "6 epochs", "parallel.reshard_after_forward": False, "data.workers": 4}
+    (text,) = re.findall(r"<code id[^>]*>(.*?)</code>", advice_card(Advice("rule", "text", settings, None), "0"), re.S)
+    assert shlex.split(html.unescape(text)) == [
+        *("eval.every=6 epochs", "parallel.reshard_after_forward=false", "data.workers=4")
+    ]
 
 
 def test_any_file_may_be_missing_or_broken(tmp_path: Path) -> None:
@@ -252,6 +342,14 @@ def test_two_runs_are_compared(tmp_path: Path) -> None:
     shown = re.sub(r"<[^>]+>", " ", str(config_differences([read_run(run) for run in runs], ["photos", "faster"])))
     assert shown.split() == ["setting", "photos", "faster", "optim.lr", "0.1", "0.3", "train.steps", "200", "100"]
     assert '<strong class="top">3,760</strong>' in page
+
+    # Of a metric that the config names, it says what is best.
+    for run in runs:
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        config["checkpoint"] = {"best": {"metric": "accuracy", "mode": "min"}}
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+    charts = charts_of(write_report(runs, tmp_path / "out" / "both.html").read_text())
+    assert [series["best"]["isLow"] for series in charts["eval-accuracy"]["series"]] == [True, True]
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:

@@ -1,1 +1,4 @@
-"""Traces of a few steps: `recording` writes them, `traces` reads one, `summary` tells what those of all ranks say."""
+"""Traces of a few steps: `recording` writes them, `finding` makes tables of one, as `traces` reads it.
+
+What those of all ranks say together is `summary`.
+"""

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import UserError, one_line_text
+from trainer.errors import UserError, one_line, one_line_text
+from trainer.profiling.finding import TRACE, look_into
 from trainer.profiling.kinds import KINDS
 from trainer.profiling.tables import format_seconds, kernel_lines, memory_lines
 from trainer.units import counted, format_bytes
 
+_KERNELS = "kernels.json"
 _NUM_KERNELS = 15
 _NUM_HOLDERS = 5
 _NUM_DIFFERENCES = 3
@@ -25,12 +27,15 @@ Record = Mapping[str, Any]
 def summarise(run_dir: Path) -> dict[str, Any]:
     """Returns what the profiles in a run folder say, for JSON; times in seconds, means over ranks.
 
+    A trace that nobody has looked into yet is looked into now.
+
     Raises:
-        UserError: there are none, or they cannot be read.
+        UserError: there are none, or none can be read.
     """
     folder = run_dir / "profile"
-    found = combine(_records(run_dir, folder))
-    return {"folder": str(folder), "files": sorted(file.name for file in folder.glob("rank-*.*")), **found}
+    records, problems = _records(run_dir, folder)
+    files = sorted(file.name for file in folder.glob("rank-*.*"))
+    return {"folder": str(folder), "files": files, "problems": problems, **combine(records)}
 
 
 def combine(records: Sequence[Record]) -> dict[str, Any]:
@@ -48,19 +53,30 @@ def combine(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def _records(run_dir: Path, folder: Path) -> list[Record]:
-    files = list(folder.glob("rank-*.kernels.json"))
-    if not files:
+def _records(run_dir: Path, folder: Path) -> tuple[list[Record], list[str]]:
+    """Returns what ranks wrote, or their traces say, and what cannot be read."""
+    names = [file.name for ending in (TRACE, _KERNELS) for file in folder.glob(f"rank-*.{ending}")]
+    ranks = _numbers(names)
+    if not ranks:
         if not run_dir.is_dir():
             raise UserError(f"'{run_dir}' is not a run folder: there is no such folder")
         raise UserError(f"'{run_dir}' holds no profile; train with profile.steps=[10,15], or other steps")
-    records = []
-    for file in files:
+    records: list[Record] = []
+    problems = []
+    for rank in ranks:
+        file = folder / f"rank-{rank}.{_KERNELS}"
         try:
-            records.append(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise UserError(f"'{file}' cannot be read: {one_line_text(error)}") from error
-    return sorted(records, key=lambda record: record["rank"])
+            if file.exists():
+                records.append(json.loads(file.read_text(encoding="utf-8")))
+            else:
+                file = folder / f"rank-{rank}.{TRACE}"
+                records.append(look_into(file))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            why = one_line_text(error) if isinstance(error, OSError | ValueError) else one_line(error)
+            problems.append(f"'{file}' cannot be read: {why}")
+    if not records:
+        raise UserError(problems[0])
+    return records, problems
 
 
 def _step_seconds(record: Record) -> float:
@@ -137,8 +153,9 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     is_gpu = summary["kinds_are_of"] == "gpu"
     title = f"{counted(len(ranks), 'rank')}, torch {summary['torch']}"
     if len(ranks) < summary["num_ranks"]:
-        title += f"; profiles of {summary['num_ranks'] - len(ranks)} more are not in this folder"
-    sections = [[title, *(line for record in ranks for line in _rank_lines(record))]]
+        title += f"; profiles of {summary['num_ranks'] - len(ranks)} more are not in this folder, or cannot be read"
+    about_ranks = [line for record in ranks for line in _rank_lines(record)]
+    sections = [[title, *summary.get("problems", []), *about_ranks]]
     if is_gpu:
         sections.append(_gpu_lines(ranks))
     kinds = summary["kinds"]
@@ -256,7 +273,7 @@ def _file_lines(summary: Mapping[str, Any]) -> list[str]:
 
 def _numbers(names: Iterable[str]) -> list[int]:
     found = (name.removeprefix("rank-").partition(".")[0] for name in names)
-    return sorted(int(number) for number in found if number.isdigit())
+    return sorted({int(number) for number in found if number.isdigit()})
 
 
 def _short(name: str) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from operator import itemgetter
-from typing import IO, Any
+from typing import Any
 
 from trainer.faults.judging import LOADING
 from trainer.profiling.allocations import Allocation, Memory, Place
@@ -154,9 +154,16 @@ class Analysis:
         }
 
 
-def read_trace(stream: IO[str]) -> dict[str, Any]:
-    """Reads the file of a trace, without the events that `analyse` does not look at, which may be the most."""
-    return json.load(stream, object_hook=_looked_at)
+def read_trace(text: str) -> dict[str, Any]:
+    """Reads a trace, without the events that `analyse` does not look at, which may be the most.
+
+    Raises:
+        ValueError: it is none.
+    """
+    read = json.loads(text, object_hook=_looked_at)
+    if not isinstance(read, dict):
+        raise ValueError("it is not a trace")
+    return read
 
 
 def _looked_at(found: dict[str, Any]) -> dict[str, Any] | None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from trainer.report.curves import Curve, Curves, RankTable
+from trainer.report.curves import MOST_COLUMNS, Curve, Curves, RankTable
 from trainer.report.reading import as_number
 
 # In the order in which they are stacked: what has to be first, what is waiting on top.
@@ -26,9 +26,14 @@ TIME_PARTS = {
     "checkpoint": "checkpoints",
 }
 _NUM_COLOURS = 8
-_MOST_LINES_OF_RANKS = 8
+_MOST_LINES = 8  # of a chart of ranks or machines; more are rows of a heat map
 _MOST_ROWS = 64
-_LOWER_IS_BETTER = re.compile(r"loss|err|perplexity|ppl|nll|bpb|bits|wer|cer|mae|mse|rmse|fid", re.IGNORECASE)
+# Words in the names of metrics.
+_LOWER_IS_BETTER = re.compile(
+    r"(?<![a-z])((log)?loss|err(ors?)?|perplexity|ppl|nll|bp[bc]|bits|[wce]er|map?e|r?mse|rmsle|fid|fvd|kid|lpips|ece|"
+    r"brier)(?![a-z])",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -84,41 +89,58 @@ def lines(identity: str, title: str, series: Sequence[Line], end: float, **optio
     return Chart(identity, title, {**data, **options})
 
 
-def is_lower_better(metric: str) -> bool:
-    """Guesses from its name whether a metric is better the lower it is."""
+def is_lower_better(metric: str, goals: Mapping[str, str]) -> bool:
+    """Tells whether a metric is better the lower it is: guesses from the words of its name what nobody says.
+
+    Args:
+        metric: its name.
+        goals: `min` or `max` of the metrics of which the config says it.
+    """
+    if metric in goals:
+        return goals[metric] == "min"
     return _LOWER_IS_BETTER.search(metric) is not None
 
 
-def best_point(curve: Curve, metric: str, best: dict[str, Any] | None = None) -> dict[str, Any] | None:
+def best_point(
+    curve: Curve, metric: str, goals: Mapping[str, str], best: dict[str, Any] | None = None
+) -> dict[str, Any] | None:
     """Returns the best point of a metric's curve.
 
     Args:
         curve: of the metric.
         metric: its name.
+        goals: what the config says of metrics.
         best: what the summary says, if it is of this metric.
     """
     step, value = as_number((best or {}).get("step")), as_number((best or {}).get("value"))
     if step is not None and value is not None:
         highest = curve.best(highest=True)
         return {"x": step, "y": value, "isLow": highest is not None and value < highest[1]}
-    is_low = is_lower_better(metric)
+    is_low = is_lower_better(metric, goals)
     found = curve.best(highest=not is_low)
     return {"x": found[0], "y": found[1], "isLow": is_low} if found is not None and curve.num_values > 1 else None
 
 
-def training(curves: Curves, end: float, best: dict[str, Any] | None) -> list[Chart]:
-    """Returns the charts of what is learned: loss, metrics, learning rate and gradient norm."""
+def training(curves: Curves, end: float, goals: Mapping[str, str], best: dict[str, Any] | None) -> list[Chart]:
+    """Returns the charts of what is learned: loss, metrics, learning rate and gradient norm.
+
+    Args:
+        curves: of the run.
+        end: the last step of the page.
+        goals: what the config says of metrics.
+        best: what the summary says of the best evaluation.
+    """
     losses = []
     for name, key, index in (("train", "train/loss", 0), ("eval", "eval/loss", 1)):
         if (curve := curves.get(key)) is not None:
-            point = best_point(curve, "loss", _of(best, "loss")) if key == "eval/loss" else None
+            point = best_point(curve, "loss", goals, _of(best, "loss")) if key == "eval/loss" else None
             losses.append(Line(name, curve, colour(index), point))
     charts = [lines("loss", "Loss", losses, end, log=True)]
     for key in curves.keys("eval/"):
         metric, curve = key.removeprefix("eval/"), curves.by_key[key]
         if metric != "loss":
-            line = Line(metric, curve, colour(1), best_point(curve, metric, _of(best, metric)))
-            charts.append(lines(f"eval-{len(charts)}", metric, [line], end, log=is_lower_better(metric)))
+            line = Line(metric, curve, colour(1), best_point(curve, metric, goals, _of(best, metric)))
+            charts.append(lines(f"eval-{len(charts)}", metric, [line], end, log=is_lower_better(metric, goals)))
     charts.append(_single(curves, "train/lr", "Learning rate", end, colour(2), zero=True))
     charts.append(_single(curves, "train/grad_norm", "Gradient norm", end, colour(3), log=True))
     shown = {"train/loss", "train/lr", "train/grad_norm", *_THROUGHPUT, "train/straggler_wait", "train/data_wait"}
@@ -193,7 +215,8 @@ def memory(curves: Curves, end: float) -> list[Chart]:
     return _there(charts)
 
 
-_UNITS = (("_percent", "percent"), ("_gib", "GiB"), ("_watts", "W"), ("_celsius", "°C"), ("_mib_per_second", "MiB/s"))
+# By the end of a name, which is no part of the title.
+_UNITS = {"_percent": "percent", "_mib_per_second": "MiB/s", "_gib": "GiB", "_w": "W", "_celsius": "°C"}
 
 
 def system(curves: Curves, end: float) -> list[Chart]:
@@ -213,20 +236,41 @@ def system(curves: Curves, end: float) -> list[Chart]:
         groups.setdefault(kind, []).append((name or figure, key))
     charts: list[Chart | None] = []
     for kind, members in groups.items():
-        ending, unit = next(((ending, unit) for ending, unit in _UNITS if kind.endswith(ending)), ("", ""))
-        title = kind.removesuffix(ending).replace("_", " ").replace("/", " ")
-        title = re.sub(r"\b(cpu|gpu)\b", lambda found: found[0].upper(), title)
-        title = title[:1].upper() + title[1:] + (" in use" if unit == "percent" else "")
-        series = [
-            Line(name, curves.by_key[key], colour(i), dashed=i >= _NUM_COLOURS) for i, (name, key) in enumerate(members)
-        ]
-        options = (
-            {"top": 100} if unit == "percent" and all((c.curve.best(True) or (0, 0))[1] <= 100 for c in series) else {}
-        )
-        charts.append(
-            lines(f"system-{len(charts)}", title, series, end, zero=True, format=unit, showLegend=True, **options)
-        )
+        title, unit = system_title(kind)
+        identity, names = f"system-{len(charts)}", [name for name, _ in members]
+        found = [curves.by_key[key] for _, key in members]
+        if len(found) > _MOST_LINES:
+            charts.append(_heat(identity, title, unit, names, *_columns(found), end))
+            continue
+        series = [Line(name, curve, colour(i)) for i, (name, curve) in enumerate(zip(names, found, strict=True))]
+        is_whole = unit == "percent" and all((curve.best(highest=True) or (0, 0))[1] <= 100 for curve in found)
+        options = {"top": 100} if is_whole else {}
+        charts.append(lines(identity, title, series, end, zero=True, format=unit, showLegend=True, **options))
     return _there(charts)
+
+
+def system_title(kind: str) -> tuple[str, str]:
+    """Returns the title and the unit of a figure of machines."""
+    ending = next((ending for ending in _UNITS if kind.endswith(ending)), "")
+    unit = _UNITS[ending] if ending else "°C" if kind.endswith("temperature") else ""
+    title = kind.removesuffix(ending).replace("_", " ").replace("/", " ")
+    title = re.sub(r"\b(cpu|gpu)\b", lambda found: found[0].upper(), title)
+    return title[:1].upper() + title[1:] + (" in use" if unit == "percent" else ""), unit
+
+
+def _columns(curves: Sequence[Curve]) -> tuple[list[float], np.ndarray]:
+    """Returns the means of curves over the same stretches of the run: their last steps, and values, NaN if unknown."""
+    means = [curve.means() for curve in curves]
+    grid = [step for step, _ in max(means, key=len)]
+    grid = grid[::-1][:: -(-len(grid) // MOST_COLUMNS)][::-1]
+    sums, nums = np.zeros((len(grid), len(curves))), np.zeros((len(grid), len(curves)))
+    for i, points in enumerate(means):
+        known = [(step, value) for step, value in points if value is not None]
+        at = np.minimum(np.searchsorted(grid, [step for step, _ in known]), len(grid) - 1)
+        np.add.at(sums[:, i], at, [value for _, value in known])
+        np.add.at(nums[:, i], at, 1)
+    with np.errstate(invalid="ignore"):
+        return grid, sums / nums
 
 
 def ranks(table: RankTable, curves: Curves, end: float) -> list[Chart]:
@@ -242,8 +286,9 @@ def ranks(table: RankTable, curves: Curves, end: float) -> list[Chart]:
         columns = table.columns(name)
         if columns is None:
             continue
-        draw = _rank_lines if table.num_ranks <= _MOST_LINES_OF_RANKS else _rank_heat
-        charts.append(draw(f"ranks-{name}", title, unit, table.steps, columns, end))
+        names = [f"rank {rank}" for rank in range(table.num_ranks)]
+        draw = _rank_lines if table.num_ranks <= _MOST_LINES else _heat
+        charts.append(draw(f"ranks-{name}", title, unit, names, table.steps, columns, end))
     charts.append(
         _single(
             curves,
@@ -258,22 +303,23 @@ def ranks(table: RankTable, curves: Curves, end: float) -> list[Chart]:
     return _there(charts)
 
 
-def _rank_lines(identity: str, title: str, unit: str, steps: list[float], columns: np.ndarray, end: float) -> Chart:
+def _rank_lines(
+    identity: str, title: str, unit: str, names: Sequence[str], steps: list[float], columns: np.ndarray, end: float
+) -> Chart:
     series = [
-        {"name": f"rank {rank}", "colour": colour(rank), "x": steps, "y": columns[:, rank].tolist()}
-        for rank in range(columns.shape[1])
+        {"name": name, "colour": colour(i), "x": steps, "y": columns[:, i].tolist()} for i, name in enumerate(names)
     ]
     data = {"kind": "lines", "domain": [0, max(end, 1)], "format": unit, "zero": True, "series": series}
     return Chart(identity, title, data)
 
 
-def _rank_heat(identity: str, title: str, unit: str, steps: list[float], columns: np.ndarray, end: float) -> Chart:
-    """Of many ranks, the one with the highest value stands for its neighbours."""
-    num = columns.shape[1]
-    together = -(-num // _MOST_ROWS)
-    starts = range(0, num, together)
+def _heat(
+    identity: str, title: str, unit: str, names: Sequence[str], steps: list[float], columns: np.ndarray, end: float
+) -> Chart:
+    """Of many rows, the one with the highest value stands for its neighbours."""
+    together = -(-len(names) // _MOST_ROWS)
+    starts = range(0, len(names), together)
     values = np.fmax.reduceat(columns, list(starts), axis=1)
-    names = [f"{start}" if together == 1 else f"{start}\N{EN DASH}{min(start + together, num) - 1}" for start in starts]
     known = values[~np.isnan(values)]
     low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
     data = {
@@ -281,16 +327,27 @@ def _rank_heat(identity: str, title: str, unit: str, steps: list[float], columns
         "domain": [0, max(end, 1)],
         "format": unit,
         "x": steps,
-        "rows": [f"rank {n}" for n in names],
+        "rows": [_row_name(names[start], names[min(start + together, len(names)) - 1]) for start in starts],
     }
     note = f" ({number_range(low, high, unit)})"
     return Chart(identity, title + note, {**data, "values": values.tolist(), "low": low, "high": high})
+
+
+def _row_name(first: str, last: str) -> str:
+    """Returns the name of the rows from one to another."""
+    if first == last:
+        return first
+    words, others = first.split(" "), last.split(" ")
+    end = others[-1] if words[:-1] == others[:-1] else f" {last}"
+    return f"{first}\N{EN DASH}{end}"
 
 
 def number_range(low: float, high: float, unit: str) -> str:
     """Returns the range of a heat map as text."""
     if unit == "share":
         return f"{low:.0%} to {high:.0%}"
+    if unit == "percent":
+        return f"{low:.0f}% to {high:.0f}%"
     return f"{low:.3g} to {high:.3g} {unit}"
 
 

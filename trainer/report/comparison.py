@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,6 @@ from trainer.report.page import (
     average_split,
     device,
     navigation,
-    setting_text,
 )
 from trainer.report.parts import UNKNOWN, Html, duration, join, link, number, page, percent, section, table, tag
 from trainer.report.reading import Run
@@ -76,7 +76,7 @@ def overview(runs: Sequence[Run], names: Sequence[str], start: Path) -> Html:
         metrics |= dict.fromkeys(key.removeprefix("eval/") for key in run.curves.keys("eval/"))
     columns: list[tuple[str, bool | None, list[float | None], Any]] = []  # name, highest is best, values, how to show
     for metric in metrics:
-        highest = not is_lower_better(metric)
+        highest = not is_lower_better(metric, goals_of(runs))
         curves = [run.curves.get(f"eval/{metric}") for run in runs]
         columns.append((f"{metric}, last", highest, [curve.last if curve else None for curve in curves], number))
         bests = [curve.best(highest) if curve else None for curve in curves]
@@ -99,6 +99,14 @@ def overview(runs: Sequence[Run], names: Sequence[str], start: Path) -> Html:
         rows.append([name, status_chip(run.status), tag("span", device(run), class_="whole"), steps, *cells])
     head = ["run", "status", "devices", "step", *(name for name, *_ in columns)]
     return table(head, rows, numeric=range(3, len(head)))
+
+
+def goals_of(runs: Sequence[Run]) -> dict[str, str]:
+    """Returns of which metrics the configs of all runs say whether the largest or the smallest is best."""
+    goals: dict[str, str] = {}
+    for run in runs:
+        goals = {**run.goals, **goals}
+    return goals
 
 
 def _cell(values: Sequence[float | None], i: int, highest: bool | None, show: Any) -> Html:
@@ -165,7 +173,7 @@ def overlay(runs: Sequence[Run], names: Sequence[str], key: str, title: str, **o
         curve = run.curves.get(key)
         if curve is None:
             continue
-        best = best_point(curve, key) if key.startswith("eval/") else None
+        best = best_point(curve, key.removeprefix("eval/"), goals_of(runs)) if key.startswith("eval/") else None
         best = {**best, "isQuiet": True} if best is not None else None  # its value is in the table
         series.append(Line(name, curve, colour(i), best, dashed=i >= _NUM_PLAIN))
     identity = re.sub(r"[^a-z0-9]+", "-", key.lower())
@@ -202,12 +210,17 @@ def config_differences(runs: Sequence[Run], names: Sequence[str]) -> Html:
     keys = sorted({key for settings in flat for key in settings if not _NOT_COMPARED.fullmatch(key)})
     rows = []
     for key in keys:
-        values = [setting_text(settings[key]) if key in settings else UNKNOWN for settings in flat]
+        values = [value_text(settings[key]) if key in settings else UNKNOWN for settings in flat]
         if len(set(values)) > 1:
             rows.append([tag("code", key), *(tag("code", value) for value in values)])
     if not rows:
         return tag("p", "Their configs are the same, but for name and folder.", class_="fact")
     return table(["setting", *names], rows)
+
+
+def value_text(value: object) -> str:
+    """Returns a value of a config as JSON, and text as it is."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def flattened(config: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,8 +5,10 @@ Fed record by record, while the run goes on or from its files, so that the page 
 
 from __future__ import annotations
 
+import bisect
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -15,7 +17,7 @@ import numpy as np
 import pydantic_core
 
 MOST_STRETCHES = 600  # of a curve; each has up to two points
-MOST_COLUMNS = 240  # of what is kept per rank
+MOST_COLUMNS = 240  # of what is kept per rank, and of a heat map
 _LINES_AT_ONCE = 2000
 
 _NOT_CURVES = frozenset({"step", "epoch", "samples", "time"})
@@ -31,13 +33,21 @@ class Curve:
     def __init__(self) -> None:
         self._steps: list[float] = []  # of what is in no stretch yet
         self._values: list[float] = []
+        self._seconds: list[float] = []
         self._stretches: dict[str, np.ndarray] = {}
         self._per_stretch = 2
 
-    def add(self, step: float, value: float) -> None:
-        """Adds the value at a step that comes after all others; one that is not finite counts as not known."""
+    def add(self, step: float, value: float, seconds: float = 0.0) -> None:
+        """Adds the value at a step that comes after all others; one that is not finite counts as not known.
+
+        Args:
+            step: of it.
+            value: at that step.
+            seconds: of the run that it is about, for `over_time`.
+        """
         self._steps.append(step)
         self._values.append(value)
+        self._seconds.append(seconds)
         if len(self._steps) >= _AT_ONCE:
             self._fold()
 
@@ -46,6 +56,7 @@ class Curve:
         while self._steps and self._steps[-1] > step:
             self._steps.pop()
             self._values.pop()
+            self._seconds.pop()
         if self._stretches:
             kept = self._stretches["first"] <= step
             self._stretches = {name: column[kept] for name, column in self._stretches.items()}
@@ -54,8 +65,9 @@ class Curve:
         """Puts all values into stretches, few enough."""
         if not self._steps:
             return
-        self._stretches = _joined(self._stretches, _stretches(self._steps, self._values, self._per_stretch))
-        self._steps, self._values = [], []
+        new = _stretches(self._steps, self._values, self._seconds, self._per_stretch)
+        self._stretches = _joined(self._stretches, new)
+        self._steps, self._values, self._seconds = [], [], []
         while len(self._stretches["first"]) > MOST_STRETCHES:
             self._stretches = _halved(self._stretches)
             self._per_stretch *= 2
@@ -64,7 +76,7 @@ class Curve:
         if self._stretches or len(self._steps) > _RAW:
             self._fold()
             return self._stretches
-        return _stretches(self._steps, self._values, 1)
+        return _stretches(self._steps, self._values, self._seconds, 1)
 
     @property
     def num_values(self) -> int:
@@ -77,6 +89,11 @@ class Curve:
         table = self._table()
         num = table["num"].sum()
         return float(table["total"].sum() / num) if num else None
+
+    def over_time(self) -> tuple[float, float]:
+        """Returns the sum of all known values times the seconds that they are about, and of these seconds."""
+        table = self._table()
+        return float(table["value_seconds"].sum()), float(table["seconds"].sum())
 
     @property
     def last(self) -> float | None:
@@ -113,10 +130,14 @@ class Curve:
         return [(last, total / num if num else None) for last, total, num in zip(*columns, strict=True)]
 
 
-def _stretches(steps: Sequence[float], values: Sequence[float], length: int) -> dict[str, np.ndarray]:
+def _stretches(
+    steps: Sequence[float], values: Sequence[float], seconds: Sequence[float], length: int
+) -> dict[str, np.ndarray]:
     """Returns a row per stretch of this many values; the last one may be shorter."""
     num = -(-len(steps) // length)
     x, y = np.full((num, length), math.nan), np.full((num, length), math.nan)
+    about = np.zeros((num, length))
+    about.reshape(-1)[: len(seconds)] = seconds
     x.reshape(-1)[: len(steps)], y.reshape(-1)[: len(values)] = steps, values
     known, rows = np.isfinite(y), np.arange(num)
     y[~known] = math.nan
@@ -126,6 +147,8 @@ def _stretches(steps: Sequence[float], values: Sequence[float], length: int) -> 
         "last": np.fmax.reduce(x, axis=1),
         "num": known.sum(axis=1),
         "total": np.where(known, y, 0.0).sum(axis=1),
+        "seconds": np.where(known, about, 0.0).sum(axis=1),
+        "value_seconds": np.where(known, y * about, 0.0).sum(axis=1),
         "low": y[rows, low_at],
         "low_at": x[rows, low_at],
         "high": y[rows, high_at],
@@ -143,7 +166,8 @@ def _halved(table: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     a, b = ({name: column[start:num:2] for name, column in table.items()} for start in (0, 1))
     # NaN, where a stretch has no value, is neither lower nor higher.
     lower, higher = ~(a["low"] <= b["low"]) & (b["num"] > 0), ~(a["high"] >= b["high"]) & (b["num"] > 0)
-    halved = {"first": a["first"], "last": b["last"], "num": a["num"] + b["num"], "total": a["total"] + b["total"]}
+    halved = {"first": a["first"], "last": b["last"]}
+    halved |= {name: a[name] + b[name] for name in ("num", "total", "seconds", "value_seconds")}
     for name, is_second in (("low", lower), ("high", higher)):
         halved[name] = np.where(is_second, b[name], a[name])
         halved[f"{name}_at"] = np.where(is_second, b[f"{name}_at"], a[f"{name}_at"])
@@ -225,9 +249,13 @@ def _add_all(to: dict[str, np.ndarray], other: Mapping[str, np.ndarray]) -> None
 
 
 class Curves:
-    """All values of a run: those of `metrics.jsonl` by key, and those of `ranks.jsonl`."""
+    """All values of a run: those of `metrics.jsonl` by key, and those of `ranks.jsonl`.
 
-    def __init__(self) -> None:
+    Args:
+        folder: of the run, where earlier attempts have left something.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
         self.by_key: dict[str, Curve] = {}
         self.ranks = RankTable()
         self.num_records = 0
@@ -236,11 +264,15 @@ class Curves:
         self.last_step: float | None = None
         self.last_epoch: float | None = None
         self.last_samples: float | None = None
+        # Of attempts, as the time between two of them is nobody's. What is added from now on is of this one.
+        earlier = _starts(folder / "attempts.json") if folder is not None else []
+        self._starts = sorted([*earlier, time.time()])
+        self._last_report: float | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Curves:
         """Reads what a run folder has of them; lines that are not whole, and files that are not there, do not count."""
-        curves = cls()
+        curves = cls(folder)
         for record in records(folder / "metrics.jsonl"):
             curves.add(record)
         for record in records(folder / "ranks.jsonl"):
@@ -264,7 +296,7 @@ class Curves:
             self.last_epoch = epoch
         if _is_number(samples := record.get("samples")):
             self.last_samples = samples
-        by_key = self.by_key
+        by_key, seconds = self.by_key, self._since_report(record)
         for key, value in record.items():
             known = by_key.get(key)
             if known is None:
@@ -272,9 +304,20 @@ class Curves:
                     continue
                 known = by_key[key] = Curve()
             if type(value) is float:
-                known.add(step, value)
+                known.add(step, value, seconds)
             elif value is None or _is_number(value):
-                known.add(step, math.nan if value is None else value)
+                known.add(step, math.nan if value is None else value, seconds)
+
+    def _since_report(self, record: Mapping[str, Any]) -> float:
+        """Returns the seconds that a report is about: those since the one before, within an attempt."""
+        when = record.get("time")
+        if not _is_number(when) or not any(key.startswith("time/") for key in record):
+            return 0.0
+        begun = bisect.bisect_right(self._starts, when)
+        known = [self._last_report, self._starts[begun - 1] if begun else None]
+        since = max((other for other in known if other is not None), default=when)
+        self._last_report = when
+        return max(when - since, 0.0)
 
     def get(self, key: str) -> Curve | None:
         """Returns the curve of a key that has a value."""
@@ -284,6 +327,22 @@ class Curves:
     def keys(self, prefix: str) -> list[str]:
         """Returns the keys with a prefix that have a value, in the order of their first record."""
         return [key for key in self.by_key if key.startswith(prefix) and self.get(key) is not None]
+
+
+def _starts(file: Path) -> list[float]:
+    """Returns when the attempts at a run came to their first steps, as far as that is known, in any order."""
+    try:
+        attempts = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return []
+    starts = []
+    for attempt in attempts if isinstance(attempts, list) else []:
+        started = attempt.get("started") if isinstance(attempt, dict) else None
+        if _is_number(started):
+            seconds = attempt.get("seconds")
+            startup = seconds.get("startup") if isinstance(seconds, dict) else None
+            starts.append(started + (startup if _is_number(startup) and startup > 0 else 0))
+    return starts
 
 
 def _is_number(value: object) -> TypeGuard[float]:

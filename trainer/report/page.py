@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -51,7 +50,7 @@ def run_page(run: Run, start: Path) -> str:
     split = charts.time_split(curves, end)
     sections = [
         section("advice", "What to change", *map(advice_card, run.advice, map(str, range(len(run.advice))))),
-        section("training", "Training", drawn.grid(charts.training(curves, end, best))),
+        section("training", "Training", drawn.grid(charts.training(curves, end, run.goals, best))),
         section("time", "Where the time goes", time_split(run, drawn.wide(split) if split is not None else None)),
         section("speed", "Throughput", drawn.grid(charts.throughput(curves, end, num_ranks))),
         section("memory", "Memory", drawn.grid(charts.memory(curves, end))),
@@ -177,10 +176,12 @@ def key_figures(run: Run) -> list[tuple[str, str, str]]:
 
 def advice_card(advice: Advice, identity: str) -> Html:
     """Returns a piece of advice with the lines to copy."""
+    from trainer.advice.measured import line  # late, as it imports torch
+
     parts = [tag("p", with_code(advice.text))]
     if advice.settings:
         source = f"advice-{identity}"
-        text = "\n".join(f"{key}={setting_text(value)}" for key, value in advice.settings.items())
+        text = "\n".join(line({key: value}) for key, value in advice.settings.items())
         button = tag("button", "copy", type="button", data_copy=source)
         parts.append(tag("div", tag("code", text, id=source), button, class_="setting"))
     if advice.gain is not None:
@@ -196,17 +197,19 @@ def with_code(text: str) -> Html:
     return join(tag("code", piece) if i % 2 else piece for i, piece in enumerate(pieces))
 
 
-def setting_text(value: object) -> str:
-    """Returns a value as it is written on a command line."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
 def average_split(run: Run) -> dict[str, float]:
-    """Returns the shares of the time over the whole run: exact after a single attempt, else the mean of its reports."""
+    """Returns the shares of the time over the whole run.
+
+    Exact after a single attempt; else those of all reports, by the time that each is about.
+    """
     if run.time_split and len(run.attempts) == 1 and run.status not in ("running", "killed"):
         return run.time_split
-    means = {key.removeprefix("time/"): run.curves.by_key[key].mean or 0.0 for key in run.curves.keys("time/")}
-    return means or run.time_split
+    found = {key.removeprefix("time/"): run.curves.by_key[key] for key in run.curves.keys("time/")}
+    sums = {part: curve.over_time() for part, curve in found.items()}
+    whole = max((seconds for _, seconds in sums.values()), default=0.0)
+    if whole > 0:
+        return {part: value_seconds / whole for part, (value_seconds, _) in sums.items()}
+    return {part: curve.mean or 0.0 for part, curve in found.items()} or run.time_split  # no record has a time
 
 
 def time_split(run: Run, chart: Html | None) -> Html:

@@ -81,6 +81,15 @@ class Run:
         return as_number(value)
 
     @property
+    def goals(self) -> dict[str, str]:
+        """Of which metric the config says that its largest (`max`) or its smallest (`min`) value is the best."""
+        section = self.config.get("checkpoint")
+        best = section.get("best") if isinstance(section, dict) else None
+        if not isinstance(best, dict) or best.get("mode") not in ("max", "min"):
+            return {}
+        return {str(best.get("metric")): best["mode"]}
+
+    @property
     def step(self) -> int | None:
         """The last step that is known to have been made."""
         last_of_attempt = self.attempts[-1].step if self.attempts else None

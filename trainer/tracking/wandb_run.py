@@ -183,7 +183,7 @@ class WandbRun:
             if self._uploads is not None:
                 self._uploads.finish(limit / 2)
             self.run.finish(exit_code=int(failed))
-            if self._uploads is not None and self.mode == "online" and not self._is_behind():
+            if self._uploads is not None:
                 self._uploads.clean()
         except Exception as error:
             logger.warning("wandb: %s", " ".join(str(error).split()))

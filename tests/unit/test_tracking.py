@@ -27,6 +27,7 @@ from run_results import records, summary
 from torch import nn
 from torch.nn import functional
 from wandb import Artifact
+from wandb.errors import CommError
 from wandb_server import StoredRun, WandbServer
 
 from benchmarks import tracking
@@ -38,10 +39,11 @@ from trainer.config import NormalizeConfig, load_config
 from trainer.config_reporting import WandbConfig
 from trainer.data.augment import DeviceAugmentation
 from trainer.data.datasets import Digits
+from trainer.errors import UserError
 from trainer.eval_media import Collector, EvalMedia
 from trainer.faults.plan import VARIABLE, Event, write_plan
 from trainer.tasks.classification import Classification
-from trainer.tracking import Trackers, wandb_file, wandb_run
+from trainer.tracking import Trackers, artifacts, wandb_file, wandb_run
 from trainer.tracking.artifacts import CheckpointUploads
 from trainer.tracking.wandb_run import WandbRun
 
@@ -101,7 +103,11 @@ def killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
 
 
 def test_online_is_one_curve_over_a_kill(
-    server: TrainServer, write_config: WriteConfig, tmp_path: Path, killed: dict[str, str]
+    server: TrainServer,
+    write_config: WriteConfig,
+    tmp_path: Path,
+    killed: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = {"project": "p", "name": "shown", "group": "g", "tags": ["t"], "notes": "n", "entity": "team"}
     init = {"wandb": {"job_type": "trial", "settings": {"x_file_stream_transmit_interval": 0.1}}}
@@ -130,8 +136,15 @@ def test_online_is_one_curve_over_a_kill(
         assert {"step-3", "step-6", "step-9", "step-10"} <= steps
         assert {"latest", "step-10"} <= aliases(models[-1])
         assert any("best" in aliases(found) for found in models)
-        assert not (tmp_path / "run" / "wandb" / "checkpoints").exists()  # all is uploaded
+        assert not (tmp_path / "run" / "wandb" / "checkpoints").exists(), done.out  # all is uploaded
         assert run.summary["status"] == "finished"
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        export = ["export", str(tmp_path / "run"), "--output", str(tmp_path / "model.safetensors"), "--artifact"]
+        assert main(export) == 0
+        assert "export-" in str(online.artifacts[-1])
+        monkeypatch.setenv("WANDB_MODE", "disabled")
+        assert main(export) == 2
 
 
 def test_offline_is_one_curve_once_synced(
@@ -444,6 +457,55 @@ def test_uploads_where_there_are_no_links(
     assert "checkpoint of step 1 not uploaded: FileNotFoundError" in caplog.text
 
 
+class Refusing:
+    """A W&B run that takes no artifact, or not in time."""
+
+    id = "a-run"
+    settings = SimpleNamespace(sync_dir="wandb/run-1")
+
+    def __init__(self, problem: Exception | None) -> None:
+        self.problem = problem
+        self._finish_timed_out = problem is None
+
+    def log_artifact(self, artifact: Any, aliases: list[str]) -> Any:
+        if isinstance(self.problem, CommError):
+            raise self.problem
+        return self
+
+    def wait(self, timeout: int) -> None:
+        assert self.problem is not None
+        raise self.problem
+
+    def finish(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("problem", "told"),
+    [
+        (CommError("no way"), "is written, but not added to the W&B run a-run: no way"),
+        (ValueError("quota"), "is written, but not added to the W&B run a-run: quota"),
+        (None, "is written, but not uploaded after 60 s; this uploads it: wandb sync --include-online wandb/run-1"),
+    ],
+)
+def test_an_export_that_is_not_uploaded(
+    problem: Exception | None, told: str, write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Refusing(problem)
+    monkeypatch.setattr(wandb_run, "wandb_mode", lambda config: "online")
+    monkeypatch.setattr(wandb_run, "start", lambda *arguments: (SimpleNamespace(tracker=run), "online"))
+    config = load_config(str(write_config(tracking=wandb_config(mode="online"))), [])
+    file = tmp_path / "model.safetensors"
+    file.write_text("weights")
+    with pytest.raises(UserError) as caught:
+        artifacts.log_export(config, tmp_path, "a-run", file, {"step": 3, "format": "safetensors"})
+    assert str(caught.value).startswith("tracking.wandb: ")
+    assert told in str(caught.value)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="'wandb' is not installed"):
+        artifacts.check_export(config, tmp_path, "a-run")
+
+
 @pytest.mark.parametrize("scheme", ["memory", "s3"])
 def test_a_checkpoint_in_an_object_store_is_a_reference(scheme: str, tmp_path: Path) -> None:
     run = SimpleNamespace(id="a-run", given=[])
@@ -563,7 +625,7 @@ def test_what_is_no_classification_is_evaluated_as_before(
         assert media is not None
         assert media.tables["confusion"].sum() == 1
         assert [example.target for example in media.examples][1:] == ["3"]
-    elif targets.shape != outputs.shape:
+    else:
         assert media is None
 
 

@@ -161,7 +161,7 @@ class Classification(Task):
         return {"loss": sums["loss"] / sums["count"], "accuracy": sums["correct"] / sums["count"]}
 
     def eval_tables(self, tables: dict[str, torch.Tensor], outputs: torch.Tensor, data: Any) -> None:
-        """Counts the confusion matrix, up to 1000 classes; samples with an ignored label are not in it."""
+        """Counts the confusion matrix, up to 1000 classes; samples whose label is no class are not in it."""
         labels = _labels_of_logits(outputs, self.targets(data))
         if labels is None or outputs.shape[1] > _MOST_CONFUSED:
             return
@@ -198,7 +198,9 @@ def _labels(targets: torch.Tensor) -> torch.Tensor:
 
 def _labels_of_logits(outputs: Any, targets: Any) -> torch.Tensor | None:
     """Returns int64 labels (B,), some of which may be no class; None where outputs or targets mean something else."""
-    if not (isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor) and outputs.ndim == 2):
+    if not (isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor)):
+        return None
+    if outputs.ndim != 2 or outputs.shape[1] < 2:
         return None
     if targets.is_floating_point():
         return targets.argmax(1) if targets.shape == outputs.shape else None

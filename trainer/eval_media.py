@@ -1,16 +1,19 @@
 """What an evaluation shows beside its metrics: a few samples with their predictions, and tables of counts.
 
 Collects both while batches pass, without waiting for the device, and writes them to `eval/step-00000480/` in the run
-folder, of which the newest and the best stay. What a sample or a count means is the task's business.
+folder, of which the newest and the best stay. What a sample or a count means is the task's business; a task that fails
+to say it costs a warning, never the run.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +25,15 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from trainer.config import NormalizeConfig
-from trainer.errors import one_line_text
+from trainer.errors import one_line
 from trainer.tasks.base import Task
 
 logger = logging.getLogger("lockstep")
 
 _LONGEST_SIDE = 256  # of a picture that is kept
+_FAILED = ""  # name of a table of a rank that collects no more, so that all hear of it
+
+_failing_tasks: weakref.WeakSet[Task] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -83,10 +89,23 @@ class Collector:
         self._num_missing = num_examples
         self._examples: list[dict[str, torch.Tensor]] = []
         self.tables: dict[str, torch.Tensor] = {}
+        if task in _failing_tasks:
+            self._give_up()
 
     def add(self, outputs: Any, data: Any) -> None:
         """Takes what it wants from a batch. Waits for nothing."""
+        if _FAILED in self.tables:
+            return
+        try:
+            self._add(outputs, data)
+        except Exception as error:
+            self._fail(error)
+
+    def _add(self, outputs: Any, data: Any) -> None:
         self._task.eval_tables(self.tables, outputs, data)
+        for name, table in self.tables.items():
+            if table.dtype != torch.int64 or table.ndim != 2 or table.shape[0] != table.shape[1]:
+                raise ValueError(f"table '{name}' must be int64 and square (got {table.dtype}, {list(table.shape)})")
         if self._num_missing > 0:
             taken = self._task.examples(outputs, data, self._num_missing)
             if not taken:
@@ -95,16 +114,36 @@ class Collector:
             self._examples.append({name: tensor.clone() for name, tensor in taken.items()})  # else all of it stays
             self._num_missing -= len(next(iter(taken.values())))
 
+    def _fail(self, error: Exception) -> None:
+        _failing_tasks.add(self._task)
+        logger.warning("evaluations show no samples and no tables from here on: %s", one_line(error))
+        self._give_up()
+
+    def _give_up(self) -> None:
+        self._examples = []
+        self.tables = {_FAILED: torch.ones((), dtype=torch.int64)}
+
     def media(
         self, tables: Mapping[str, torch.Tensor], classes: Sequence[str] | None, normalize: NormalizeConfig | None
-    ) -> EvalMedia:
-        """Brings all to host memory.
+    ) -> EvalMedia | None:
+        """Brings all to host memory; None where there is nothing to show.
 
         Args:
             tables: those of all ranks together.
             classes: names of labels, where the data set knows them.
             normalize: what was done to pictures.
         """
+        if _FAILED in tables or not (tables or self._examples):
+            return None
+        try:
+            return self._media(tables, classes, normalize)
+        except Exception as error:
+            self._fail(error)
+            return None
+
+    def _media(
+        self, tables: Mapping[str, torch.Tensor], classes: Sequence[str] | None, normalize: NormalizeConfig | None
+    ) -> EvalMedia:
         counts = {name: table.cpu().numpy().astype(np.int64) for name, table in tables.items()}
         num = max((len(table) for table in counts.values()), default=0)
         names = [*(classes or ()), *(str(label) for label in range(len(classes or ()), num))]
@@ -114,7 +153,8 @@ class Collector:
             told = self._task.describe_examples({k: v.cpu() for k, v in part.items() if k != "image"}, names)
             for i, (target, prediction, confidence) in enumerate(told):
                 image = pictures[i] if pictures is not None else None
-                examples.append(Example(len(examples), image, target, prediction, confidence))
+                sure = float(confidence) if confidence is not None and math.isfinite(confidence) else None
+                examples.append(Example(len(examples), image, str(target), str(prediction), sure))
         return EvalMedia(examples, counts, names)
 
 
@@ -144,7 +184,7 @@ def _pictures(inputs: torch.Tensor, normalize: NormalizeConfig | None) -> NDArra
 def write_media(run_dir: Path, step: int, media: EvalMedia, best_step: int | None) -> None:
     """Writes `eval/step-<step>/` and removes those of all steps but this and the best one.
 
-    A disk that is full ends no run: then there is a warning, and the folder is not there.
+    A disk that is full ends no run, nor does a picture that cannot be written: then there is a warning, and no folder.
     """
     folder = run_dir / "eval"
     target = folder / f"step-{step:08d}"
@@ -155,8 +195,8 @@ def write_media(run_dir: Path, step: int, media: EvalMedia, best_step: int | Non
         _write(staged, media)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(staged, target)
-    except OSError as error:
-        logger.warning("samples of the evaluation not written to '%s': %s", target, one_line_text(error))
+    except Exception as error:
+        logger.warning("samples of the evaluation not written to '%s': %s", target, one_line(error))
         shutil.rmtree(staged, ignore_errors=True)
         return
     for entry in folder.iterdir():

@@ -128,8 +128,10 @@ def export(
     config = _read_config(run_dir)
     weights = CheckpointWeights(_choose(open_folder(config), best), kind)
     progress = weights.checkpoint.manifest.progress
-    if as_artifact and progress.wandb_id is None:
-        raise UserError(f"the run in '{run_dir}' has no W&B run to add the file to", path="tracking.trackers")
+    if as_artifact:
+        from trainer.tracking.artifacts import check_export, log_export
+
+        wandb_id = check_export(config, run_dir, progress.wandb_id)
     if file_format in ("onnx", "torch_export"):
         from trainer.graphs import write_graph
 
@@ -142,11 +144,10 @@ def export(
             write(weights, staged)
     logger.info("%s: %d tensors, the %s, as %s", output, len(weights.names), weights, file_format)
     if as_artifact:
-        from trainer.tracking.artifacts import log_export
-
-        metrics = {f"eval/{name}": value for name, value in progress.eval_metrics.items()}
+        is_evaluated = progress.evaluated_step == progress.step
+        metrics = {f"eval/{name}": value for name, value in progress.eval_metrics.items() if is_evaluated}
         metadata = {"step": progress.step, "format": file_format, "weights": weights.kind, **metrics}
-        log_export(config, run_dir, progress.wandb_id, output, metadata)
+        log_export(config, run_dir, wandb_id, output, metadata)
 
 
 def _write_safetensors(weights: CheckpointWeights, file: Path) -> None:

@@ -252,6 +252,31 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         }
         return {"createArtifact": {"artifact": artifact}}
 
+    def _graphql_ArtifactByID(self, variables: dict[str, Any], query: str) -> dict[str, Any]:
+        given = self.owner.artifacts[int(variables["id"].removeprefix("artifact-")) - 1]
+        project = {"id": "p", "internalId": "cA==", "name": given["projectName"], "entity": {"name": given["entityName"]}}
+        artifact = {
+            "__typename": "Artifact",
+            "id": variables["id"],
+            "artifactSequence": {"id": "s", "name": given["artifactCollectionName"], "project": project},
+            "versionIndex": 0,
+            "artifactType": {"name": given["artifactTypeName"]},
+            "description": None,
+            "metadata": given.get("metadata"),
+            "ttlDurationSeconds": -1,
+            "ttlIsInherited": True,
+            "tags": [],
+            "historyStep": None,
+            "state": "COMMITTED",
+            "size": 1,
+            "digest": given["digest"],
+            "commitHash": None,
+            "fileCount": 1,
+            "createdAt": "2026-01-01T00:00:00Z",
+            "updatedAt": None,
+        }
+        return {"artifact": artifact}
+
     def _graphql_OrganizationCoreWeaveOrganizationID(self, variables: dict[str, Any], query: str) -> dict[str, Any]:
         return {"entity": None}
 

@@ -8,9 +8,10 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -23,22 +24,26 @@ from accelerate import PartialState
 from conftest import Train, WriteConfig
 from launching import environment
 from run_results import records, summary
+from torch import nn
 from torch.nn import functional
+from wandb import Artifact
+from wandb.errors import CommError
 from wandb_server import StoredRun, WandbServer
 
 from benchmarks import tracking
 from trainer.checkpoint.folder import CheckpointFolder
-from trainer.checkpoint.manifest import Progress
+from trainer.checkpoint.manifest import Manifest, Progress
 from trainer.checkpoint.storage import LocalStorage
 from trainer.cli import main
 from trainer.config import NormalizeConfig, load_config
 from trainer.config_reporting import WandbConfig
 from trainer.data.augment import DeviceAugmentation
 from trainer.data.datasets import Digits
-from trainer.eval_media import Collector
+from trainer.errors import UserError
+from trainer.eval_media import Collector, EvalMedia
 from trainer.faults.plan import VARIABLE, Event, write_plan
 from trainer.tasks.classification import Classification
-from trainer.tracking import Trackers, wandb_file, wandb_run
+from trainer.tracking import Trackers, artifacts, wandb_file, wandb_run
 from trainer.tracking.artifacts import CheckpointUploads
 from trainer.tracking.wandb_run import WandbRun
 
@@ -98,7 +103,11 @@ def killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
 
 
 def test_online_is_one_curve_over_a_kill(
-    server: TrainServer, write_config: WriteConfig, tmp_path: Path, killed: dict[str, str]
+    server: TrainServer,
+    write_config: WriteConfig,
+    tmp_path: Path,
+    killed: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = {"project": "p", "name": "shown", "group": "g", "tags": ["t"], "notes": "n", "entity": "team"}
     init = {"wandb": {"job_type": "trial", "settings": {"x_file_stream_transmit_interval": 0.1}}}
@@ -127,8 +136,15 @@ def test_online_is_one_curve_over_a_kill(
         assert {"step-3", "step-6", "step-9", "step-10"} <= steps
         assert {"latest", "step-10"} <= aliases(models[-1])
         assert any("best" in aliases(found) for found in models)
-        assert not (tmp_path / "run" / "wandb" / "checkpoints").exists()  # all is uploaded
+        assert not (tmp_path / "run" / "wandb" / "checkpoints").exists(), done.out  # all is uploaded
         assert run.summary["status"] == "finished"
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        export = ["export", str(tmp_path / "run"), "--output", str(tmp_path / "model.safetensors"), "--artifact"]
+        assert main(export) == 0
+        assert "export-" in str(online.artifacts[-1])
+        monkeypatch.setenv("WANDB_MODE", "disabled")
+        assert main(export) == 2
 
 
 def test_offline_is_one_curve_once_synced(
@@ -274,7 +290,7 @@ def test_what_evaluations_show_and_artifacts(
     uploaded = [found for found in wandb_log.artifacts(file) if found.type == "model"]
     (checkpoint,) = uploaded
     assert set(checkpoint.aliases) >= {"latest", "step-30"}
-    linked = run / "wandb" / "checkpoints" / "step-00000030"
+    linked = run / "wandb" / "checkpoints" / "step-00000030-1"
     assert {f.name for f in linked.iterdir()} == {f.name for f in (run / "checkpoints" / "step-00000030").iterdir()}
 
     # TensorBoard.
@@ -296,41 +312,198 @@ def test_what_evaluations_show_and_artifacts(
 
 
 class Recorded:
-    """A W&B run that only notes what it is given."""
+    """A W&B run that notes what it is given, whose server takes an upload only when it is told to."""
 
     id = "a-run"
 
     def __init__(self) -> None:
         self.given: list[tuple[int, list[str]]] = []
+        self.metadata: list[dict[str, Any]] = []
+        self.uploads = [threading.Event() for _ in range(20)]
 
-    def log_artifact(self, artifact: Any, aliases: list[str]) -> None:
+    def log_artifact(self, artifact: Any, aliases: list[str]) -> Any:
         assert artifact.type == "model"
         assert set(artifact.manifest.entries) == {"manifest.json", "rank-0.safetensors"}
         self.given.append((artifact.metadata["step"], aliases))
+        self.metadata.append(artifact.metadata)
+        upload = self.uploads[len(self.given) - 1]
+        return SimpleNamespace(wait=lambda: upload.wait(60))
+
+
+class Written:
+    """A folder of checkpoints, and what uploads them."""
+
+    def __init__(self, run: Recorded, path: Path, which: Any, is_online: bool) -> None:
+        self.run = run
+        self.path = path
+        self.folder = CheckpointFolder(LocalStorage(path / "checkpoints"), 1, lambda step: False)
+        self.uploads = CheckpointUploads(run, path / "wandb", which, is_online)  # type: ignore[arg-type]
+
+    def add(self, step: int, best: int | None = None, is_pruned: bool = True, **progress: Any) -> None:
+        """Writes a checkpoint, tells of it and deletes it."""
+        place = self.path / "checkpoints" / self.folder.name(step)
+        place.mkdir(parents=True, exist_ok=True)
+        told = Progress(step=step, best_step=best, **progress)
+        (place / "manifest.json").write_bytes(Manifest(told, {}, 10, 1, {}, {}, {}).to_bytes())
+        (place / "rank-0.safetensors").write_text(str(step))
+        self.uploads.add(self.folder, told)
+        if is_pruned:
+            shutil.rmtree(place)
+
+    @property
+    def staged(self) -> list[str]:
+        return sorted(path.name for path in (self.path / "wandb").glob("checkpoints/*"))
+
+    @property
+    def given(self) -> list[tuple[int, list[str]]]:
+        return self.run.given
+
+    def wait(self, is_so: Callable[[], bool]) -> None:
+        for _ in range(1000):
+            if is_so():
+                return
+            time.sleep(0.01)
+        raise AssertionError((self.given, self.staged))
 
 
 @pytest.mark.parametrize(
     ("which", "expected"),
     [
-        ("all", [(1, ["best"]), (2, []), (3, []), (3, ["best"])]),  # known to be the best only after it was saved
-        ("best", [(1, ["best"]), (3, ["best"])]),
+        ("all", [(1, ["best"]), (2, []), (3, ["best"])]),  # known to be the best only after it was saved
+        ("best", [(3, ["best"])]),
         ("last", [(3, ["best"])]),
     ],
 )
 def test_which_checkpoints_are_uploaded(which: Any, expected: list[tuple[int, list[str]]], tmp_path: Path) -> None:
-    run = Recorded()
-    uploads = CheckpointUploads(run, tmp_path / "wandb", which, is_online=False)
-    folder = CheckpointFolder(LocalStorage(tmp_path / "checkpoints"), 1, lambda step: False)
+    """Offline, where they are given to W&B at the end."""
+    written = Written(Recorded(), tmp_path, which, is_online=False)
     for step, best in ((1, 1), (2, 1), (3, 1), (3, 3), (3, 3)):
-        path = tmp_path / "checkpoints" / folder.name(step)
-        path.mkdir(parents=True, exist_ok=True)
-        for name in ("manifest.json", "rank-0.safetensors"):
-            (path / name).write_text(f"{step}")
-        uploads.add(folder, Progress(step=step, best_step=best))
-        if step < 3:
-            shutil.rmtree(path)  # it is pruned before it is uploaded
-    uploads.finish(30)
-    assert run.given == [(step, ["latest", f"step-{step}", *more]) for step, more in expected]
+        written.add(step, best, is_pruned=step < 3)
+    assert written.uploads.finish(30)
+    written.uploads.clean()
+    assert written.given == [(step, ["latest", f"step-{step}", *more]) for step, more in expected]
+    assert len(written.staged) == len(expected)  # for `wandb sync`
+
+
+def test_uploads_over_a_slow_network(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = Recorded()
+    written = Written(run, tmp_path, "all", is_online=True)
+    written.add(1, evaluated_step=1, eval_metrics={"accuracy": 0.5})
+    written.wait(lambda: len(run.given) == 1)
+    written.add(1, 1, evaluated_step=1, eval_metrics={"accuracy": 0.5})  # while W&B reads its first upload
+    for step in range(2, 7):
+        written.add(step, 1, evaluated_step=1, eval_metrics={"accuracy": 0.5})
+    left = ["step-00000001-1", "step-00000001-2", "step-00000005-6", "step-00000006-7"]
+    assert written.staged == left  # one that is read and three that wait, the best among them
+    assert caplog.text.count("more than 3 checkpoints wait") == 1
+    run.uploads[0].set()
+    written.wait(lambda: len(run.given) == 2)
+    assert written.staged == left[1:]
+    assert written.uploads.finish(30)
+    assert [step for step, _ in run.given] == [1, 1, 5, 6]
+    assert run.metadata[1:3] == [{"step": 1, "eval/accuracy": 0.5}, {"step": 5}]
+    run.uploads[1].set()
+    written.uploads.clean()  # W&B gave up on the others
+    assert written.staged == left[2:]
+
+    # The next attempt uploads what is left, but nothing that is half-made.
+    staging = tmp_path / "wandb" / "checkpoints"
+    (staging / ".step-00000007-1.new").mkdir()
+    (staging / "step-00000008-1").mkdir()
+    again = Recorded()
+    for event in again.uploads:
+        event.set()
+    second = Written(again, tmp_path, "all", is_online=True)
+    second.wait(lambda: not staging.exists())
+    assert again.given == [(5, ["step-5"]), (6, ["step-6"])]
+    assert second.uploads.finish(30)
+
+
+def test_what_takes_too_long_to_read_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Recorded()
+    released = threading.Event()
+    read = Artifact.add_dir
+    monkeypatch.setattr(Artifact, "add_dir", lambda *args, **options: (released.wait(60), read(*args, **options)))
+    written = Written(run, tmp_path, "last", is_online=True)
+    written.add(4, is_pruned=False)
+    assert not written.uploads.finish(0.2)
+    assert "not uploaded after 0 s: checkpoints of steps 4; they stay in" in caplog.text
+    written.uploads.clean()
+    released.set()
+    written.uploads._thread.join(30)
+    assert run.given == []  # the run is over
+    assert written.staged == ["step-00000004-1"]
+
+
+def test_uploads_where_there_are_no_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_link(source: Path, target: Path) -> None:
+        raise OSError("not here")
+
+    monkeypatch.setattr("os.link", no_link)
+    copies: list[str] = []
+    copy = shutil.copyfile
+    monkeypatch.setattr("shutil.copyfile", lambda a, b: (copies.append(threading.current_thread().name), copy(a, b)))
+    written = Written(Recorded(), tmp_path, "all", is_online=False)
+    written.add(1)
+    written.add(2, is_pruned=False)
+    assert written.uploads.finish(30)
+    assert set(copies) == {"wandb-artifacts"}
+    assert written.staged == ["step-00000002-2"]
+    assert [step for step, _ in written.given] == [2]
+    assert "checkpoint of step 1 not uploaded: FileNotFoundError" in caplog.text
+
+
+class Refusing:
+    """A W&B run that takes no artifact, or not in time."""
+
+    id = "a-run"
+    settings = SimpleNamespace(sync_dir="wandb/run-1")
+
+    def __init__(self, problem: Exception | None) -> None:
+        self.problem = problem
+        self._finish_timed_out = problem is None
+
+    def log_artifact(self, artifact: Any, aliases: list[str]) -> Any:
+        if isinstance(self.problem, CommError):
+            raise self.problem
+        return self
+
+    def wait(self, timeout: int) -> None:
+        assert self.problem is not None
+        raise self.problem
+
+    def finish(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("problem", "told"),
+    [
+        (CommError("no way"), "is written, but not added to the W&B run a-run: no way"),
+        (ValueError("quota"), "is written, but not added to the W&B run a-run: quota"),
+        (None, "is written, but not uploaded after 60 s; this uploads it: wandb sync --include-online wandb/run-1"),
+    ],
+)
+def test_an_export_that_is_not_uploaded(
+    problem: Exception | None, told: str, write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Refusing(problem)
+    monkeypatch.setattr(wandb_run, "wandb_mode", lambda config: "online")
+    monkeypatch.setattr(wandb_run, "start", lambda *arguments: (SimpleNamespace(tracker=run), "online"))
+    config = load_config(str(write_config(tracking=wandb_config(mode="online"))), [])
+    file = tmp_path / "model.safetensors"
+    file.write_text("weights")
+    with pytest.raises(UserError) as caught:
+        artifacts.log_export(config, tmp_path, "a-run", file, {"step": 3, "format": "safetensors"})
+    assert str(caught.value).startswith("tracking.wandb: ")
+    assert told in str(caught.value)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="'wandb' is not installed"):
+        artifacts.check_export(config, tmp_path, "a-run")
 
 
 @pytest.mark.parametrize("scheme", ["memory", "s3"])
@@ -426,6 +599,78 @@ def test_the_confusion_matrix_counts_what_has_a_label(is_soft: bool) -> None:
     assert wide == {}
 
 
+def no_loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return outputs.flatten(1).mean(1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs", "targets"),
+    [
+        (nn.MSELoss(reduction="none"), torch.randn(4, 1), torch.randn(4, 1)),
+        (lambda outputs, targets: (outputs[:, 0] - targets) ** 2, torch.randn(4, 1), torch.randn(4)),
+        (nn.CrossEntropyLoss(reduction="none"), torch.randn(4, 5, 6), torch.randint(0, 5, (4, 6))),
+        (no_loss, torch.randn(4, 3), torch.tensor([0, 3, -100, -1])),  # labels outside of the classes
+    ],
+)
+def test_what_is_no_classification_is_evaluated_as_before(
+    loss: Any, outputs: torch.Tensor, targets: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = Classification(loss=loss)
+    task._outputs_checked = True
+    collector = Collector(task, 2)
+    collector.add(outputs, (torch.zeros(4, 3), targets))
+    media = collector.media(collector.tables, None, None)
+    assert caplog.text == ""
+    if loss is no_loss:
+        assert media is not None
+        assert media.tables["confusion"].sum() == 1
+        assert [example.target for example in media.examples][1:] == ["3"]
+    else:
+        assert media is None
+
+
+class Unwilling(Classification):
+    """A user's task, which cannot show what it says it can."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(num_classes=2)
+        self.where = where
+
+    def eval_tables(self, tables: dict[str, torch.Tensor], outputs: torch.Tensor, data: Any) -> None:
+        if self.where == "eval_tables":
+            raise KeyError("no")
+        super().eval_tables(tables, outputs, data)
+        if self.where == "table":
+            tables["confusion"] = tables["confusion"].float()
+
+    def describe_examples(self, examples: Any, classes: Any) -> Any:
+        return [(0, None)]
+
+
+@pytest.mark.parametrize("where", ["eval_tables", "table", "describe_examples"])
+def test_a_task_that_cannot_show_ends_no_run(where: str, caplog: pytest.LogCaptureFixture) -> None:
+    task = Unwilling(where)
+    batch = torch.zeros(2, 3, 4, 4), torch.tensor([0, 1])
+    for _ in range(2):
+        collector = Collector(task, 2)
+        for _ in range(2):
+            collector.add(torch.eye(2), batch)
+        assert collector.media(collector.tables, None, None) is None
+    assert caplog.text.count("evaluations show no samples and no tables from here on") == 1
+
+
+def test_a_large_confusion_matrix_is_told_in_its_largest_cells() -> None:
+    counts = np.arange(1000 * 1000).reshape(1000, 1000) % 1009
+    counts[:, :500] = 0
+    media = EvalMedia([], {"confusion": counts}, [str(i) for i in range(1000)])
+    started = time.process_time()
+    told = wandb_run._wandb_media(media)["eval/confusion"].table.data
+    assert time.process_time() - started < 2
+    assert len(told) == 10_000
+    assert all(counts[int(i), int(j)] == count for i, j, count in told)
+    assert min(count for _, _, count in told) >= np.sort(counts, axis=None)[-10_000]
+
+
 def test_pictures_are_as_they_were_before_they_were_normalised() -> None:
     original = torch.randint(0, 256, (3, 3, 20, 500), dtype=torch.uint8)
     normalize = NormalizeConfig(mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25])
@@ -435,6 +680,7 @@ def test_pictures_are_as_they_were_before_they_were_normalised() -> None:
     for batch in (normalized[:2], normalized[2:]):
         collector.add(torch.tensor([[0.0, 9.0]] * len(batch)), (batch, torch.tensor([0] * len(batch))))
     media = collector.media({}, ["cat", "dog"], normalize)
+    assert media is not None
     assert [(e.number, e.target, e.prediction) for e in media.examples] == [(i, "cat", "dog") for i in range(3)]
     assert media.examples[0].caption == "dog (100%), is cat"
     for example, expected in zip(media.examples, original, strict=True):

@@ -161,21 +161,24 @@ class Classification(Task):
         return {"loss": sums["loss"] / sums["count"], "accuracy": sums["correct"] / sums["count"]}
 
     def eval_tables(self, tables: dict[str, torch.Tensor], outputs: torch.Tensor, data: Any) -> None:
-        """Counts the confusion matrix, up to 1000 classes; samples with an ignored label are not in it."""
-        num_classes = outputs.shape[1]
-        if num_classes > _MOST_CONFUSED:
+        """Counts the confusion matrix, up to 1000 classes; samples whose label is no class are not in it."""
+        labels = _labels_of_logits(outputs, self.targets(data))
+        if labels is None or outputs.shape[1] > _MOST_CONFUSED:
             return
+        num_classes = outputs.shape[1]
         if "confusion" not in tables:
             tables["confusion"] = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=outputs.device)
-        labels = _labels(self.targets(data))
         is_counted = (labels >= 0) & (labels < num_classes)
         # Nothing here waits for the device: what is not counted adds 0 to a cell.
         cells = torch.where(is_counted, labels * num_classes + outputs.argmax(1), 0)
         tables["confusion"].view(-1).index_add_(0, cells, is_counted.long())
 
     def examples(self, outputs: torch.Tensor, data: Any, num: int) -> dict[str, torch.Tensor]:
+        labels = _labels_of_logits(outputs, self.targets(data))
+        if labels is None:
+            return {}
         confidence, prediction = outputs[:num].float().softmax(1).max(1)
-        found = {"target": _labels(self.targets(data)[:num]), "prediction": prediction, "confidence": confidence}
+        found = {"target": labels[:num], "prediction": prediction, "confidence": confidence}
         inputs = self.inputs(data)
         return {**found, "image": inputs[:num]} if isinstance(inputs, torch.Tensor) else found
 
@@ -191,3 +194,14 @@ class Classification(Task):
 
 def _labels(targets: torch.Tensor) -> torch.Tensor:
     return targets if targets.ndim == 1 else targets.argmax(1)
+
+
+def _labels_of_logits(outputs: Any, targets: Any) -> torch.Tensor | None:
+    """Returns int64 labels (B,), some of which may be no class; None where outputs or targets mean something else."""
+    if not (isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor)):
+        return None
+    if outputs.ndim != 2 or outputs.shape[1] < 2:
+        return None
+    if targets.is_floating_point():
+        return targets.argmax(1) if targets.shape == outputs.shape else None
+    return targets if targets.shape == outputs.shape[:1] else None

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import psutil
 from accelerate.tracking import WandBTracker
 
@@ -182,7 +183,7 @@ class WandbRun:
             if self._uploads is not None:
                 self._uploads.finish(limit / 2)
             self.run.finish(exit_code=int(failed))
-            if self._uploads is not None and self.mode == "online" and not self._is_behind():
+            if self._uploads is not None:
                 self._uploads.clean()
         except Exception as error:
             logger.warning("wandb: %s", " ".join(str(error).split()))
@@ -308,16 +309,16 @@ def _wandb_media(media: EvalMedia) -> dict[str, Any]:
             found["eval/images"] = shown
         found["eval/samples"] = wandb.Table(columns=columns, data=rows)
     for name, table in media.tables.items():
+        flat = table.reshape(-1)
+        shown_cells = np.arange(flat.size)  # also what is empty, so that all classes are there
+        if flat.size > _MOST_CELLS:
+            shown_cells = np.argpartition(flat, -_MOST_CELLS)[-_MOST_CELLS:]
+            shown_cells = np.sort(shown_cells[flat[shown_cells] > 0])
+        actual, predicted = np.divmod(shown_cells, len(table))
         cells = [
-            [media.classes[i], media.classes[j], int(table[i, j])]
-            for i, j in sorted(zip(*table.nonzero(), strict=True), key=lambda at: -table[at])[:_MOST_CELLS]
+            [media.classes[i], media.classes[j], count]
+            for i, j, count in zip(actual.tolist(), predicted.tolist(), flat[shown_cells].tolist(), strict=True)
         ]
-        if table.size <= _MOST_CELLS:  # then also what is empty, so that all classes are there
-            cells = [
-                [actual, predicted, int(table[i, j])]
-                for i, actual in enumerate(media.classes)
-                for j, predicted in enumerate(media.classes)
-            ]
         found[f"eval/{name}"] = wandb.plot_table(
             vega_spec_name="wandb/confusion_matrix/v1",
             data_table=wandb.Table(columns=["Actual", "Predicted", "nPredictions"], data=cells),

@@ -150,7 +150,7 @@ def _affordable_workers(measured: Measured) -> int:
     """Returns how many workers the host has memory for, those that are there included."""
     loading, free = measured.loading, measured.host.free_memory
     if free is None:
-        return _MOST_WORKERS
+        return loading.num_workers + _MOST_WORKERS
     one = loading.worker_bytes[-1][1] if loading.worker_bytes else _WORKER_BYTES
     return loading.num_workers + int(_OF_FREE * free / (one + loading.prefetch_factor * loading.batch_bytes + 1))
 

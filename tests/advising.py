@@ -1,4 +1,4 @@
-"""Runs that have a problem, and the same runs with what they were advised to change."""
+"""Runs that have a problem, what they are told, and the same runs with what they were advised to change."""
 
 from __future__ import annotations
 
@@ -8,80 +8,121 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from conftest import NIGHTLY
 from run_results import records, summary
 
 MARGIN = 2.0  # a promise is kept where the measured gain is between half and twice of it
-_TRIES = 3  # of both runs: what else the machine does may change between the one and the other
+_TRIES = 3  # what else the machine does may change within a run, and between one and the other
 
 Run = Callable[..., Any]  # of command line arguments
 
 
 @dataclass(frozen=True)
-class Followed:
-    """What a run was told, and what it did.
+class Told:
+    """What a run was told.
 
     Args:
-        gain: the speed-up of the run that followed it; 0.3 is 30% faster.
-        promised: the speed-up that it was told to expect, where that can be known.
         advice: the record in summary.json.
-        split: shares of the first run's time, by part.
-        split_after: the same of the second run.
-        remaining: rules that speak in the second run.
-        log: what the first run said.
+        split: shares of the run's time, by part.
+        log: what the run said.
     """
 
-    gain: float
-    promised: float | None
     advice: dict[str, Any]
     split: dict[str, float]
-    split_after: dict[str, float]
-    remaining: list[str]
     log: str = field(repr=False)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it is to change."""
+        return self.advice["settings"]
+
+    @property
+    def promised(self) -> float | None:
+        """The speed-up to expect, where that can be known."""
+        return self.advice["gain"]
+
+
+@dataclass(frozen=True)
+class Followed:
+    """What came of it.
+
+    Args:
+        told: what the first run was told.
+        gain: the speed-up of the run that followed it; 0.3 is 30% faster.
+        split: shares of the second run's time, by part.
+        remaining: rules that speak in the second run.
+    """
+
+    told: Told
+    gain: float
+    split: dict[str, float]
+    remaining: list[str]
 
     def keeps_its_promise(self, margin: float = MARGIN) -> bool:
         """Tells whether it is as much faster as it was told to be, within the margin."""
-        return self.promised is not None and self.promised / margin <= self.gain <= margin * self.promised
+        promised = self.told.promised
+        return promised is not None and promised / margin <= self.gain <= margin * promised
 
 
-def follow(run: Run, config: Path, tmp_path: Path, rule: str, *instead: str, margin: float = MARGIN) -> Followed:
-    """Runs a config, changes exactly what the rule advises, and runs it again; all of it again if that fails.
+def check(
+    run: Run,
+    config: Path,
+    tmp_path: Path,
+    rule: str,
+    is_right: Callable[[Told], bool],
+    *instead: str,
+    holds: Callable[[Followed], bool] = Followed.keeps_its_promise,
+    follows: bool = NIGHTLY,
+) -> None:
+    """Runs a config and checks what it is told; nightly, changes exactly that and runs it again. All of it again, where
+    it fails, a few times.
 
     Args:
         run: runs `train.py`.
         config: of the run that has the problem.
         tmp_path: for the runs.
         rule: that is to speak.
+        is_right: whether what it says is right.
         instead: arguments of the second run where the advice is no setting.
-        margin: how many times more or less than promised may be gained.
+        holds: whether what came of it is what was promised.
+        follows: whether there is a second run.
     """
+    failed = []
     for number in range(_TRIES):
-        followed = _followed(run, config, tmp_path / f"try-{number}", rule, *instead)
-        if followed.promised is None or followed.keeps_its_promise(margin):
-            break
-    return followed
+        folder = tmp_path / f"try-{number}"
+        told = _told(run, config, folder / "before", rule)
+        if not isinstance(told, Told) or not is_right(told):
+            failed.append(f"told: {told}")
+            continue
+        if not follows:
+            return
+        followed = _followed(run, config, folder, told, *instead)
+        if holds(followed):
+            print(f"followed: {rule} {told.settings} promised {told.promised} measured {followed.gain:.3f}")
+            return
+        failed.append(f"followed: {followed}")
+    raise AssertionError("\n".join(failed))
 
 
-def _followed(run: Run, config: Path, folder: Path, rule: str, *instead: str) -> Followed:
-    before, after = folder / "before", folder / "after"
-    first = run("--config", config, f"run.dir={before}")
-    assert first.code == 0, first.err
-    found = {advice["rule"]: advice for advice in summary(before)["advice"]}
-    assert rule in found, f"{sorted(found)}\n{first.out}{first.err}"
-    settings = found[rule]["settings"]
-    for key in settings:
+def _told(run: Run, config: Path, folder: Path, rule: str) -> Told | str:
+    outcome = run("--config", config, f"run.dir={folder}")
+    assert outcome.code == 0, outcome.err
+    found = {advice["rule"]: advice for advice in summary(folder)["advice"]}
+    if rule not in found:
+        return f"{found} {summary(folder)['time_split']}"
+    for key in found[rule]["settings"]:
         assert f"{key}=" in found[rule]["text"]
-    changes = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-    second = run("--config", config, f"run.dir={after}", *changes, *instead)
-    assert second.code == 0, second.err
-    return Followed(
-        gain=steps_per_second(after) / steps_per_second(before) - 1,
-        promised=found[rule]["gain"],
-        advice=found[rule],
-        split=summary(before)["time_split"],
-        split_after=summary(after)["time_split"],
-        remaining=[advice["rule"] for advice in summary(after)["advice"]],
-        log=first.out + first.err,
-    )
+    return Told(found[rule], summary(folder)["time_split"], outcome.out + outcome.err)
+
+
+def _followed(run: Run, config: Path, folder: Path, told: Told, *instead: str) -> Followed:
+    after = folder / "after"
+    changes = [f"{key}={json.dumps(value)}" for key, value in told.settings.items()]
+    outcome = run("--config", config, f"run.dir={after}", *changes, *instead)
+    assert outcome.code == 0, outcome.err
+    gain = steps_per_second(after) / steps_per_second(folder / "before") - 1
+    remaining = [advice["rule"] for advice in summary(after)["advice"]]
+    return Followed(told, gain, summary(after)["time_split"], remaining)
 
 
 def steps_per_second(run: Path) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Literal
@@ -42,7 +41,6 @@ class Observed(Resumable):
         """Reports the steps since the last report. The only place where training waits for the device."""
         self.at("report")
         window, step = self.window, self.progress.step
-        arrived = time.perf_counter()
         totals = self.runtime.sum(
             {
                 "loss": window.loss_sum,
@@ -51,7 +49,6 @@ class Observed(Resumable):
                 "skipped": torch.tensor(self.num_skipped()),
             }
         )
-        device_wait = time.perf_counter() - arrived
         self.skipped_samples = int(totals["skipped"])
         if self.numbers.policy == "skip":
             self.count_bad_steps()
@@ -68,7 +65,7 @@ class Observed(Resumable):
             record["goodput"] = self.ledger.summary().goodput
         if self.reporter is not None:
             self.reporter.publish(step, record)
-            self.reporter.advise(step, self._advice(seen, device_wait))
+            self.reporter.advise(step, self._advice(seen))
             if len(seen) > 1:
                 self.folder.append(RANKS_FILE, {"step": step, **rank_record(seen)})
         self.window = Window(self.runtime, self.clock)
@@ -96,14 +93,12 @@ class Observed(Resumable):
             record["train/mfu"] = mfu
         return record
 
-    def _advice(self, seen: Sequence[Observation], device_wait: float) -> list[Advice]:
+    def _advice(self, seen: Sequence[Observation]) -> list[Advice]:
         """Returns what is new to be said about how this run could be faster. Whatever goes wrong in it ends no run."""
         if self.survey is None:
             return []
         try:
-            return self.survey.report(
-                self.progress.step, self.window.num_timed_steps, seen, self.straggler, device_wait
-            )
+            return self.survey.report(self.progress.step, self.window.num_timed_steps, seen, self.straggler)
         except Exception as error:
             logger.warning("no more advice in this attempt: %s", one_line(error))
             self.survey = None

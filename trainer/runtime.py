@@ -219,7 +219,7 @@ class Runtime:
             return self.scaler.get_scale() < scale
         if unless is None:
             optimizer.step()
-        elif self.device.type == "cuda" and not self.is_sharded and _leaves_out_on_device(optimizer):
+        elif self.device.type == "cuda" and not self.is_sharded and leaves_out_on_device(optimizer):
             step_unless(optimizer, unless)
         elif not unless.item():
             optimizer.step()
@@ -343,7 +343,8 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _leaves_out_on_device(optimizer: torch.optim.Optimizer) -> bool:
+def leaves_out_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Tells whether an optimizer can leave a step out without the host knowing."""
     inner = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's
     # At the first step SGD takes memory for its momentum that it then does not fill.
     is_filled = bool(inner.state) or not any(group.get("momentum") for group in inner.param_groups)

@@ -17,7 +17,7 @@ def observed(rank: int, local_rank: int, machine: dict[str, float] | None, **sec
     parts = dict.fromkeys(("data_wait", "h2d", "forward", "backward", "communication", "optimizer"), 0.0)
     parts |= dict.fromkeys(("checkpoint", "evaluation", "host"), 0.0) | seconds
     return Observation(
-        f"node{rank // 2}", local_rank, parts, None, 0.1 * rank, MemoryUse(rank, None, 2**30), None, machine
+        f"node{rank // 2}", local_rank, parts, None, 0.1 * rank, MemoryUse(rank, None, 2**30), None, 0, machine
     )
 
 
@@ -26,7 +26,7 @@ def observer() -> Observer:
 
     from trainer.telemetry.stopwatch import Stopwatch
 
-    runtime: Any = types.SimpleNamespace(device=torch.device("cpu"), local_rank=1)
+    runtime: Any = types.SimpleNamespace(device=torch.device("cpu"), rank=1, local_rank=1)
     return Observer(runtime, types.SimpleNamespace(copy_wait_seconds=0.0), Stopwatch(runtime.device))  # type: ignore[arg-type]
 
 

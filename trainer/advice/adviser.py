@@ -45,7 +45,7 @@ class Adviser:
 
 def advice(measured: Measured) -> list[Advice]:
     """Returns what the rules say of a stretch of training, the most useful first."""
-    if measured.num_steps < LEAST_STEPS or measured.seconds < LEAST_SECONDS:
+    if not (measured.num_steps >= LEAST_STEPS and measured.seconds >= LEAST_SECONDS):
         return []
     found = [said for rule in RULES if (said := rule(measured)) is not None]
     return list(_without_repetition(sorted(found, key=lambda a: -a.rank)))[:MOST_SHOWN]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from trainer.advice.measured import Advice, Measured, Memory, Setting, line, percent, speed_up
 
 _OVERHEAD = 0.3  # of the time, starting operations on a CPU; more work in each would be for free
+_MOST_WAIT = 0.3  # of the time, for data: with more, that is what to change first
 _LEAST_GAIN = 0.05  # of a larger micro-batch
 _IDLE_MEMORY = 0.5  # of `memory.target`: with less in use there is room for much more
 _RECOMPUTING = 0.04  # of the time, at least, computing again what memory has room for
@@ -14,13 +15,14 @@ _FULL = 0.9  # of the target, where a figure is an estimate
 def host_bound(measured: Measured) -> Advice | None:
     """The host takes as long to start operations as they take."""
     host, batch = measured.host, measured.batch
-    if measured.compiles or measured.share("data_wait") > 0.3:
+    if measured.compiles or measured.share("data_wait") > _MOST_WAIT:
         return None
     overhead = _overhead_share(measured)
     if not (host.is_behind if measured.device == "cuda" else overhead >= _OVERHEAD):
         return None
     if measured.device == "cuda":
-        begin = "The GPU waits for the host, which takes longer to start operations than they take."
+        begin = "The GPU had nothing left to do when steps began: the host takes longer to start operations than they "
+        begin += "take."
     else:
         begin = f"Starting {host.num_operations:,} small operations for each micro-batch took {percent(overhead)} of "
         begin += "the time."
@@ -97,18 +99,11 @@ def gain_of_micro_batch(measured: Measured, larger: int) -> float | None:
     """
     batch, host, exchange = measured.batch, measured.host, measured.exchange
     before = batch.num_micro_batches
-    after = before * batch.micro_batch_size // larger
+    after = max(before * batch.micro_batch_size // larger, 1)
     if measured.device == "cuda":
-        computing = measured.share("forward") + measured.share("backward")
-        saved = _exchanged_again(measured, before, after)
-        if host.is_behind:
-            if host.device_busy is None:
-                return None
-            saved += computing * (1 - after / before)
-            saved = min(saved, 1 - host.device_busy)  # no step is shorter than what the GPU computes
-        elif exchange.strategy == "ddp":
-            return None
-        return speed_up(max(saved, 0.0))
+        # What the GPU computes in a step, which then still takes its time, is not known where the host is behind.
+        is_known = exchange.strategy != "ddp" and not host.is_behind
+        return speed_up(_exchanged_again(measured, before, after)) if is_known else None
     if not host.num_operations:
         return None
     return speed_up(_overhead_share(measured) * (1 - after / before) + _exchanged_again(measured, before, after))

@@ -5,6 +5,7 @@ Owns no measurement (`trainer.advice.survey`) and no judgement (the modules of r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from trainer.faults.pace import Straggler
 DeviceType = str
 FeedMode = Literal["host", "device_decode", "resident", "made_on_device"]
 Setting = int | float | bool | str
+Unit = Literal["steps", "epochs", "minutes"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ class Loading:
         cpu_seconds: of these on a core; the rest it waits, for a disk or a network.
         prefetch_factor: micro-batches that each worker has ready or in work.
         alternatives: cheaper ways that this data and this device have: `cache`, `device_decode`, `resident`.
-        worker_bytes: memory of all workers of this rank at each report so far: (seconds, bytes).
+        batch_bytes: host memory of a micro-batch that waits for the step; 0 where not known.
+        resident_bytes: that the data takes on this rank's device where it lives there (`resident`).
+        worker_bytes: memory of one worker since there are as many as now and they have settled: (seconds, bytes).
     """
 
     mode: FeedMode = "host"
@@ -36,6 +40,8 @@ class Loading:
     cpu_seconds: float = 0.0
     prefetch_factor: int = 2
     alternatives: tuple[str, ...] = ()
+    batch_bytes: int = 0
+    resident_bytes: int = 0
     worker_bytes: tuple[tuple[float, int], ...] = ()
 
 
@@ -67,8 +73,8 @@ class Host:
         num_threads: that computing keeps busy: 1 where a GPU computes.
         operation_seconds: of one operation of torch that has nothing to compute; 0 where not measured.
         num_operations: in forward and backward of a micro-batch; 0 where not counted.
-        is_behind: whether the device had nothing left to do whenever the host looked: the host is the slower one.
-        device_busy: share of the time in which the GPU computed, where known.
+        is_behind: whether a GPU had nothing left to do at nearly every step's begin, though nobody had waited for it.
+        free_memory: bytes on the machine that a rank and its workers may still take; None where not known.
     """
 
     num_cores: int = 1
@@ -76,7 +82,7 @@ class Host:
     operation_seconds: float = 0.0
     num_operations: int = 0
     is_behind: bool = False
-    device_busy: float | None = None
+    free_memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -141,25 +147,29 @@ class Pauses:
     Args:
         save_every: `checkpoint.every`: a number of steps, of epochs, or of minutes.
         save_unit: which of them.
-        is_async: whether saves are written behind the training.
+        is_async: whether saves are to be written behind the training (`checkpoint.async_save`).
+        lacks_memory: whether they are not, as the host had no memory for a copy of the state.
         num_saves: in this stretch.
         num_due: of these, by the interval; the others are of new best results.
         write_seconds: of one save, from its beginning until it is on the disk.
-        copy_seconds: of one save, for the copy in memory that writing behind the training needs.
+        copy_bytes: of a rank's copy in host memory, which writing behind the training needs.
+        copy_seconds: that making it takes; None where that was not tried.
         evaluate_every: `eval.every`.
         evaluate_unit: which of steps and epochs.
         num_evaluations: in this stretch.
     """
 
     save_every: float = 1
-    save_unit: Literal["steps", "epochs", "minutes"] = "epochs"
+    save_unit: Unit = "epochs"
     is_async: bool = True
+    lacks_memory: bool = False
     num_saves: int = 0
     num_due: int = 0
     write_seconds: float = 0.0
-    copy_seconds: float = 0.0
+    copy_bytes: int = 0
+    copy_seconds: float | None = None
     evaluate_every: int = 1
-    evaluate_unit: Literal["steps", "epochs"] = "epochs"
+    evaluate_unit: Unit = "epochs"
     num_evaluations: int = 0
 
 
@@ -171,7 +181,7 @@ class Measured:
         seconds: its length.
         num_steps: optimizer steps in it.
         steps_per_epoch: of the run.
-        num_left: steps that the run has still to make.
+        total_steps: of the run, from its beginning to its end.
         shares: of the time, by part, mean over ranks; they add up to 1.
         device: `cuda`, `cpu`, ...
         compiles: whether the model is compiled.
@@ -181,7 +191,7 @@ class Measured:
     num_steps: int
     shares: Mapping[str, float]
     steps_per_epoch: int = 1
-    num_left: int = 0
+    total_steps: int = 1
     device: DeviceType = "cpu"
     compiles: bool = False
     loading: Loading = field(default_factory=Loading)
@@ -204,6 +214,12 @@ class Measured:
     def step_seconds(self) -> float:
         """Seconds from step to step, everything included."""
         return self.seconds / self.num_steps
+
+    def run_length(self, unit: Unit) -> float:
+        """Returns how long the whole run is: an interval of so much comes once, at its end."""
+        if unit == "minutes":
+            return self.total_steps * self.step_seconds / 60
+        return self.total_steps if unit == "steps" else math.ceil(self.total_steps / self.steps_per_epoch)
 
 
 @dataclass(frozen=True)

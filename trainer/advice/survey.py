@@ -1,6 +1,7 @@
 """Fills in what the rules look at, from the parts of a run, at each report of rank 0; and asks the rules.
 
-Owns which figures go where, and what of an attempt counts: not its first steps. Nothing here waits for a device.
+Owns which figures go where, and what of an attempt counts: not its first steps. What is tried is tried in a report,
+where the device has nothing to do, and never in the conclusion: that may come from a thread beside a run that hangs.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+import psutil
 import torch
 from torch import nn
 
 from trainer.advice.adviser import LEAST_SECONDS, LEAST_STEPS, Adviser, advice
-from trainer.advice.measured import Advice, Batch, Exchange, Host, Loading, Measured, Memory, Pauses
+from trainer.advice.measured import Advice, Batch, Exchange, Host, Loading, Measured, Memory, Pauses, Unit
+from trainer.advice.pauses import SAVES
 from trainer.checkpoint.writing import Saver
 from trainer.config import Config
 from trainer.config_values import Minutes
@@ -26,12 +29,13 @@ from trainer.data.build import is_packable
 from trainer.data.feed import DeviceFeed
 from trainer.data.loader import preserved_generators
 from trainer.data.modes import choose_route
+from trainer.data.resident import estimate_bytes
 from trainer.data.transforms import build_transforms
 from trainer.errors import UserError
-from trainer.faults.pace import Straggler
+from trainer.faults.pace import LEAST_SHARE, Straggler
 from trainer.memory.blocks import repeated_blocks
 from trainer.resumable import Resumable
-from trainer.runtime import Runtime
+from trainer.runtime import Runtime, leaves_out_on_device
 from trainer.telemetry.efficiency import OperationCounter
 from trainer.telemetry.memory import memory_use
 from trainer.telemetry.observer import Observation
@@ -41,8 +45,12 @@ if TYPE_CHECKING:
     from trainer.memory.planner import Prediction
 
 _WARM_UP_STEPS = 5  # which compile, allocate and fill queues; a window that they are in does not count
-_AT_ONCE = 0.3  # of a step: a device that is through so soon after the host is the faster one
-_COPIED_BYTES = 16 * 2**20
+WORKERS_SETTLE_SECONDS = 60.0  # after their start, in which they read all that they go on to use
+_IDLE = 0.8  # of the steps, at whose begin a GPU has nothing left to do: the host is the slower one
+_ENOUGH = 0.5  # of the steps, which nothing that waits for the GPU comes just before
+_COPIED_BYTES = 256 * 2**20  # more than caches hold
+_COPIED_PIECE = 32 * 2**20
+_ROOM = 4  # times what a trial takes must be free
 _TRIED_LAYERS = 8
 _TRIALS = 3
 
@@ -61,8 +69,9 @@ class _Stretch:
     num_loaded: int = 0
     num_saved: int = 0
     write_seconds: float = 0.0
-    num_looks: int = 0
-    num_at_once: int = 0
+    num_evaluated: int = 0
+    num_idle: float = 0.0  # steps at whose begin the GPU had nothing left to do
+    num_after_pauses: int = 0  # steps that reports, evaluations and saves, which wait for the GPU, come just before
 
     def add(self, other: _Stretch) -> None:
         """Adds the window that follows."""
@@ -83,8 +92,9 @@ class _Stretch:
             "num_loaded",
             "num_saved",
             "write_seconds",
-            "num_looks",
-            "num_at_once",
+            "num_evaluated",
+            "num_idle",
+            "num_after_pauses",
         ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
@@ -106,13 +116,13 @@ class Survey:
         self._saver = run.saver
         self._flops = run.flops
         self._adviser = Adviser()
+        self._is_cuda = runtime.device.type == "cuda"
         self._all = _Stretch()
         self._recent = _Stretch()  # since the rules were last asked
-        self._straggler: Straggler | None = None  # the one that cost most
-        self._straggler_steps = 0  # in windows that had one
-        self._worker_bytes: list[tuple[float, int]] = []
+        self._stragglers = _Stragglers()
+        self._workers = _WorkerMemory()
+        self._knows_idle = self._is_known_when_idle(run)
         self._seen: Sequence[Observation] = ()  # at the last report that counts
-        self._is_cuda = runtime.device.type == "cuda"
         self._num_threads = 1 if self._is_cuda else torch.get_num_threads()
         self._operation_times = None if self._is_cuda else _OperationTimes()
         self._memory_before = memory_use(runtime.device).allocated
@@ -121,9 +131,8 @@ class Survey:
         self._parameter_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         trained = [p for p in model.parameters() if p.requires_grad]
         self._gradient_bytes = sum(p.numel() * p.element_size() for p in trained)
-        self._cheaper_ways = cheaper_ways(config, feed, runtime)
-        self._copied_per_second = copied_per_second()
-        self._device_busy: float | None = None  # as it was sampled last
+        self._cheaper_ways, self._resident_bytes = cheaper_ways(config, feed, runtime)
+        self._copied_per_second: float | None = None  # once it matters
         self._num_windows = 0
         self._since = _Since(feed, run.saver)
 
@@ -133,7 +142,6 @@ class Survey:
         num_steps: int,
         seen: Sequence[Observation],
         straggler: Straggler | None,
-        device_wait: float,
     ) -> list[Advice]:
         """Looks at the steps since the last report, and returns advice that is new.
 
@@ -142,26 +150,22 @@ class Survey:
             num_steps: how many they are.
             seen: what every rank saw.
             straggler: the rank that the others waited for, if there was one.
-            device_wait: seconds that the host waited at this report until the device was through.
         """
         self._num_windows += 1
         window = self._since.take(step, num_steps, seen)
-        workers_bytes = seen[0].workers_bytes
-        if workers_bytes is not None:
-            self._worker_bytes.append((time.monotonic(), workers_bytes))
+        self._workers.add(seen[0].num_workers, seen[0].worker_bytes)
         if num_steps == 0 or seen[0].seconds is None:
             return []
         if self._num_windows == 1 or (self._all.num_steps == 0 and step - num_steps < _WARM_UP_STEPS):
             return []
-        window.num_looks = 1
-        window.num_at_once = int(device_wait < _AT_ONCE * math.fsum(window.seconds.values()) / num_steps)
+        window.num_evaluated = self._evaluations_in(window)
+        window.num_idle = (seen[0].idle_share or 0.0) * num_steps
+        window.num_after_pauses = 1 + window.num_evaluated + window.num_saved
         self._all.add(window)
         self._recent.add(window)
-        if straggler is not None:
-            self._straggler_steps += num_steps
-            if self._straggler is None or straggler.share > self._straggler.share:
-                self._straggler = straggler
+        self._stragglers.add(straggler, num_steps)
         self._seen = seen
+        self._try(window)
         if self._recent.num_steps < LEAST_STEPS or math.fsum(self._recent.seconds.values()) < LEAST_SECONDS:
             return []
         recent, self._recent = self._recent, _Stretch()
@@ -169,24 +173,32 @@ class Survey:
 
     def conclude(self) -> list[Advice]:
         """Returns advice for the next run, from this attempt without its first steps, the most useful first."""
-        return advice(self._measured(self._all, self._seen, self._lasting_straggler())) if self._all.num_steps else []
+        return advice(self._measured(self._all, self._seen, self._stragglers.worst())) if self._all.num_steps else []
 
-    def _lasting_straggler(self) -> Straggler | None:
-        """Returns the slow rank, with what it cost over all steps."""
-        if self._straggler is None:
-            return None
-        return replace(self._straggler, share=self._straggler.share * self._straggler_steps / self._all.num_steps)
+    def _try(self, window: _Stretch) -> None:
+        """Tries how fast this machine is at what the rules have to know."""
+        if self._operation_times is not None:
+            self._operation_times.try_again()
+        is_long = window.seconds["checkpoint"] > SAVES * math.fsum(window.seconds.values())
+        if is_long and self._copied_per_second is None and not self._config.checkpoint.async_save:
+            self._copied_per_second = copied_per_second(self._runtime.device)
+
+    def _is_known_when_idle(self, run: Resumable) -> bool:
+        """Tells whether a GPU without work tells of a slow host: not where the host waits for it in each step."""
+        is_left_out_there = not self._runtime.is_sharded and leaves_out_on_device(run.bare_optimizer)
+        waits = self._config.faults.non_finite == "skip" and not is_left_out_there
+        return self._is_cuda and self._runtime.scaler is None and not waits
 
     # ---- the figures ------------------------------------------------------------------------------------------
 
     def _measured(self, stretch: _Stretch, seen: Sequence[Observation], straggler: Straggler | None) -> Measured:
-        seconds = math.fsum(stretch.seconds.values())
+        seconds = max(math.fsum(stretch.seconds.values()), 1e-9)
         return Measured(
             seconds=seconds,
             num_steps=stretch.num_steps,
             shares={part: value / seconds for part, value in stretch.seconds.items()},
-            num_left=self._total_steps - stretch.last_step,
             steps_per_epoch=self._plan.steps_per_epoch,
+            total_steps=self._total_steps,
             device=self._runtime.device.type,
             compiles=self._config.model.compile != "none",
             loading=self._loading(stretch),
@@ -197,7 +209,7 @@ class Survey:
                 self._plan.micro_batch_sizes,
                 self._has_batchnorm,
             ),
-            host=self._host(stretch, seen),
+            host=self._host(stretch),
             memory=self._memory(seen),
             exchange=self._exchange(stretch, seen, straggler),
             pauses=self._pauses(stretch, seconds),
@@ -212,22 +224,19 @@ class Survey:
             stretch.load_cpu_seconds / count,
             self._config.data.prefetch_factor,
             self._cheaper_ways,
-            tuple(self._worker_bytes),
+            feed.batch_bytes(),
+            self._resident_bytes,
+            tuple(self._workers.series),
         )
 
-    def _host(self, stretch: _Stretch, seen: Sequence[Observation]) -> Host:
-        figures, index = seen[0].machine or {}, self._runtime.device.index
-        # Where this process does not see all GPUs of its machine, nobody knows which of them is its own.
-        if self._is_cuda and f"gpu{torch.cuda.device_count()}_percent" not in figures:
-            busy = figures.get(f"gpu{index}_percent")
-            self._device_busy = busy / 100 if busy is not None else self._device_busy
+    def _host(self, stretch: _Stretch) -> Host:
         return Host(
             self._runtime.num_cores,
             self._num_threads,
-            self._operation_times.median() if self._operation_times is not None else 0.0,
+            self._operation_times.seconds if self._operation_times is not None else 0.0,
             (self._flops.num_operations if self._flops is not None else None) or 0,
-            self._is_cuda and stretch.num_at_once > 0.8 * stretch.num_looks,
-            self._device_busy,
+            self._knows_idle and is_behind(stretch.num_steps, stretch.num_idle, stretch.num_after_pauses),
+            psutil.virtual_memory().available // self._runtime.num_local_ranks,
         )
 
     def _memory(self, seen: Sequence[Observation]) -> Memory:
@@ -244,7 +253,7 @@ class Survey:
 
     def _exchange(self, stretch: _Stretch, seen: Sequence[Observation], straggler: Straggler | None) -> Exchange:
         parallel, hosts = self._config.parallel, [rank.host for rank in seen]
-        totals = [math.fsum(rank.values()) for rank in stretch.by_rank]
+        totals = [max(math.fsum(rank.values()), 1e-9) for rank in stretch.by_rank]
         waits = [rank["data_wait"] / total for rank, total in zip(stretch.by_rank, totals, strict=True)]
         exchanged = [rank["communication"] / total for rank, total in zip(stretch.by_rank, totals, strict=True)]
         size = 2 if parallel.gradient_compression != "none" else 4
@@ -264,26 +273,34 @@ class Survey:
         )
 
     def _pauses(self, stretch: _Stretch, seconds: float) -> Pauses:
-        save, evaluate = self._config.checkpoint.every, self._config.eval.every
+        save, evaluate, saver = self._config.checkpoint.every, self._config.eval.every, self._saver
         if isinstance(save, Minutes):
-            unit: Literal["steps", "epochs", "minutes"] = "minutes"
+            unit: Unit = "minutes"
             due = math.floor(seconds / 60 / save.count)
         else:
             unit, due = save.unit, _due(save.steps(self._plan.steps_per_epoch), stretch)
-        statistics = self._saver.statistics
+        statistics, is_async = saver.statistics, self._config.checkpoint.async_save
         num_written = max(statistics.num_saved + statistics.num_failed, 1)
+        copy_bytes = statistics.num_bytes // self._runtime.num_ranks
         return Pauses(
             save.count,
             unit,
-            self._saver.behind,
+            is_async,
+            is_async and not saver.behind,
             max(stretch.num_saved, due),
             due,
             statistics.write_seconds / num_written,
-            statistics.num_bytes / self._runtime.num_ranks / self._copied_per_second,
+            copy_bytes,
+            copy_bytes / self._copied_per_second if self._copied_per_second is not None else None,
             evaluate.count,
             evaluate.unit,
-            _due(evaluate.steps(self._plan.steps_per_epoch), stretch) if self._config.data.eval is not None else 0,
+            self._evaluations_in(stretch),
         )
+
+    def _evaluations_in(self, stretch: _Stretch) -> int:
+        if self._config.data.eval is None:
+            return 0
+        return _due(self._config.eval.every.steps(self._plan.steps_per_epoch), stretch)
 
 
 class _Since:
@@ -318,6 +335,60 @@ class _Since:
         )
 
 
+class _Stragglers:
+    """Adds up what each slow rank has cost."""
+
+    def __init__(self) -> None:
+        self._num_steps = 0
+        self._by_rank: dict[int, list[float]] = {}  # steps, and times them: share, seconds, seconds of the others
+
+    def add(self, found: Straggler | None, num_steps: int) -> None:
+        """Adds the steps of a window, and who was slow in it."""
+        self._num_steps += num_steps
+        if found is not None:
+            sums = self._by_rank.setdefault(found.rank, [0.0] * 4)
+            for i, figure in enumerate((1.0, found.share, found.seconds, found.others)):
+                sums[i] += figure * num_steps
+
+    def worst(self) -> Straggler | None:
+        """Returns the rank that has cost most, with its share of all steps, if that is as much as matters."""
+        if not self._by_rank or not self._num_steps:
+            return None
+        rank, (steps, lost, seconds, others) = max(self._by_rank.items(), key=lambda item: item[1][1])
+        share = lost / self._num_steps
+        return Straggler(rank, seconds / steps, others / steps, share) if share > LEAST_SHARE else None
+
+
+class _WorkerMemory:
+    """The memory of a worker over time, while there are as many, and once they have settled."""
+
+    def __init__(self) -> None:
+        self.series: list[tuple[float, int]] = []
+        self._num_workers = 0
+        self._since = time.monotonic()
+
+    def add(self, num_workers: int, worker_bytes: int | None) -> None:
+        """Adds what one of so many workers takes now, where that was measured."""
+        now = time.monotonic()
+        if num_workers != self._num_workers:
+            self._num_workers, self._since = num_workers, now
+            self.series.clear()
+        if worker_bytes is not None and now - self._since >= WORKERS_SETTLE_SECONDS:
+            self.series.append((now, worker_bytes))
+
+
+def is_behind(num_steps: int, num_idle: float, num_after_pauses: int) -> bool:
+    """Tells whether a GPU waits for the host: it has nothing left to do when steps begin, and not because of a pause.
+
+    Args:
+        num_steps: steps that were looked at.
+        num_idle: of these, at whose begin the GPU had nothing left to do.
+        num_after_pauses: steps that come after something that waits for the GPU, and so find it idle.
+    """
+    others = num_steps - num_after_pauses
+    return others >= _ENOUGH * num_steps > 0 and num_idle - num_after_pauses > _IDLE * others
+
+
 def _due(every: int, stretch: _Stretch) -> int:
     """Returns how often something was due in a stretch: it comes after the report of its step."""
     return (stretch.last_step - 1) // every - (stretch.first_step - 1) // every
@@ -340,11 +411,14 @@ def _recomputation(config: Config, model: nn.Module, planned: Prediction | None)
     return len(names), {"none": 0.0, "full": 1.0}.get(setting)
 
 
-def cheaper_ways(config: Config, feed: DeviceFeed, runtime: Runtime) -> tuple[str, ...]:
-    """Returns which other ways of `data.feed`, or a cache, this data and this device have."""
+def cheaper_ways(config: Config, feed: DeviceFeed, runtime: Runtime) -> tuple[tuple[str, ...], int]:
+    """Returns which other ways of `data.feed`, or a cache, this data has on this device.
+
+    Whether it fits there beside the model is not judged: the bytes that it takes of it are returned as well.
+    """
     if feed.mode not in ("host", "device_decode"):
-        return ()
-    found = []
+        return (), 0
+    found, resident_bytes = [], 0
     if runtime.device.type == "cuda":
         transforms = build_transforms(config.data.transforms.train, "data.transforms.train")
         for mode in ("resident", "device_decode"):
@@ -352,11 +426,13 @@ def cheaper_ways(config: Config, feed: DeviceFeed, runtime: Runtime) -> tuple[st
                 if mode != feed.mode:
                     asked = config.data.model_copy(update={"feed": mode})
                     memory, ranks = runtime.device_memory, runtime.num_ranks
-                    choose_route(feed.dataset, asked, "train", transforms, runtime.device, ranks, memory)
+                    route = choose_route(feed.dataset, asked, "train", transforms, runtime.device, ranks, memory)
+                    if mode == "resident":
+                        resident_bytes = estimate_bytes(route.dataset) // (ranks if route.is_sharded else 1)
                     found.append(mode)
     if config.data.cache is None and is_packable(feed.dataset):
         found.append("cache")
-    return tuple(found)
+    return tuple(found), resident_bytes
 
 
 class _OperationTimes:
@@ -371,22 +447,22 @@ class _OperationTimes:
         self._num_operations = counter.num_operations
         self._times: list[float] = []
         self._before = _run_and_waited()
+        self.seconds = 0.0
+        """Of an operation, from the trials so far."""
 
-    def median(self) -> float:
-        """Returns the median of the trials so far, and makes another one where they are few.
+    def try_again(self) -> None:
+        """Makes another trial where there were few.
 
         A trial is over too soon to see what else the machine does. So its time on the core counts, and what this thread
-        has waited for a core since the last call is added in proportion.
+        has waited for a core since the beginning is added in proportion.
         """
         if len(self._times) < _TRIALS:
             self._pass()  # a step, too, finds its code in the caches
             started = time.thread_time()
             self._pass()
             self._times.append((time.thread_time() - started) / self._num_operations)
-        now = _run_and_waited()
-        (run_before, waited_before), self._before = self._before, now
-        crowding = (now[1] - waited_before) / max(now[0] - run_before, 1e-6)
-        return statistics.median(self._times) * (1 + crowding)
+        run, waited = (now - before for now, before in zip(_run_and_waited(), self._before, strict=True))
+        self.seconds = statistics.median(self._times) * (1 + waited / max(run, 1e-6))
 
     def _pass(self) -> None:
         with torch.enable_grad():
@@ -402,10 +478,25 @@ def _run_and_waited() -> tuple[float, float]:
     return int(run) / 1e9, int(waited) / 1e9
 
 
-def copied_per_second() -> float:
-    """Returns how many bytes the host copies in a second."""
-    source = torch.ones(_COPIED_BYTES, dtype=torch.uint8)
-    target = torch.zeros_like(source)
+def copied_per_second(device: torch.device) -> float | None:
+    """Returns how many bytes of a state are copied to host memory in a second; None where there is no room to try."""
+    if psutil.virtual_memory().available < _ROOM * _COPIED_BYTES:
+        return None
+    is_cuda = device.type == "cuda"
+    if is_cuda and torch.cuda.mem_get_info(device)[0] < _ROOM * _COPIED_PIECE:
+        return None
+    half = _COPIED_BYTES // 2
+    if is_cuda:
+        source = torch.ones(_COPIED_PIECE, dtype=torch.uint8, device=device)
+        pieces = list(torch.empty(_COPIED_BYTES, dtype=torch.uint8, pin_memory=True).split(_COPIED_PIECE))
+        pairs = [(piece, source) for piece in pieces]
+        torch.cuda.synchronize(device)
+    else:
+        source = torch.ones(_COPIED_BYTES, dtype=torch.uint8)
+        pairs = [(source[:half], source[half:])] * 2
     started = time.perf_counter()
-    target.copy_(source)
-    return _COPIED_BYTES / (time.perf_counter() - started)
+    for target, piece in pairs:
+        target.copy_(piece, non_blocking=True)
+    if is_cuda:
+        torch.cuda.synchronize(device)
+    return _COPIED_BYTES / max(time.perf_counter() - started, 1e-9)

@@ -262,6 +262,10 @@ class DeviceFeed:
         """Returns the process ids of the loader workers."""
         return self._pool.pids() if self._pool is not None else []
 
+    def batch_bytes(self) -> int:
+        """Returns the shared memory that a micro-batch of the workers takes; 0 where there are none."""
+        return max(slot.num_bytes for slot in self._pool.slots) if self._pool is not None else 0
+
     def close(self) -> None:
         """Ends the thread and the workers, and gives shared memory back."""
         self._stop()

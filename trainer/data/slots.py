@@ -57,6 +57,11 @@ class Slot:
     def __setstate__(self, state: Any) -> None:
         self._file, self._pinned_by, self._registered, self._mappings, self._used = state.detach(), _NOBODY, None, [], 0
 
+    @property
+    def num_bytes(self) -> int:
+        """Its size: that of the largest batch that it has held."""
+        return os.fstat(self._file).st_size if self._file >= 0 else 0
+
     def clear(self) -> None:
         """Makes room for a new batch."""
         self._used = 0

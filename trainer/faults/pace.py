@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 _MOST_PENDING = 256  # steps that may wait for a report before those that are over are added up
-_SHARE = 0.15  # of a step that must be lost before a rank is called slow
+LEAST_SHARE = 0.15  # of a step that must be lost before a rank is called slow
 
 
 class Pace:
@@ -114,7 +114,7 @@ def find_straggler(by_rank: Sequence[float], step_seconds: float) -> Straggler |
     if len(by_rank) < 2:
         return None
     slowest = _slowest(by_rank, step_seconds)
-    return slowest if slowest.share > _SHARE else None
+    return slowest if slowest.share > LEAST_SHARE else None
 
 
 def _slowest(by_rank: Sequence[float], step_seconds: float) -> Straggler:

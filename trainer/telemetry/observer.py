@@ -33,7 +33,9 @@ class Observation:
         idle_share: share of the steps at whose beginning a GPU had nothing left to do; None where that is not known.
         to_exchange: mean seconds of a step before the exchange with the other ranks.
         memory: of its process, now.
-        workers_bytes: memory of its loader workers; None where there are none, or it was measured a moment ago.
+        worker_bytes: memory of its first loader worker, which the others are like. Of rank 0; None on others, without
+            workers, and where it was measured a moment ago.
+        num_workers: how many it has.
         machine: figures of its machine, from one rank of each; None where they were taken a moment ago.
     """
 
@@ -43,7 +45,8 @@ class Observation:
     idle_share: float | None
     to_exchange: float
     memory: MemoryUse
-    workers_bytes: int | None
+    worker_bytes: int | None
+    num_workers: int
     machine: dict[str, float] | None
 
     def share(self, part: str) -> float:
@@ -68,6 +71,7 @@ class Observer:
         self._stopwatch = stopwatch
         self._host, self._local_rank = socket.gethostname(), runtime.local_rank
         self._machine = Machine() if runtime.local_rank == 0 else None
+        self._asks_workers = runtime.rank == 0
         self._copy_seconds = 0.0
         self._workers_due = time.monotonic()
         self.seconds = dict.fromkeys(PARTS, 0.0) if stopwatch is not None else None
@@ -92,7 +96,8 @@ class Observer:
             self._stopwatch.take_idle_share() if self._stopwatch is not None else None,
             to_exchange,
             memory_use(self._device),
-            self._workers_bytes(),
+            self._worker_bytes(),
+            len(self._feed.worker_pids()),
             self._machine.sample() if self._machine is not None else None,
         )
 
@@ -105,14 +110,13 @@ class Observer:
         self._copy_seconds = self._feed.copy_wait_seconds
         return {**seconds, "data_wait": seconds["data_wait"] - copies, "h2d": copies}
 
-    def _workers_bytes(self) -> int | None:
-        """Returns the memory of one worker, times their number: they are alike, and asking takes milliseconds."""
-        workers = self._feed.worker_pids()
+    def _worker_bytes(self) -> int | None:
+        """Returns the memory of one worker: they are alike, and asking takes milliseconds."""
+        workers = self._feed.worker_pids() if self._asks_workers else []
         if not workers or time.monotonic() < self._workers_due:
             return None
         self._workers_due = time.monotonic() + PERIOD_SECONDS
-        one = own_memory_bytes(workers[0])
-        return None if one is None else one * len(workers)
+        return own_memory_bytes(workers[0])
 
     # ---- of all ranks -----------------------------------------------------------------------------------------
 
@@ -128,8 +132,8 @@ class Observer:
         if memories[0].reserved is not None:
             figures["memory/reserved_gib"] = max(memory.reserved or 0 for memory in memories) / _GIB
         figures["memory/peak_gib"] = max(memory.peak for memory in memories) / _GIB
-        if seen[0].workers_bytes is not None:
-            figures["memory/workers_gib"] = seen[0].workers_bytes / _GIB
+        if seen[0].worker_bytes is not None:
+            figures["memory/workers_gib"] = seen[0].worker_bytes * seen[0].num_workers / _GIB
         node = -1  # machines may have the same name
         for rank in seen:
             node += rank.local_rank == 0

@@ -33,8 +33,8 @@ from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import Progress
 from trainer.checkpoint.storage import LocalStorage
 from trainer.cli import main
-from trainer.config import Config, NormalizeConfig, load_config
-from trainer.config_reporting import WandbConfig
+from trainer.config import NormalizeConfig, load_config
+from trainer.config_reporting import TrackingConfig, WandbConfig
 from trainer.data.augment import DeviceAugmentation
 from trainer.data.datasets import Digits
 from trainer.eval_media import Collector, EvalMedia
@@ -389,9 +389,10 @@ def test_a_rollback_sends_no_step_twice() -> None:
 class Fragile:
     """A tracker that fails at some steps, and blocks where it is told to."""
 
-    name = "fragile"
-
-    def __init__(self, fails_at: Container[int] = (), blocks: threading.Event | None = None) -> None:
+    def __init__(
+        self, fails_at: Container[int] = (), blocks: threading.Event | None = None, name: str = "fragile"
+    ) -> None:
+        self.name = name
         self.fails_at = fails_at
         self.blocks = blocks
         self.given: list[tuple[str, int]] = []
@@ -428,19 +429,18 @@ class Fragile:
 
 
 def trackers_of(*trackers: Tracker, finish_timeout: str = "1 s") -> Trackers:
-    config = Config.model_validate(
-        {"tracking": {"trackers": [], "wandb": {"finish_timeout": finish_timeout}}}, context=None
-    )
+    tracking = TrackingConfig(trackers=(), wandb=WandbConfig.model_validate({"finish_timeout": finish_timeout}))
+    config: Any = SimpleNamespace(tracking=tracking)
     made = Trackers(config, Path(), 0, None)
     for tracker in trackers:
         made.add(tracker)
     return made
 
 
-def test_a_tracker_that_fails_is_kept_for_a_while(lockstep_log: pytest.LogCaptureFixture) -> None:
+def test_a_tracker_that_fails_is_kept_for_a_while(caplog: pytest.LogCaptureFixture) -> None:
     direct, behind = Fragile(range(3, 9)), Fragile(range(3, 9))
-    broken, broken_behind = Fragile(range(3, 99)), Fragile(range(3, 99))
-    blind = Fragile()
+    broken, broken_behind = Fragile(range(3, 99), name="broken"), Fragile(range(3, 99))
+    blind = Fragile(name="blind")
     blind.show = lambda media, step: 1 / 0  # type: ignore[assignment,return-value]
     trackers = trackers_of(direct, Behind("a", lambda: behind), broken, Behind("b", lambda: broken_behind), blind)
     for step in range(1, 31):
@@ -455,13 +455,11 @@ def test_a_tracker_that_fails_is_kept_for_a_while(lockstep_log: pytest.LogCaptur
         assert tracker.ends == [True]  # it is closed all the same
     assert len(blind.given) == 30
     assert behind.threads == {"tracker-a"}
-    assert "fails with records: ConnectionError: a hiccup" in lockstep_log.text
-    assert "has failed with records 10 times in a row" in lockstep_log.text
+    assert "fails with records: ConnectionError: a hiccup" in caplog.text
+    assert "has failed with records 10 times in a row" in caplog.text
 
 
-def test_trackers_that_block_hold_nothing(
-    monkeypatch: pytest.MonkeyPatch, lockstep_log: pytest.LogCaptureFixture
-) -> None:
+def test_trackers_that_block_hold_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(tracking_behind, "_START_SECONDS", 0.1)
     monkeypatch.setattr(tracking_behind, "_MOST_WAITING", 5)
     monkeypatch.setattr(trackers_module, "_OVER_SECONDS", 0.5)
@@ -483,9 +481,9 @@ def test_trackers_that_block_hold_nothing(
     trackers.finish(failed=False, beat=lambda: beats.append(time.monotonic()))  # all at the same time
     assert 1 <= time.monotonic() - began < 3
     assert len(beats) >= 2
-    assert lockstep_log.text.count("stuck is slow or away") == 1
-    assert "starting has not started after 0 s" in lockstep_log.text
-    assert "did not finish within 1 s" in lockstep_log.text
+    assert caplog.text.count("stuck is slow or away") == 1
+    assert "starting has not started after 0 s" in caplog.text
+    assert "did not finish within 1 s" in caplog.text
     never.set()
     with pytest.raises(ZeroDivisionError):
         Behind("broken", lambda: 1 / 0)  # type: ignore[arg-type,return-value]

@@ -79,10 +79,10 @@ class Behind:
         if self._thread.is_alive():
             raise TimeoutError(f"it did not finish within {seconds:.0f} s")
 
-    def _put(self, what: str, task: _Task, most: int = _MOST_WAITING) -> None:
+    def _put(self, what: str, task: _Task, most: int | None = None) -> None:
         if self._is_over.is_set():
             return
-        if self._waiting.qsize() < most:
+        if self._waiting.qsize() < (most or _MOST_WAITING):
             self._waiting.put((what, task))
         elif not self._has_dropped:
             self._has_dropped = True

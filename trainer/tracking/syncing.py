@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -50,6 +51,7 @@ def sync(run_dir: Path) -> bool:
         raise UserError(f"the run in '{run_dir}' has no W&B run: tracking.trackers had no wandb")
     changes = ["tracking.wandb.mode=online", f"tracking.wandb.finish_timeout={_PATIENCE}", "checkpoint.resume=auto"]
     config = load_config(str(run_dir / "config.yaml"), changes)
+    os.environ.setdefault("WANDB_SILENT", "true")  # before its first import: our own lines are enough
     host = urlsplit(wandb_server()).hostname
     if not has_wandb_key():
         raise UserError(f"no API key for {host}: type `wandb login`, or set WANDB_API_KEY")

@@ -27,6 +27,7 @@ from run_results import records, summary
 from torch.nn import functional
 from wandb_server import StoredRun, WandbServer
 
+import wandb
 from benchmarks import tracking
 from trainer import tracking as trackers_module
 from trainer.checkpoint.folder import CheckpointFolder
@@ -204,6 +205,7 @@ def test_a_server_that_dies_in_the_middle(server: TrainServer, write_config: Wri
         assert (tmp_path / "run" / "wandb" / "complete").exists()
         # A server that has a part of it.
         run.lines = {place: run.lines[place] for place in range(7)}
+        run.summary = run.lines[6]
         assert trainer_command(variables, *arguments).stderr.startswith("sent 293 rows to the W&B run ")
         assert_one_curve(run, tmp_path / "run")
 
@@ -222,6 +224,7 @@ def test_sync_says_in_a_line_what_it_lacks(
     shutil.copy(write_config(), run / "config.yaml")
     assert told() == f"error: the run in '{run}' has no W&B run: tracking.trackers had no wandb\n"
     (run / "wandb" / "offline-run-20260101_000000-abc").mkdir(parents=True)
+    (run / "wandb" / "offline-run-20260101_000000-abc" / "run-abc.wandb").touch()
     monkeypatch.setattr(syncing, "wandb_server", lambda: "http://127.0.0.1:9")
     monkeypatch.setattr(syncing, "has_wandb_key", lambda: False)
     assert told() == "error: no API key for 127.0.0.1: type `wandb login`, or set WANDB_API_KEY\n"
@@ -625,6 +628,7 @@ def test_a_step_that_is_evaluated_by_the_next_attempt(
     for step in (9, 10):
         first.log({"train/loss": float(step)}, step)
     first.finish(failed=True, open_step=10, seconds=20)
+    wandb.teardown()  # as at the end of a process: offline files are whole then
     assert (tmp_path / "wandb" / "run-id").read_text().strip() == first.id
     records = [{"step": step, "time": 0.0, "train/loss": float(step)} for step in (9, 10)]
     second = WandbRun(config, tmp_path, None, records, {}, {})  # no checkpoint knows of the first one
@@ -633,6 +637,7 @@ def test_a_step_that_is_evaluated_by_the_next_attempt(
     second.end_step(10)
     assert second._row == {}  # it waits for nothing more
     second.finish(failed=False, open_step=None, seconds=20)
+    wandb.teardown()
     assert reminder(config, tmp_path) is None
     monkeypatch.setenv("WANDB_MODE", "online")
     online = load_config(str(write_config(tracking=wandb_config())), [])

@@ -25,8 +25,8 @@ _FULL, _FIRST, _LAST = 1, 2, 4
 
 def newest_id(folder: Path) -> str | None:
     """Returns the id of the run that W&B's folder was last used for, by the names in it."""
-    names = sorted(path.name.partition("run-")[2] for path in folder.glob("*run-*-*") if path.is_dir())
-    return names[-1].partition("-")[2] if names else None
+    files = sorted(folder.glob("*run-*-*/run-*.wandb"), key=lambda file: file.parent.name.partition("run-")[2])
+    return files[-1].stem.partition("-")[2] if files else None
 
 
 def last_step(folder: Path, run_id: str, other_than: Path) -> int:
@@ -40,7 +40,7 @@ def last_step(folder: Path, run_id: str, other_than: Path) -> int:
         other_than: a file that is being written to.
     """
     last = -1
-    for file in sorted(folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb")):
+    for file in sorted(folder.glob(f"*run-*-{run_id}*/run-{run_id}.wandb")):
         if file.resolve() == other_than.resolve():
             continue
         try:
@@ -60,7 +60,7 @@ def mark_as_synced(folder: Path, run_id: str) -> None:
 
     Not over files without a history, such as those of an export: these hold other things.
     """
-    for file in folder.glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"):
+    for file in folder.glob(f"offline-run-*-{run_id}*/run-{run_id}.wandb"):
         mark = file.with_name(f"{file.name}.synced")
         with suppress(Exception):
             if not mark.exists() and any(

@@ -40,11 +40,13 @@ from trainer.data.augment import DeviceAugmentation
 from trainer.data.datasets import Digits
 from trainer.eval_media import Collector, EvalMedia
 from trainer.faults.plan import VARIABLE, Event, write_plan
+from trainer.run_folder import RunFolder
 from trainer.tasks.classification import Classification
 from trainer.tracking import Trackers, reminder, syncing, wandb_file, wandb_run
 from trainer.tracking import behind as tracking_behind
 from trainer.tracking.artifacts import CheckpointUploads
 from trainer.tracking.behind import Behind
+from trainer.tracking.others import Other, stored_config
 from trainer.tracking.tracker import Tracker
 from trainer.tracking.wandb_run import WandbRun
 
@@ -511,6 +513,39 @@ def test_trackers_that_block_hold_nothing(monkeypatch: pytest.MonkeyPatch, caplo
     never.set()
     with pytest.raises(ZeroDivisionError):
         Behind("broken", lambda: 1 / 0)  # type: ignore[arg-type,return-value]
+
+
+def test_tensorboard_is_one_curve_where_a_run_begins_anew(write_config: WriteConfig, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    PartialState(cpu=True)
+    init = {"comet_ml": {"api_key": "secret"}}
+    tracking = {"trackers": ["tensorboard", "comet_ml"], "init": init}
+    config = load_config(str(write_config(tracking=tracking)), [])
+    for last in (5, 3):
+        tensorboard = Other("tensorboard", config, tmp_path, 0, {})
+        for step in range(1, last + 1):
+            tensorboard.log({"train/loss": 10.0 * last + step}, step)
+        tensorboard.finish(False, None, 1)
+    found = EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(1, 31), (2, 32), (3, 33)]
+    assert "secret" not in str(stored_config(config))
+
+
+def test_a_record_that_is_not_whole_is_not_replayed(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(load_config(str(write_config()), []))
+    folder.create()
+    lines = [json.dumps({"step": step, "train/loss": 1.0}) for step in (1, 2, 3)]
+    folder.metrics_file.write_text("\n".join([*lines, '{"step": 4, "tra']))
+
+    def full(name: str, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder, "_replace", full)
+    assert [record["step"] for record in folder.cut_metrics(2, 0)] == [1, 2]
 
 
 def test_arguments_of_a_tracker(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:

@@ -93,6 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     profile = commands.add_parser("profile", help="summarise the profiles of a run's ranks (profile.steps)")
     profile.add_argument("run_dir", metavar="RUN_DIR", help="run folder, such as runs/digits")
     profile.add_argument("--json", action="store_true", help="print it as JSON")
+    sync = commands.add_parser("sync", help="send W&B what it lacks of a run that has ended")
+    sync.add_argument("run_dir", metavar="RUN_DIR", help="run folder, such as runs/digits")
     commands.add_parser("schema", help="print the JSON Schema of config files")
     options = parser.parse_args(arguments)
     return run_command(lambda: _run_main(options), log_to_stderr=True)  # stdout is the result
@@ -260,6 +262,10 @@ def _run_main(options: argparse.Namespace) -> int:
         output = Path(options.output) if options.output is not None else None
         sys.stdout.write(f"{write_report([Path(run) for run in options.runs], output)}\n")
         return EXIT_FINISHED
+    if options.command == "sync":
+        from trainer.tracking.syncing import sync
+
+        return EXIT_FINISHED if sync(Path(options.run_dir)) else EXIT_FAILED
     from trainer import results
 
     run_dir = Path(options.run_dir)

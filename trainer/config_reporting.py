@@ -47,8 +47,8 @@ class WandbConfig(Section):
     )
     finish_timeout: Seconds = Field(
         TimeSpan(60.0),
-        description="How long the end of a run waits for uploads, such as `60 s`. What is left then stays in the run "
-        "folder, for `wandb sync`.",
+        description="How long the end of a run waits for trackers, such as `60 s`. What is left of W&B then stays in "
+        "the run folder, for `python -m trainer sync`.",
     )
 
 

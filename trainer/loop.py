@@ -47,6 +47,7 @@ from trainer.runtime import Runtime, explained_model_errors
 from trainer.telemetry.clock import Clock, Timer
 from trainer.telemetry.observer import Observer
 from trainer.telemetry.stopwatch import Stopwatch
+from trainer.tracking import reminder
 from trainer.window import Window
 
 logger = logging.getLogger("lockstep")
@@ -164,6 +165,9 @@ class Trainer(Observed):
         self.restore()
         if self.complete():
             logger.info("already finished: %d steps in %s", self.progress.step, self.folder.path)
+            unsent = reminder(self.config, self.folder.path) if self.runtime.is_main else None
+            if unsent is not None:
+                logger.warning("%s", unsent)
             self.close()
             return "finished"
         self.start()
@@ -295,6 +299,8 @@ class Trainer(Observed):
             return
         if report_due:
             self.report()
+            if self.reporter is not None and not evaluation_due:
+                self.reporter.end_step(self.progress.step)
         if self.decisions.stopping:
             return
         if save_due:  # before the evaluation, which may take long; what it finds is added to the checkpoint
@@ -508,6 +514,8 @@ class Trainer(Observed):
         is_best = self._is_best(metrics)
         if self.reporter is not None and self.media is not None:
             self.reporter.show(progress.step, self.media, progress.best_step)
+        if self.reporter is not None:
+            self.reporter.end_step(progress.step)
         if is_best or is_saved:
             self.save()
 
@@ -606,7 +614,7 @@ class Trainer(Observed):
             self._close_feeds()
             self.stop_requests.release_signals()
             if self.reporter is not None:
-                self.reporter.close(failed=True, open_step=self._open_step())
+                self.reporter.close(failed=True, open_step=self._open_step(), beat=self.beat)
 
     def close(self) -> None:
         """Ends workers and trackers, and leaves the process group."""
@@ -614,7 +622,8 @@ class Trainer(Observed):
         if self.reporter is not None:
             # Not all that is left of the grace: there is more to do than to wait for a tracker's server.
             left = (self.config.faults.grace.seconds - self.stop_requests.seconds_ago()) / 2
-            self.reporter.close(False, self._open_step(), left if self.stop_requests.requested else None)
+            seconds = left if self.stop_requests.requested else None
+            self.reporter.close(False, self._open_step(), seconds, self.beat)  # which is no hang
         self.decisions.forget()
         self.saver.wait()
         del self.model, self.optimizer, self.bare_model, self.bare_optimizer

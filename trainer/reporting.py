@@ -7,7 +7,7 @@ loop's business.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -77,12 +77,12 @@ class Reporter:
         self.total_steps = total_steps
         self.first_step = progress.step
         folder.describe(runtime.num_ranks, runtime.device)
-        folder.cut_metrics(progress.step, progress.evaluated_step)
+        records = folder.cut_metrics(progress.step, progress.evaluated_step)
         best_metric, best_mode = best
         goals = {"train/loss": "min", "eval/loss": "min"}
         if best_metric is not None:
             goals[f"eval/{best_metric}"] = best_mode
-        self.trackers = Trackers(config, folder.path, progress.wandb_id, folder.records(), goals)
+        self.trackers = Trackers(config, folder.path, progress.step, progress.wandb_id, records, goals)
         progress.wandb_id = self.trackers.wandb_id
         for line in banner(config, runtime, plan, total_steps, progress.step, model, feed, planned):
             logger.info("%s", line)
@@ -99,6 +99,10 @@ class Reporter:
         """Writes the samples and tables of an evaluation to the run folder, and sends them to the trackers."""
         write_media(self.folder.path, step, media, best_step)
         self.trackers.show(media, step)
+
+    def end_step(self, step: int) -> None:
+        """Tells the trackers that nothing more comes of a step."""
+        self.trackers.end_step(step)
 
     def checkpoint_saved(self, checkpoints: CheckpointFolder, progress: Progress) -> None:
         """Tells the trackers of a checkpoint that is there now; called on the thread that wrote it."""
@@ -181,16 +185,23 @@ class Reporter:
         logger.warning("step %s: %s", fault.step, fault.message)
         self.folder.append("faults/bad-steps.jsonl", record)
 
-    def close(self, failed: bool = False, open_step: int | None = None, seconds: float | None = None) -> None:
+    def close(
+        self,
+        failed: bool = False,
+        open_step: int | None = None,
+        seconds: float | None = None,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
         """Closes the progress bar and the trackers.
 
         Args:
             failed: the run ended with an error.
             open_step: a step that is still to be evaluated, which the next attempt does.
             seconds: for trackers to wait for their servers; None for as long as is configured.
+            beat: called while they wait.
         """
         self.display.close()
-        self.trackers.finish(failed, open_step, seconds)
+        self.trackers.finish(failed, open_step, seconds, beat)
 
 
 def _as_text(advice: Sequence[Advice]) -> str:

@@ -65,11 +65,19 @@ class RunFolder:
         self.write("config.yaml", self.config.to_yaml())
         self.write("environment.json", json.dumps(_environment(num_ranks, device), indent=2))
 
-    def cut_metrics(self, step: int, evaluated_step: int) -> None:
-        """Drops what a run that goes on from `step` writes again: later records, and evaluations new to it."""
+    def cut_metrics(self, step: int, evaluated_step: int) -> list[dict[str, Any]]:
+        """Drops what a run that goes on from `step` writes again: later records, and evaluations new to it.
+
+        Returns:
+            The records of `metrics.jsonl` that stay.
+        """
         self.curves = Curves(self.path)
-        self._cut("metrics.jsonl", step, evaluated_step, self.curves.add)
+        kept: list[dict[str, Any]] = []
+        self._cut("metrics.jsonl", step, evaluated_step, kept.append)
+        for record in kept:
+            self.curves.add(record)
         self._cut(RANKS_FILE, step, evaluated_step, self.curves.ranks.add)
+        return kept
 
     def _cut(self, name: str, step: int, evaluated_step: int, keep: Callable[[dict[str, Any]], None]) -> None:
         file = self.path / name
@@ -88,14 +96,6 @@ class RunFolder:
                 continue
         if "".join(kept) != before:
             self.write(name, "".join(kept))
-
-    def records(self) -> list[dict[str, Any]]:
-        """Returns the records of `metrics.jsonl`, of all attempts so far."""
-        try:
-            lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
-        except OSError:
-            return []
-        return [json.loads(line) for line in lines]
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Appends a record to `metrics.jsonl` and flushes it."""

@@ -254,7 +254,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _graphql_ArtifactByID(self, variables: dict[str, Any], query: str) -> dict[str, Any]:
         given = self.owner.artifacts[int(variables["id"].removeprefix("artifact-")) - 1]
-        project = {"id": "p", "internalId": "cA==", "name": given["projectName"], "entity": {"name": given["entityName"]}}
+        entity = {"name": given["entityName"]}
+        project = {"id": "p", "internalId": "cA==", "name": given["projectName"], "entity": entity}
         artifact = {
             "__typename": "Artifact",
             "id": variables["id"],

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+import wandb
 import wandb_log
 from accelerate import PartialState
 from conftest import Train, WriteConfig
@@ -31,20 +32,26 @@ from wandb.errors import CommError
 from wandb_server import StoredRun, WandbServer
 
 from benchmarks import tracking
+from trainer import tracking as trackers_module
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import Manifest, Progress
 from trainer.checkpoint.storage import LocalStorage
 from trainer.cli import main
 from trainer.config import NormalizeConfig, load_config
-from trainer.config_reporting import WandbConfig
+from trainer.config_reporting import TrackingConfig, WandbConfig
 from trainer.data.augment import DeviceAugmentation
 from trainer.data.datasets import Digits
 from trainer.errors import UserError
 from trainer.eval_media import Collector, EvalMedia
 from trainer.faults.plan import VARIABLE, Event, write_plan
+from trainer.run_folder import RunFolder
 from trainer.tasks.classification import Classification
-from trainer.tracking import Trackers, artifacts, wandb_file, wandb_run
+from trainer.tracking import Trackers, artifacts, reminder, syncing, wandb_file, wandb_run
+from trainer.tracking import behind as tracking_behind
 from trainer.tracking.artifacts import CheckpointUploads
+from trainer.tracking.behind import Behind
+from trainer.tracking.others import Other, stored_config
+from trainer.tracking.tracker import Tracker
 from trainer.tracking.wandb_run import WandbRun
 
 if TYPE_CHECKING:
@@ -66,6 +73,12 @@ def sync(variables: Mapping[str, str], *arguments: str) -> None:
     command = [sys.executable, "-m", "wandb", "sync", *arguments]
     done = subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=60)
     assert "ERROR" not in done.stderr, done.stderr
+
+
+def trainer_command(variables: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m trainer`."""
+    command = [sys.executable, "-m", "trainer", *arguments]
+    return subprocess.run(command, env=environment(**variables), capture_output=True, text=True, timeout=60)
 
 
 def offline_runs(run_dir: Path) -> list[str]:
@@ -193,11 +206,47 @@ def test_a_server_that_dies_in_the_middle(server: TrainServer, write_config: Wri
     (file,) = (tmp_path / "run" / "wandb").glob("run-*/*.wandb")
     assert [row["step"] for row in wandb_log.history(file)] == list(range(1, 301))
     assert "wandb: not all is uploaded after 2 s" in done.out
-    (line,) = (line for line in done.out.splitlines() if "wandb sync" in line)
+    (line,) = (line for line in done.out.splitlines() if "-m trainer sync" in line)
+    arguments = line.partition("-m trainer ")[2].split()
+    assert arguments == ["sync", str(tmp_path / "run")]
+    assert not (tmp_path / "run" / "wandb" / "complete").exists()
     with WandbServer() as online:  # as the line says
-        sync({**home(tmp_path), **online.variables}, *line.partition("wandb sync ")[2].split())
+        variables = {**home(tmp_path), **online.variables}
+        late = trainer_command(variables, *arguments)
+        assert late.returncode == 0, late.stderr
+        assert late.stderr.startswith("sent 300 rows to the W&B run ")
+        assert late.stderr.count("\n") == 1
         (run,) = online.runs.values()
         assert_one_curve(run, tmp_path / "run")
+        assert (run.exit_code, run.summary["status"]) == (0, "finished")
+        assert (tmp_path / "run" / "wandb" / "complete").exists()
+        # A server that has a part of it.
+        run.lines = {place: run.lines[place] for place in range(7)}
+        run.summary = run.lines[6]
+        assert trainer_command(variables, *arguments).stderr.startswith("sent 293 rows to the W&B run ")
+        assert_one_curve(run, tmp_path / "run")
+
+
+def test_sync_says_in_a_line_what_it_lacks(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+
+    def told() -> str:
+        assert main(["sync", str(run)]) == 2
+        return capsys.readouterr().err
+
+    assert told() == f"error: '{run}' is no run folder: it has no config.yaml\n"
+    shutil.copy(write_config(), run / "config.yaml")
+    assert told() == f"error: the run in '{run}' has no W&B run: tracking.trackers had no wandb\n"
+    (run / "wandb" / "offline-run-20260101_000000-abc").mkdir(parents=True)
+    (run / "wandb" / "offline-run-20260101_000000-abc" / "run-abc.wandb").touch()
+    monkeypatch.setattr(syncing, "wandb_server", lambda: "http://127.0.0.1:9")
+    monkeypatch.setattr(syncing, "has_wandb_key", lambda: False)
+    assert told() == "error: no API key for 127.0.0.1: type `wandb login`, or set WANDB_API_KEY\n"
+    monkeypatch.setattr(syncing, "has_wandb_key", lambda: True)
+    assert told() == "error: 127.0.0.1 cannot be reached\n"
 
 
 def test_servers_that_keep_one_waiting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -337,7 +386,7 @@ class Written:
         self.run = run
         self.path = path
         self.folder = CheckpointFolder(LocalStorage(path / "checkpoints"), 1, lambda step: False)
-        self.uploads = CheckpointUploads(run, path / "wandb", which, is_online)  # type: ignore[arg-type]
+        self.uploads = CheckpointUploads(run, path / "wandb", which, is_online)
 
     def add(self, step: int, best: int | None = None, is_pruned: bool = True, **progress: Any) -> None:
         """Writes a checkpoint, tells of it and deletes it."""
@@ -446,7 +495,12 @@ def test_uploads_where_there_are_no_links(
     monkeypatch.setattr("os.link", no_link)
     copies: list[str] = []
     copy = shutil.copyfile
-    monkeypatch.setattr("shutil.copyfile", lambda a, b: (copies.append(threading.current_thread().name), copy(a, b)))
+
+    def noted_copy(source: Path, target: Path) -> None:
+        copies.append(threading.current_thread().name)
+        copy(source, target)
+
+    monkeypatch.setattr("shutil.copyfile", noted_copy)
     written = Written(Recorded(), tmp_path, "all", is_online=False)
     written.add(1)
     written.add(2, is_pruned=False)
@@ -522,14 +576,153 @@ def test_a_checkpoint_in_an_object_store_is_a_reference(scheme: str, tmp_path: P
 
 def test_a_rollback_sends_no_step_twice() -> None:
     """Trackers other than W&B are told of each step once, too."""
-    sent: list[int] = []
-    trackers = Trackers.__new__(Trackers)
-    trackers._sent = {}
-    trackers.trackers = [SimpleNamespace(name="x", log=lambda record, step: sent.append(step))]
+    tracker = Fragile()
+    trackers = trackers_of(tracker)
     for step in (1, 2, 3, 2, 3, 4):
         trackers.log({"train/loss": 0.0}, step)
     trackers.log({"eval/loss": 0.0}, 4)
-    assert sent == [1, 2, 3, 4, 4]
+    trackers.show(EvalMedia([], {}, []), 4)
+    trackers.show(EvalMedia([], {}, []), 4)
+    assert tracker.given == [("log", step) for step in (1, 2, 3, 4, 4)] + [("show", 4)]
+
+
+class Fragile:
+    """A tracker that fails at some steps, and blocks where it is told to."""
+
+    def __init__(
+        self, fails_at: Container[int] = (), blocks: threading.Event | None = None, name: str = "fragile"
+    ) -> None:
+        self.name = name
+        self.fails_at = fails_at
+        self.blocks = blocks
+        self.given: list[tuple[str, int]] = []
+        self.ends: list[bool] = []
+        self.threads: set[str] = set()
+
+    def log(self, record: Mapping[str, Any], step: int) -> None:
+        if self.blocks is not None:
+            self.blocks.wait(60)
+        self._take("log", step)
+
+    def show(self, media: EvalMedia, step: int) -> None:
+        self._take("show", step)
+
+    def end_step(self, step: int) -> None:
+        pass
+
+    def summarise(self, values: Mapping[str, Any], step: int) -> None:
+        self._take("summarise", step)
+
+    def checkpoint(self, folder: CheckpointFolder, progress: Progress) -> None:
+        pass
+
+    def finish(self, failed: bool, open_step: int | None, seconds: float) -> None:
+        if self.blocks is not None:
+            self.blocks.wait(60)
+        self.ends.append(failed)
+
+    def _take(self, what: str, step: int) -> None:
+        self.threads.add(threading.current_thread().name)
+        if step in self.fails_at:
+            raise ConnectionError("a hiccup")
+        self.given.append((what, step))
+
+
+def trackers_of(*trackers: Tracker, finish_timeout: str = "1 s") -> Trackers:
+    tracking = TrackingConfig(trackers=(), wandb=WandbConfig.model_validate({"finish_timeout": finish_timeout}))
+    config: Any = SimpleNamespace(tracking=tracking)
+    made = Trackers(config, Path(), 0, None)
+    for tracker in trackers:
+        made.add(tracker)
+    return made
+
+
+def test_a_tracker_that_fails_is_kept_for_a_while(caplog: pytest.LogCaptureFixture) -> None:
+    direct, behind = Fragile(range(3, 9)), Fragile(range(3, 9))
+    broken, broken_behind = Fragile(range(3, 99), name="broken"), Fragile(range(3, 99))
+    blind = Fragile(name="blind")
+    blind.show = lambda media, step: 1 / 0  # type: ignore[assignment]
+    trackers = trackers_of(direct, Behind("a", lambda: behind), broken, Behind("b", lambda: broken_behind), blind)
+    for step in range(1, 31):
+        trackers.log({"train/loss": 0.0}, step)
+        trackers.show(EvalMedia([], {}, []), step)
+    until = time.monotonic() + 30
+    while not broken_behind.ends and time.monotonic() < until:
+        time.sleep(0.01)
+    trackers.finish(failed=False)
+    for tracker in (direct, behind):
+        assert [step for what, step in tracker.given if what == "log"] == [1, 2, *range(9, 31)]
+        assert tracker.ends == [False]
+    for tracker in (broken, broken_behind):
+        assert [step for what, step in tracker.given if what == "log"] == [1, 2]
+        assert tracker.ends == [True]  # it is closed all the same
+    assert len(blind.given) == 30
+    assert behind.threads == {"tracker-a"}
+    assert "fails with records: ConnectionError: a hiccup" in caplog.text
+    assert "has failed with records 10 times in a row" in caplog.text
+
+
+def test_trackers_that_block_hold_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(tracking_behind, "_START_SECONDS", 0.1)
+    monkeypatch.setattr(tracking_behind, "_MOST_WAITING", 5)
+    monkeypatch.setattr(trackers_module, "_OVER_SECONDS", 0.5)
+    never = threading.Event()
+    stuck, starting, direct = Fragile(blocks=never), Fragile(), Fragile(blocks=never)
+
+    def start() -> Fragile:
+        never.wait(60)
+        return starting
+
+    beats: list[float] = []
+    began = time.monotonic()
+    trackers = trackers_of(Behind("stuck", lambda: stuck), Behind("starting", start))
+    for step in range(1, 31):
+        trackers.log({"train/loss": 0.0}, step)
+    assert time.monotonic() - began < 5
+    trackers.add(direct)
+    began = time.monotonic()
+    trackers.finish(failed=False, beat=lambda: beats.append(time.monotonic()))  # all at the same time
+    assert 1 <= time.monotonic() - began < 3
+    assert len(beats) >= 2
+    assert caplog.text.count("stuck is slow or away") == 1
+    assert "starting has not started after 0 s" in caplog.text
+    assert "did not finish within 1 s" in caplog.text
+    never.set()
+    with pytest.raises(ZeroDivisionError):
+        Behind("broken", lambda: 1 / 0)  # type: ignore[arg-type,return-value]
+
+
+def test_tensorboard_is_one_curve_where_a_run_begins_anew(write_config: WriteConfig, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    PartialState(cpu=True)
+    init = {"comet_ml": {"api_key": "secret"}}
+    tracking = {"trackers": ["tensorboard", "comet_ml"], "init": init}
+    config = load_config(str(write_config(tracking=tracking)), [])
+    for last in (5, 3):
+        tensorboard = Other("tensorboard", config, tmp_path, 0, {})
+        for step in range(1, last + 1):
+            tensorboard.log({"train/loss": 10.0 * last + step}, step)
+        tensorboard.finish(False, None, 1)
+    found = EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(1, 31), (2, 32), (3, 33)]
+    assert "secret" not in str(stored_config(config))
+
+
+def test_a_record_that_is_not_whole_is_not_replayed(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(load_config(str(write_config()), []))
+    folder.create()
+    lines = [json.dumps({"step": step, "train/loss": 1.0}) for step in (1, 2, 3)]
+    folder.metrics_file.write_text("\n".join([*lines, '{"step": 4, "tra']))
+
+    def full(name: str, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder, "_replace", full)
+    assert [record["step"] for record in folder.cut_metrics(2, 0)] == [1, 2]
 
 
 def test_arguments_of_a_tracker(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
@@ -541,7 +734,16 @@ def test_arguments_of_a_tracker(train: Train, write_config: WriteConfig, tmp_pat
     )
     done = train("--config", wrong)
     assert done.code == 2
-    assert "tracking.init.tensorboard: 'tensorboard': TypeError" in done.err
+    assert "tracking.init.tensorboard.no: tensorboard takes no such argument" in done.err
+    for key, message in [
+        ("mode=offline", "wandb.mode: use tracking.wandb.mode"),
+        ("id=a", "wandb.id: a run is continued by itself"),
+        ("projct=a", "wandb.projct: wandb takes no such argument; did you mean 'project'?"),
+        ("settings={no: 1}", "wandb.settings: "),
+    ]:
+        done = train("--config", write_config(tracking={"trackers": ["wandb"]}), f"tracking.init.wandb.{key}")
+        assert done.code == 2
+        assert f"tracking.init.{message}" in done.err
     done = train("--config", write_config(tracking={"trackers": [], "init": {"mlflow": {}}}))
     assert "tracking.init.mlflow: tracking.trackers does not name 'mlflow'" in done.err
     done = train("--config", write_config(tracking={"trackers": ["aim"]}))
@@ -558,13 +760,24 @@ def test_files_of_killed_attempts_are_mended(tmp_path: Path) -> None:
         whole += struct.pack("<IHB", check, len(data), kind) + data
         if kind != 2:
             ends.append(len(whole))
-    for cut in (0, 7, 30, *ends, ends[0] + 3, ends[1] - 1, ends[1] + 5, ends[2] - 1):
-        file = tmp_path / "offline-run-1-abc" / "run-abc.wandb"
-        file.parent.mkdir(exist_ok=True)
-        file.write_bytes(whole[:cut])
-        wandb_file.mend(tmp_path, "abc")
-        reached = [end for end in ends if end <= cut]
-        assert (file.stat().st_size if file.exists() else 0) == (reached[-1] if reached else 0), cut
+    (tmp_path / "offline-run-1-abc").mkdir()
+    file = tmp_path / "offline-run-1-abc" / "run-abc.wandb"
+
+    def mended(content: bytes) -> int:
+        file.write_bytes(content)
+        assert wandb_file.last_step(tmp_path, "abc", tmp_path / "other") == -1
+        return file.stat().st_size
+
+    for cut in (*ends, ends[0] + 3, ends[1] - 1, ends[1] + 5, ends[2] - 1):
+        assert mended(whole[:cut]) == max(end for end in ends if end <= cut), cut
+    assert mended(whole[: ends[2] - 1] + b"x") == ends[1]  # the last record is broken
+    for content in (b"", whole[:7], whole[:30], whole[:20] + b"x" + whole[21:], whole[:100] + b"x" + whole[101:]):
+        assert mended(content) == len(content)  # nothing to go by, or broken in the middle: left as it is
+    whole_online = tmp_path / "run-1-abc" / "run-abc.wandb"
+    whole_online.parent.mkdir()
+    whole_online.write_bytes(whole[:-1])
+    assert mended(whole) == len(whole)
+    assert whole_online.stat().st_size == len(whole) - 1
 
 
 def test_the_table_of_the_benchmark() -> None:
@@ -699,11 +912,23 @@ def test_a_step_that_is_evaluated_by_the_next_attempt(
     first = WandbRun(config, tmp_path, None, [], {}, {})
     for step in (9, 10):
         first.log({"train/loss": float(step)}, step)
-    first.finish(failed=True, open_step=10, seconds=None)
+    first.finish(failed=True, open_step=10, seconds=20)
+    wandb.teardown()  # as at the end of a process: offline files are whole then
+    assert (tmp_path / "wandb" / "run-id").read_text().strip() == first.id
     records = [{"step": step, "time": 0.0, "train/loss": float(step)} for step in (9, 10)]
-    second = WandbRun(config, tmp_path, first.id, records, {}, {})
+    second = WandbRun(config, tmp_path, None, records, {}, {})  # no checkpoint knows of the first one
+    assert second.id == first.id
     second.log({"eval/loss": 1.0}, 10)
-    second.finish(failed=False, open_step=None, seconds=None)
+    second.end_step(10)
+    assert second._row == {}  # it waits for nothing more
+    second.finish(failed=False, open_step=None, seconds=20)
+    wandb.teardown()
+    assert reminder(config, tmp_path) is None
+    monkeypatch.setenv("WANDB_MODE", "online")
+    online = load_config(str(write_config(tracking=wandb_config())), [])
+    assert f"-m trainer sync {tmp_path}" in str(reminder(online, tmp_path))
+    (tmp_path / "wandb" / "complete").touch()
+    assert reminder(online, tmp_path) is None
     rows = [wandb_log.history(file) for file in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))]
     told = [[(row["step"], row["train/loss"], row.get("eval/loss")) for row in part] for part in rows]
     assert told == [[(9, 9.0, None)], [(10, 10.0, 1.0)]]

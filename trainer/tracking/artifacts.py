@@ -188,7 +188,8 @@ class CheckpointUploads:
                 waiter.start()
                 self._waiters = [known for known in self._waiters if known.is_alive()] + [waiter]
                 with self._changed:  # at the end W&B gets the others at once
-                    self._changed.wait_for(lambda upload=upload: self._is_ending or upload not in self._busy)
+                    while upload in self._busy and not self._is_ending:
+                        self._changed.wait()
 
     def _give(self, upload: _Upload) -> Any:
         """Gives a checkpoint to W&B, which reads all of it; returns what W&B makes of it."""

@@ -1,11 +1,13 @@
 """Trackers other than W&B, by Accelerate's names: how each is started, and how it takes pictures.
 
-Values go through Accelerate's classes. What these do not do, pictures for most, is done with the tracker itself.
+Values go through Accelerate's classes. What these do not do, pictures for most, is done with the tracker itself. That
+a server may be slow or away is the business of `trainer.tracking.behind`.
 """
 
 from __future__ import annotations
 
-import threading
+import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,51 @@ from numpy.typing import NDArray
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import Progress
 from trainer.config import Config, flatten
+from trainer.errors import UserError, nearest
 from trainer.eval_media import EvalMedia
 
 _TAKE_TEXT = ("tensorboard", "comet_ml")
-_FINISH_SECONDS = 30.0  # a tracker whose server is away may wait for much longer at its end
+# What takes the arguments of the user's, and what we take ourselves beside.
+_TAKERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "tensorboard": ("torch.utils.tensorboard", "SummaryWriter", ()),
+    "aim": ("aim", "Run", ("run_name", "repo")),
+    "clearml": ("clearml", "Task.init", ()),
+    "comet_ml": ("comet_ml", "start", ("project_name",)),
+    "dvclive": ("dvclive", "Live", ()),
+    "mlflow": ("accelerate.tracking", "MLflowTracker", ()),
+    "swanlab": ("swanlab", "init", ()),
+    "trackio": ("trackio", "init", ()),
+}
+
+
+def stored_config(config: Config) -> dict[str, Any]:
+    """Returns what a tracker is to show of a config: all but `tracking.init`, which may hold secrets."""
+    return config.model_dump(mode="json", exclude={"tracking": {"init"}})
+
+
+def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
+    """Raises UserError where a tracker's own start does not know an argument, as far as that can be known."""
+    module, attribute, ours = _TAKERS[name]
+    try:
+        taker: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            taker = getattr(taker, part)
+        parameters = inspect.signature(taker).parameters
+    except Exception:  # a package of another version, or one that is broken: its start will tell
+        return
+    check_names(name, arguments, parameters, ours)
+
+
+def check_names(
+    name: str, arguments: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter], ours: tuple[str, ...] = ()
+) -> None:
+    """Raises UserError where an argument is none of the parameters."""
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for key in arguments:
+        if key not in parameters and key not in ours:
+            message = f"{name} takes no such argument{nearest(key, parameters)}"
+            raise UserError(message, path=f"tracking.init.{name}.{key}")
 
 
 class Other:
@@ -40,7 +83,7 @@ class Other:
         self._tracker.start()
         if name == "comet_ml" and "experiment_config" not in arguments:
             self._tracker.tracker.set_name(config.run.name)
-        self._tracker.store_init_configuration(_plain(config.model_dump(mode="json")))
+        self._tracker.store_init_configuration(_plain(stored_config(config)))
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
         self._tracker.log(dict(record), step=step)
@@ -55,6 +98,9 @@ class Other:
         for name, table in media.tables.items():
             send(self._tracker, f"eval/{name}", _heat_map(table), name, step)
 
+    def end_step(self, step: int) -> None:
+        pass  # each record goes out by itself
+
     def summarise(self, values: Mapping[str, Any], step: int) -> None:
         kinds: tuple[type, ...] = (int, float, str) if self.name in _TAKE_TEXT else (int, float)
         taken = {key: value for key, value in values.items() if isinstance(value, kinds)}
@@ -64,28 +110,14 @@ class Other:
     def checkpoint(self, folder: CheckpointFolder, progress: Progress) -> None:
         pass  # uploads are W&B's
 
-    def finish(self, failed: bool, open_step: int | None, seconds: float | None) -> None:
-        limit = _FINISH_SECONDS if seconds is None else min(seconds, _FINISH_SECONDS)
-        problems: list[Exception] = []
-        thread = threading.Thread(target=lambda: self._finish(failed, problems), name="tracker", daemon=True)
-        thread.start()
-        thread.join(limit)
-        if problems:
-            raise problems[0]
-        if thread.is_alive():
-            raise TimeoutError(f"it did not finish within {limit:.0f} s")
+    def finish(self, failed: bool, open_step: int | None, seconds: float) -> None:
+        if failed and self.name == "mlflow":
+            import mlflow
 
-    def _finish(self, failed: bool, problems: list[Exception]) -> None:
-        try:
-            if failed and self.name == "mlflow":
-                import mlflow
-
-                mlflow.end_run("FAILED")
-            elif failed and self.name == "clearml":
-                self._tracker.tracker.mark_failed()
-            self._tracker.finish()
-        except Exception as error:
-            problems.append(error)
+            mlflow.end_run("FAILED")
+        elif failed and self.name == "clearml":
+            self._tracker.tracker.mark_failed()
+        self._tracker.finish()
 
 
 def _build(name: str, config: Config, run_dir: Path, start: int, arguments: dict[str, Any]) -> GeneralTracker:
@@ -93,8 +125,8 @@ def _build(name: str, config: Config, run_dir: Path, start: int, arguments: dict
     project, run_name = config.tracking.wandb.project, config.run.name
     make: Callable[..., GeneralTracker] = LOGGER_TYPE_TO_CLASS[name]
     if name == "tensorboard":
-        # What a killed attempt wrote of the steps after `start` is dropped by whoever reads the files.
-        return make("tensorboard", run_dir, **{"purge_step": start + 1 if start else None, **arguments})
+        # What an attempt before wrote of the steps after `start` is dropped by whoever reads the files.
+        return make("tensorboard", run_dir, **{"purge_step": start + 1, **arguments})
     if name == "aim":
         return make(arguments.pop("run_name", run_name), arguments.pop("repo", str(run_dir)), **arguments)
     if name == "mlflow":

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from advising import Followed, Told, check
-from conftest import NIGHTLY, SUPPORT, Outcome, WriteConfig
+from conftest import NIGHTLY, SUPPORT, Outcome, WriteConfig, nightly
 from launching import environment
 from resuming import TrainServer
 
@@ -52,9 +52,9 @@ def slow_network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainServ
 
 
 def _config(write_config: WriteConfig, **changes: Any) -> Path:
-    """Writes a run of as few steps as can be told anything: 8 after the first report."""
+    """Writes a run of about as few steps as can be told anything: 8 after the first report, and a second."""
     quiet = {"data__eval": None, "checkpoint__every": 1000, "log__every": 8 if NIGHTLY else 5}
-    return write_config(**{**quiet, "train": {"steps": 32 if NIGHTLY else 15, "batch_size": 12}, **changes})
+    return write_config(**{**quiet, "train": {"steps": 32 if NIGHTLY else 17, "batch_size": 12}, **changes})
 
 
 def _sleeping(backward: float, num_blocks: int, width: int) -> dict[str, Any]:
@@ -75,10 +75,11 @@ def test_half_the_bytes_over_a_slow_network(
     check(partial(slow_network.train, ranks=2), config, tmp_path, "communication", is_right)
 
 
+@nightly
 def test_smaller_buckets_where_there_is_one(
     slow_network: TrainServer, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    config = _config(write_config, model=_sleeping(0.3 if NIGHTLY else 0.1, 8, 400))
+    config = _config(write_config, model=_sleeping(0.3, 8, 400))
 
     def is_right(told: Told) -> bool:
         return told.settings == {"parallel.bucket_mb": 2}

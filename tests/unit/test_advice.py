@@ -98,6 +98,7 @@ def test_no_figure_is_without_sense() -> None:
                     any_of((), ("resident",), ("cache",)),
                     any_of(0, GIB),
                     any_of(0, GIB),
+                    any_of(0, GIB),
                     any_of((), tuple((0.0, i * 20 * MIB) for i in range(8))),
                 ),
                 batch=any_of(Batch(), ACCUMULATING),
@@ -200,7 +201,7 @@ def test_data_lives_on_the_device_where_steps_leave_room() -> None:
 
 def test_workers_need_memory() -> None:
     """One takes 1 GiB and has two batches of 128 MiB ready or in work: 6 GiB that are free hold 3 more, with care."""
-    loading = Loading(num_workers=4, seconds=0.4, cpu_seconds=0.1, batch_bytes=128 * MIB, worker_bytes=((0.0, GIB),))
+    loading = Loading(num_workers=4, seconds=0.4, cpu_seconds=0.1, batch_bytes=128 * MIB, bytes_per_worker=GIB)
     host = Host(num_cores=64, free_memory=6 * GIB)
     found = heard("data_wait", {"data_wait": 0.6}, loading=loading, host=host)
     assert found.settings == {"data.workers": 7}
@@ -277,7 +278,7 @@ def test_memory_is_compared_with_that_of_as_many_settled_workers(monkeypatch: py
     assert memory.series == [(61.0, 30), (80.0, 40)]
     now = 90.0
     memory.add(3, 50)
-    assert memory.series == []
+    assert (memory.series, memory.latest) == ([], 50)
 
 
 # ---- computing -----------------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def _affordable_workers(measured: Measured) -> int:
     loading, free = measured.loading, measured.host.free_memory
     if free is None:
         return loading.num_workers + _MOST_WORKERS
-    one = loading.worker_bytes[-1][1] if loading.worker_bytes else _WORKER_BYTES
+    one = loading.bytes_per_worker or _WORKER_BYTES
     return loading.num_workers + int(_OF_FREE * free / (one + loading.prefetch_factor * loading.batch_bytes + 1))
 
 

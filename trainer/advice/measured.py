@@ -31,7 +31,8 @@ class Loading:
         alternatives: cheaper ways that this data and this device have: `cache`, `device_decode`, `resident`.
         batch_bytes: host memory of a micro-batch that waits for the step; 0 where not known.
         resident_bytes: that the data takes on this rank's device where it lives there (`resident`).
-        worker_bytes: memory of one worker since there are as many as now and they have settled: (seconds, bytes).
+        bytes_per_worker: memory of one worker now; 0 where not known.
+        worker_bytes: the same over time, since there are as many as now and they have settled: (seconds, bytes).
     """
 
     mode: FeedMode = "host"
@@ -42,6 +43,7 @@ class Loading:
     alternatives: tuple[str, ...] = ()
     batch_bytes: int = 0
     resident_bytes: int = 0
+    bytes_per_worker: int = 0
     worker_bytes: tuple[tuple[float, int], ...] = ()
 
 

@@ -226,6 +226,7 @@ class Survey:
             self._cheaper_ways,
             feed.batch_bytes(),
             self._resident_bytes,
+            self._workers.latest,
             tuple(self._workers.series),
         )
 
@@ -364,6 +365,7 @@ class _WorkerMemory:
 
     def __init__(self) -> None:
         self.series: list[tuple[float, int]] = []
+        self.latest = 0
         self._num_workers = 0
         self._since = time.monotonic()
 
@@ -373,6 +375,7 @@ class _WorkerMemory:
         if num_workers != self._num_workers:
             self._num_workers, self._since = num_workers, now
             self.series.clear()
+        self.latest = worker_bytes or self.latest
         if worker_bytes is not None and now - self._since >= WORKERS_SETTLE_SECONDS:
             self.series.append((now, worker_bytes))
 

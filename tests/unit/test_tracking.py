@@ -696,7 +696,7 @@ def test_tensorboard_is_one_curve_where_a_run_begins_anew(write_config: WriteCon
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     PartialState(cpu=True)
-    init = {"comet_ml": {"api_key": "secret"}}
+    init = {"comet_ml": {"api_key": "not-to-be-shown"}}
     tracking = {"trackers": ["tensorboard", "comet_ml"], "init": init}
     config = load_config(str(write_config(tracking=tracking)), [])
     for last in (5, 3):
@@ -707,7 +707,7 @@ def test_tensorboard_is_one_curve_where_a_run_begins_anew(write_config: WriteCon
     found = EventAccumulator(str(tmp_path / "tensorboard"))
     found.Reload()
     assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(1, 31), (2, 32), (3, 33)]
-    assert "secret" not in str(stored_config(config))
+    assert "not-to-be-shown" not in str(stored_config(config))
 
 
 def test_a_record_that_is_not_whole_is_not_replayed(

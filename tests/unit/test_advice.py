@@ -161,12 +161,16 @@ def test_workers_that_wait_for_a_disk_need_no_cores() -> None:
 
 
 def test_cores_limit_the_gain_of_workers() -> None:
-    """A step of 50 ms on 2 threads and 80 ms of loading are 180 ms of work for 2 cores."""
-    loading, host = Loading(num_workers=0, seconds=0.05, cpu_seconds=0.05), Host(num_cores=2, num_threads=2)
-    found = heard("data_wait", {"data_wait": 0.5}, loading=loading, host=host, device="cpu")
-    assert found.settings == {"data.workers": 1}
-    assert found.gain == pytest.approx(0.1 / 0.075 - 1)
-    assert "Loading in the thread of the step leaves 640 samples/s" in found.text
+    """A step of 50 ms and 60 ms of loading: beside one thread of two cores, or with every core taken by the step."""
+    loading = Loading(num_workers=0, seconds=0.06, cpu_seconds=0.06)
+    one = heard("data_wait", {"data_wait": 0.6}, loading=loading, host=Host(num_cores=2, num_threads=1), device="cpu")
+    assert one.settings == {"data.workers": 2}
+    assert one.gain == pytest.approx(0.1 / 0.06 - 1)
+    assert "Loading in the thread of the step leaves 640 samples/s" in one.text
+    both = heard("data_wait", {"data_wait": 0.6}, loading=loading, host=Host(num_cores=2, num_threads=2), device="cpu")
+    assert both.settings == {}
+    assert both.gain is None
+    assert "and no core of 2 is left for more workers: make reading a sample cheaper" in both.text
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,10 @@ def _more_workers(measured: Measured) -> _Workers:
     now, busy = measured.micro_batch_seconds, _busy_seconds(measured)
     copied = measured.share("h2d") * now
     threads = min(host.num_threads, host.num_cores)
-    by_cores = (busy * threads + loading.cpu_seconds) / host.num_cores
+    # Threads of one operation wait for one another: a step whose threads have every core is as slow as the one that
+    # shares its core with a worker. Measured on two cores: nothing is gained.
+    spare = host.num_cores - threads
+    by_cores = loading.cpu_seconds / spare if spare else busy + loading.cpu_seconds
     least = max(busy, copied, by_cores)
     wanted = max(math.ceil(_HEADROOM * loading.seconds / least), 1)
     affordable = _affordable_workers(measured)

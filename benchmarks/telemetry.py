@@ -1,9 +1,9 @@
 """What telemetry costs: the same job with everything that is measured by default, and without any of it.
 
-`python -m benchmarks.telemetry --json FILE` trains two models alike in one process, in turn, some steps and a report at
-a time, and compares each pair of turns. With: the split of every step into parts, and at the report memory, the
+`python -m benchmarks.telemetry --json FILE` trains two models alike in one process, a step of one and a step of the
+other in random order, and compares each pair. With: the split of every step into parts, and at the report memory, the
 machine, MFU and advice. Without: loss, learning rate and throughput only. Beside the ratio, which noise blurs, the time
-spent in measuring itself is added up.
+spent in the stopwatch and the observer is added up.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from trainer.config import load_config
 from trainer.loop import Trainer
 from trainer.window import Window
 
-_JOB = {
+_JOB: dict[str, Any] = {
     "run": {"name": "telemetry", "seed": 0},
     "data": {"train": {"name": "synthetic", "args": {"num_samples": 6400, "shape": [3, 32, 32], "num_classes": 10}}},
     "model": {"name": "resnet18", "args": {"num_classes": 10}},
     "optim": {"name": "sgd", "lr": 0.01, "args": {"momentum": 0.9}},
-    "train": {"steps": 1_000_000, "batch_size": 64},
+    "train": {"steps": 1_000_000, "batch_size": 16},
     "log": {"every": 1_000_000},
     "checkpoint": {"every": 1_000_000},
     "faults": {"hang_timeout": None},
@@ -71,13 +71,13 @@ def make(kind: type[Trainer], folder: Path, time_split: bool) -> Trainer:
     return trainer
 
 
-def seconds_of(trainer: Trainer, num_steps: int) -> float:
-    """Returns what some steps and a report take."""
+def step_seconds(trainer: Trainer, reports: bool) -> float:
+    """Returns what a step takes, with or without a report after it."""
     began = time.perf_counter()
-    for _ in range(num_steps):
-        trainer.train_step()
-        trainer.after_step()
-    trainer.report()
+    trainer.train_step()
+    trainer.after_step()
+    if reports:
+        trainer.report()
     return time.perf_counter() - began
 
 
@@ -100,58 +100,66 @@ def own_seconds(trainer: Trainer, num_steps: int) -> float:
     for thing, name in originals:
         setattr(thing, name, timed(getattr(thing, name)))
     trainer.feed.on_arrival = timed(trainer.feed.on_arrival)
-    seconds_of(trainer, num_steps)
+    for step in range(num_steps):
+        step_seconds(trainer, reports=step == num_steps - 1)
     return spent[0]
 
 
-def measure(rounds: int, steps: int) -> dict[str, Any]:
-    """Runs both in turn, in random order within a round."""
-    seconds: dict[str, list[float]] = {"with": [], "without": []}
+def measure(pairs: int, every: int) -> dict[str, Any]:
+    """Makes pairs of steps, one of each kind, in random order, and a report of each after every so many."""
+    steps: dict[str, list[float]] = {"with": [], "without": []}
+    reports: dict[str, list[float]] = {"with": [], "without": []}
     with tempfile.TemporaryDirectory() as folder:
         trainers = {"with": make(Trainer, Path(folder), True), "without": make(BareTrainer, Path(folder), False)}
-        for number in range(rounds):
+        for number in range(1, pairs + 1):
             for name in random.sample(list(trainers), 2):
-                seconds[name].append(seconds_of(trainers[name], steps))
-            sys.stderr.write(f"round {number + 1}: {seconds['without'][-1] / seconds['with'][-1]:.4f}\n")
-        own = own_seconds(trainers["with"], steps)
+                taken = reports if number % every == 0 else steps
+                taken[name].append(step_seconds(trainers[name], reports=taken is reports))
+        own = own_seconds(trainers["with"], every)
         for trainer in trainers.values():
             trainer.close()
-    ratios = sorted(bare / measured for bare, measured in zip(seconds["without"], seconds["with"], strict=True))
-    step = statistics.median(seconds["with"]) / steps
+    ratios = sorted(bare / full for bare, full in zip(steps["without"], steps["with"], strict=True))
+    step = statistics.median(steps["without"])
+    # What a report takes more, for each of the steps up to it.
+    report = (statistics.median(reports["with"]) - statistics.median(reports["without"])) / every
     return {
-        "steps_per_round": steps,
-        "seconds": {name: [round(value, 4) for value in values] for name, values in seconds.items()},
-        "ratio": round(statistics.median(ratios), 4),
-        "ratio_quartiles": [round(ratios[len(ratios) // 4], 4), round(ratios[-1 - len(ratios) // 4], 4)],
+        "pairs": len(ratios),
+        "steps_per_report": every,
         "step_seconds": round(step, 5),
-        "own_seconds_per_step": round(own / steps, 7),
-        "own_share": round(own / steps / step, 6),
+        "step_ratio": round(statistics.median(ratios), 4),
+        "step_ratio_quartiles": [round(ratios[len(ratios) // 4], 4), round(ratios[-1 - len(ratios) // 4], 4)],
+        "report_seconds_per_step": round(report, 7),
+        "ratio": round(step / (step / statistics.median(ratios) + report), 4),
+        "own_seconds_per_step": round(own / every, 7),
+        "own_share": round(own / every / step, 6),
     }
 
 
 def table(result: Mapping[str, Any]) -> str:
     """Returns the result as a Markdown table."""
-    low, high = result["ratio_quartiles"]
-    rounds = len(result["seconds"]["with"])
+    low, high = result["step_ratio_quartiles"]
     rows = [
         "| | |",
         "|---|---|",
-        f"| speed with telemetry, of that without: median of {rounds} pairs | {result['ratio']:.4f} |",
-        f"| quartiles | {low:.4f}, {high:.4f} |",
-        f"| a step | {1e3 * result['step_seconds']:.1f} ms |",
-        f"| of it in measuring, reports included | {1e6 * result['own_seconds_per_step']:.0f} microseconds, "
-        f"{100 * result['own_share']:.3f}% |",
+        f"| speed of a step with telemetry, of one without: median of {result['pairs']} pairs "
+        f"| {result['step_ratio']:.4f} |",
+        f"| quartiles | {low:.3f}, {high:.3f} |",
+        f"| the same with reports, one in {result['steps_per_report']} steps | {result['ratio']:.4f} |",
+        f"| a step without telemetry | {1e3 * result['step_seconds']:.1f} ms |",
+        f"| what reports take more, per step | {1e6 * result['report_seconds_per_step']:.0f} microseconds |",
+        f"| in the stopwatch and the observer, by timing each call, per step "
+        f"| {1e6 * result['own_seconds_per_step']:.0f} microseconds, {100 * result['own_share']:.3f}% |",
     ]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    where = f"ResNet-18, 64 images of 32x32, a report every {result['steps_per_round']} steps; {result['hardware']}"
+    where = f"ResNet-18, {_JOB['train']['batch_size']} images of 32x32; {result['hardware']}"
     return "\n".join(rows) + f"\n\n{where}; {versions}; `{result['command']}`.\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, shows the table and writes the figures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.telemetry", description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=40, metavar="N")
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="of a round")
+    parser.add_argument("--pairs", type=int, default=1000, metavar="N", help="of steps (default: 1000)")
+    parser.add_argument("--every", type=int, default=50, metavar="N", help="steps to a report (default: 50)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
@@ -163,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "torch": torch.__version__,
             "accelerate": accelerate.__version__,
         },
-        **measure(options.rounds, options.steps),
+        **measure(options.pairs, options.every),
     }
     sys.stdout.write(table(result))
     if options.json is not None:

@@ -1,7 +1,7 @@
 """Runs of two ranks that really have a problem: what they are told, and what following it gains.
 
-`LOCKSTEP_NIGHTLY=1` follows it, in longer runs. A promise is kept within the margin of `advising.MARGIN`. The slow network is a real one: the ranks live in a network
-namespace whose loopback device sends 50 MB/s and no more.
+`LOCKSTEP_NIGHTLY=1` follows it, in longer runs. A promise is kept within the margin of `advising.MARGIN`. The slow
+network is a real one: the ranks live in a network namespace whose loopback device sends 50 MB/s and no more.
 """
 
 from __future__ import annotations

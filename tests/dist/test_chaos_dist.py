@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import WriteConfig
+from conftest import WriteConfig, nightly
 from launching import Job, alive, run
 from run_results import records, summary
 
@@ -62,6 +62,7 @@ def test_a_job_under_faults_ends_as_in_peace(write_config: WriteConfig, tmp_path
     assert not (tmp_path / "run").exists()  # the user's own
 
 
+@nightly
 @pytest.mark.timeout(600)
 def test_a_job_that_does_not_repeat_itself_is_found_out(write_config: WriteConfig, tmp_path: Path) -> None:
     data = {"name": "fickle:Fickle", "args": {"length": 600}}

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from checkpointed_models import MODELS
 from checkpointing_worker import PLANS
+from conftest import nightly
 from launching import on_processes
 
 
-@pytest.mark.parametrize("wrapping", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("wrapping", ["ddp", pytest.param("fsdp2", marks=nightly)])
 def test_same_bits_as_without(wrapping: str, tmp_path: Path) -> None:
     done = on_processes(2, "checkpointing_worker.py", tmp_path, wrapping)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import WriteConfig
+from conftest import WriteConfig, nightly
 from resuming import TrainServer
 from run_results import checkpoint, close, losses, optimizer_state, summary, weights
 
@@ -53,7 +53,7 @@ def samples(recorded: Path, ranks: int) -> list[list[int]]:
     return [sorted(index for share in step for index in share) for step in zip(*by_rank, strict=True)]
 
 
-@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=nightly), 4])
 @pytest.mark.parametrize("name", JOURNEYS)
 def test_other_processes_go_on(
     name: str, every: int, server: TrainServer, write_config: WriteConfig, tmp_path: Path

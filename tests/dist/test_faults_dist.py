@@ -115,8 +115,8 @@ DEATHS = (
     killed("while loading a batch", 1, "loading a batch", seconds=20),  # to the next deed, after a whole start
     killed("while restoring", 0, "restoring a checkpoint", options=LATER),
     killed("of rank 0, in forward", 0, "forward", nightly=True),
-    killed("in an evaluation", 1, "evaluation"),
-    killed("while saving", 1, "saving a checkpoint"),
+    killed("in an evaluation", 1, "evaluation", nightly=True),
+    killed("while saving", 1, "saving a checkpoint", nightly=True),
     killed("in the optimizer's step", 1, "optimizer", nightly=True),
     Case("SIGKILL of all ranks", "kill-all", 0, "rank [01] was ended by SIGKILL", "backward", blames=False),
     Case("an exception", "raise", 1, r"rank 1 on \S+, step \d+ \(forward\): RuntimeError: .*; samples \d+", "forward"),
@@ -139,14 +139,21 @@ DEATHS = (
     hangs("rank 0 sleeps in forward", "hang", 0, r"rank 0 on \S+, step \d+ \(forward\)", nightly=True),
     hangs("a rank sleeps with Python's lock held", "hang-with-gil", 1, r"rank 1 on \S+, step \d+ \(forward\)"),
     hangs("SIGSTOP", "stop", 1, r"rank 1 on \S+, step \d+"),
-    hangs("SIGSTOP of rank 0", "stop", 0, r"rank 0 on \S+, step \d+"),
+    hangs("SIGSTOP of rank 0", "stop", 0, r"rank 0 on \S+, step \d+", nightly=True),
     hangs(
         "a loader worker is stopped", "stop-worker", 1, r"rank 1 on \S+, step \d+ \((loading|evaluation)", nightly=True
     ),
 )
 ON_THREE = (
     killed("in backward, of one of three", 2, "backward"),
-    Case("an exception, one of three", "raise", 1, r"rank 1 on \S+, step \d+ \(optimizer\): Run", "optimizer"),
+    Case(
+        "an exception, one of three",
+        "raise",
+        1,
+        r"rank 1 on \S+, step \d+ \(optimizer\): Run",
+        "optimizer",
+        nightly=True,
+    ),
     hangs(
         "a rank of three sleeps in an evaluation", "hang", 2, r"rank 2 on \S+, step \d+ \(evaluation\)", "evaluation"
     ),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from conftest import nightly
 from launching import on_processes
 from memory_models import CASES
 
 TOLERANCE = 0.1
 
 
+@nightly  # a minute; one process is in tests/unit
 def test_as_much_as_measured(tmp_path: Path) -> None:
     done = on_processes(2, "memory_worker.py", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

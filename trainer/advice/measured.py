@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from trainer.faults.pace import Straggler
+if TYPE_CHECKING:  # the run page reads advice, and imports no torch
+    from trainer.faults.pace import Straggler
 
 DeviceType = str
 FeedMode = Literal["host", "device_decode", "resident", "made_on_device"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer.advice.measured import line
 from trainer.report import charts, evaluation
 from trainer.report.attempts import address, status_chip, timeline, wall_time
 from trainer.report.charts import TIME_PARTS, Chart
@@ -176,8 +177,6 @@ def key_figures(run: Run) -> list[tuple[str, str, str]]:
 
 def advice_card(advice: Advice, identity: str) -> Html:
     """Returns a piece of advice with the lines to copy."""
-    from trainer.advice.measured import line  # late, as it imports torch
-
     parts = [tag("p", with_code(advice.text))]
     if advice.settings:
         source = f"advice-{identity}"

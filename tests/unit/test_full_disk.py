@@ -163,7 +163,7 @@ def test_a_full_run_folder(
         assert summary(run)["status"] == "finished"
         assert leftovers(run) == set()
     else:
-        assert 5 < len(reported) < 50
+        assert 0 < len(reported) < 50
     assert kept(tmp_path / "checkpoints") == [40, 60]
 
 

@@ -492,7 +492,7 @@ from trainer.config import Config
 from trainer.tracking import Trackers
 PartialState(cpu=True)
 folder = Path({str(folder)!r})
-trackers = Trackers(Config.model_validate(json.loads({json.dumps(settings)!r})), folder, None)
+trackers = Trackers(Config.model_validate(json.loads({json.dumps(settings)!r})), folder, 0, None)
 trackers.log({{"train/loss": 0.5}}, 1)
 trackers.log({{"train/loss": 0.25}}, 2)
 trackers.summarise({{"goodput": 0.75}}, 2)

@@ -136,7 +136,8 @@ def test_the_precision_of_the_step_is_that_of_its_images(
     forward = SmallCNN.forward
 
     def record(self: SmallCNN, images: torch.Tensor) -> torch.Tensor:
-        seen.add((images.dtype, images.is_contiguous(memory_format=torch.channels_last)))
+        if images.device.type != "meta":  # where FLOPs are counted
+            seen.add((images.dtype, images.is_contiguous(memory_format=torch.channels_last)))
         return forward(self, images)
 
     monkeypatch.setattr(SmallCNN, "forward", record)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from benchmarks import checkpoint, faults, feed, memory, soak, startup, switches
+from benchmarks import checkpoint, faults, feed, memory, soak, startup, switches, telemetry
 
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
 TABLES = [
@@ -26,6 +26,7 @@ MAKERS = {
     "soak-cpu": soak.table,
     "startup-cpu": startup.table,
     "switches-cpu": switches.table,
+    "telemetry-cpu": telemetry.table,
 }
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+import wandb
 import wandb_log
 from accelerate import PartialState
 from conftest import Train, WriteConfig
@@ -26,10 +27,10 @@ from launching import environment
 from run_results import records, summary
 from torch import nn
 from torch.nn import functional
+from wandb import Artifact
 from wandb.errors import CommError
 from wandb_server import StoredRun, WandbServer
 
-import wandb
 from benchmarks import tracking
 from trainer import tracking as trackers_module
 from trainer.checkpoint.folder import CheckpointFolder
@@ -52,7 +53,6 @@ from trainer.tracking.behind import Behind
 from trainer.tracking.others import Other, stored_config
 from trainer.tracking.tracker import Tracker
 from trainer.tracking.wandb_run import WandbRun
-from wandb import Artifact
 
 if TYPE_CHECKING:
     from resuming import TrainServer

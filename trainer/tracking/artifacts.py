@@ -319,9 +319,9 @@ def log_export(config: Config, run_dir: Path, wandb_id: str, file: Path, metadat
 
 def _log_export(config: Config, run_dir: Path, wandb_id: str, file: Path, metadata: dict[str, Any]) -> Path | None:
     """Returns the folder that is still to be synced, where W&B gave up on the upload."""
+    import wandb
     from accelerate import PartialState
 
-    import wandb
     from trainer.tracking.wandb_run import start, wandb_mode
 
     PartialState(cpu=True)  # without which accelerate's trackers cannot log a line

@@ -9,9 +9,7 @@ the run folder, writes logs, connects the watch of each rank and saves the envir
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,8 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import torch
+from benchmarks.telling import describe, publish, with_origin
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _BARE = Path(__file__).with_name("bare_script.py")
@@ -90,9 +87,7 @@ def table(result: Mapping[str, Any]) -> str:
         f"| ratio, median of {len(result['ratios'])} rounds | {result['ratio']:.2f} | "
         f"{min(result['ratios']):.2f}, {max(result['ratios']):.2f} |"
     )
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    where = f"{result['processes']} processes; {result['hardware']}; {versions}"
-    return "\n".join(lines) + f"\n\n{where}; `{result['command']}`.\n"
+    return with_origin(lines, f"{result['processes']} processes", result)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,19 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    result = {
-        "command": f"python -m benchmarks.startup {' '.join(sys.argv[1:] if arguments is None else arguments)}",
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "accelerate": accelerate.__version__,
-        },
-        **measure(options.processes, options.rounds),
-    }
-    sys.stdout.write(table(result))
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    result = {**describe("benchmarks.startup", arguments, ["accelerate"]), **measure(options.processes, options.rounds)}
+    publish(result, table, options.json)
     return 0
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import statistics
 import sys
@@ -21,9 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import torch
-
+from benchmarks.telling import describe, publish, with_origin
 from trainer.config import load_config
 from trainer.loop import Trainer
 from trainer.window import Window
@@ -150,9 +146,7 @@ def table(result: Mapping[str, Any]) -> str:
         f"| in the stopwatch and the observer, by timing each call, per step "
         f"| {1e6 * result['own_seconds_per_step']:.0f} microseconds, {100 * result['own_share']:.3f}% |",
     ]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    where = f"ResNet-18, {_JOB['train']['batch_size']} images of 32x32; {result['hardware']}"
-    return "\n".join(rows) + f"\n\n{where}; {versions}; `{result['command']}`.\n"
+    return with_origin(rows, f"ResNet-18, {_JOB['train']['batch_size']} images of 32x32", result)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -162,20 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--every", type=int, default=50, metavar="N", help="steps to a report (default: 50)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    result = {
-        "command": f"python -m benchmarks.telemetry {' '.join(sys.argv[1:] if arguments is None else arguments)}",
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, {gpu}",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "accelerate": accelerate.__version__,
-        },
-        **measure(options.pairs, options.every),
-    }
-    sys.stdout.write(table(result))
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    result = {**describe("benchmarks.telemetry", arguments, ["accelerate"]), **measure(options.pairs, options.every)}
+    publish(result, table, options.json)
     return 0
 
 

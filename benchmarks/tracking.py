@@ -11,7 +11,6 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,8 +20,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-import wandb
+from benchmarks.telling import describe, publish, with_origin
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _SERVER = REPOSITORY / "tests" / "support" / "wandb_server.py"
@@ -119,9 +117,7 @@ def table(result: Mapping[str, Any]) -> str:
         else:
             line += " | |"
         lines.append(line)
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    where = f"1 process, {result['steps']} steps, a report every 10; {result['hardware']}; {versions}"
-    return "\n".join(lines) + f"\n\n{where}; `{result['command']}`.\n"
+    return with_origin(lines, f"1 process, {result['steps']} steps, a report every 10", result)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -131,19 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1000, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    result = {
-        "command": f"python -m benchmarks.tracking {' '.join(sys.argv[1:] if arguments is None else arguments)}",
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "wandb": wandb.__version__,
-        },
-        **measure(options.rounds, options.steps),
-    }
-    sys.stdout.write(table(result))
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    result = {**describe("benchmarks.tracking", arguments, ["wandb"]), **measure(options.rounds, options.steps)}
+    publish(result, table, options.json)
     return 0
 
 

@@ -12,12 +12,13 @@ import os
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from trainer.profiling.tables import kernels_text
 from trainer.profiling.traces import analyse, read_trace
+from trainer.system import replacing
 from trainer.units import format_bytes
 
 TRACE = "trace.json.gz"
@@ -71,18 +72,6 @@ def too_large(num_bytes: int) -> str:
 
 def _is_same(one: os.stat_result, other: os.stat_result) -> bool:
     return (one.st_ino, one.st_mtime_ns, one.st_size) == (other.st_ino, other.st_mtime_ns, other.st_size)
-
-
-@contextlib.contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """Gives a file to write, which takes the place of another one once it is whole; not so if the body is left."""
-    staged = file.with_name(f".{file.name}.{os.getpid()}.new")
-    try:
-        yield staged
-        os.replace(staged, file)
-    finally:
-        with contextlib.suppress(OSError):
-            staged.unlink()
 
 
 def begin_to_look_into(trace: Path) -> subprocess.Popen[bytes]:

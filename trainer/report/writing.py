@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from trainer.errors import UserError, one_line_text
@@ -14,6 +12,7 @@ from trainer.report.comparison import comparison_page
 from trainer.report.curves import Curves
 from trainer.report.page import run_page
 from trainer.report.reading import read_run
+from trainer.system import replacing
 
 logger = logging.getLogger("lockstep")
 
@@ -60,11 +59,5 @@ def _replace(file: Path, content: str) -> None:
     """Writes a file whole or not at all."""
     if not file.parent.exists():
         file.parent.mkdir(parents=True)
-    staged = file.with_name(f".{file.name}.new")
-    try:
+    with replacing(file) as staged:
         staged.write_text(content, encoding="utf-8")
-        os.replace(staged, file)
-    except OSError:
-        with suppress(OSError):
-            staged.unlink()
-        raise

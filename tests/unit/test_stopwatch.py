@@ -93,7 +93,7 @@ def test_a_copy_counts_as_far_as_the_step_waits_for_it(monkeypatch: pytest.Monke
             return []
 
     class Runtime:
-        device, local_rank = CPU, 1
+        device, rank, local_rank = CPU, 1, 1
 
     now = 100.0
     monkeypatch.setattr("trainer.telemetry.stopwatch.time.perf_counter", lambda: now)

@@ -25,10 +25,11 @@ from trainer.errors import UserError
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.shrink import Shrink, read_shrink
 from trainer.model import build_model, compile_model, recompute_blocks, uses_channels_last
-from trainer.optim import build_learning_rate, build_optimizer
+from trainer.optim import build_optimizer
 from trainer.precision import allows_tf32
 from trainer.run_folder import RunFolder
 from trainer.runtime import Runtime, seed_everything
+from trainer.schedule import build_learning_rate
 from trainer.sync_batchnorm import synchronise_batchnorm
 from trainer.tasks import build_task
 from trainer.telemetry.efficiency import FlopCounter, peak_flops

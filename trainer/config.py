@@ -282,11 +282,32 @@ class ScheduleConfig(Component):
 
     name: ComponentName = Field(
         "constant",
-        description="`constant`, `cosine` (args: min_ratio), `linear` (args: end_ratio), `step` (args: every, "
-        "gamma), or an import path to a function of total_steps that returns a function step -> factor.",
+        description="`constant`, `cosine` (args: min_ratio), `linear` (end_ratio), `polynomial` (power, end_ratio), "
+        "`step` (every, gamma), `multistep` (milestones, gamma), `exponential` (gamma, every), `one_cycle`, `wsd` "
+        "(decay, shape, end_ratio), or an import path to a function of total_steps that returns a function step -> "
+        "factor.",
+    )
+    interval: Literal["step", "epoch"] = Field(
+        "step",
+        description="How often the rate changes: with every step, or once per epoch, as in torchvision's recipes. With "
+        "`epoch` warm-up and schedule count epochs.",
     )
     warmup: Duration = Field(Interval(0), description="Linear warm-up before the schedule: steps, or like `5 epochs`.")
     warmup_start: Ratio = Field(0.01, description="Share of the peak rate at the first warm-up step.")
+    warmup_prefix: Bool = Field(
+        True,
+        description="Let the schedule begin at the end of warm-up. Off: it begins at step 0, and warm-up takes the "
+        "place of its first part.",
+    )
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> ScheduleConfig:
+        is_flat = self.name == "constant"
+        if not self.warmup_prefix and (is_flat or not self.warmup.count):
+            raise ValueError(f"warmup_prefix has no effect {'on a constant rate' if is_flat else 'without warmup'}")
+        if self.interval == "epoch" and is_flat and not self.warmup.count:
+            raise ValueError("interval has no effect on a constant rate")
+        return self
 
 
 class BackendsConfig(Section):

@@ -12,7 +12,8 @@ from torch.optim import lr_scheduler
 from trainer.components import _library_names
 from trainer.config import OptimConfig, ScheduleConfig
 from trainer.errors import UserError
-from trainer.optim import build_learning_rate, build_optimizer
+from trainer.optim import build_optimizer
+from trainer.schedule import build_learning_rate
 
 TOTAL, PER_EPOCH, PEAK = 60, 10, 0.5
 

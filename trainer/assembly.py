@@ -21,6 +21,7 @@ from trainer.data.modes import device_memory
 from trainer.data.resident import Share
 from trainer.data.sampler import BatchPlan, StepSampler
 from trainer.data.transforms import build_transforms
+from trainer.early_stopping import EarlyStopping
 from trainer.errors import UserError
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.shrink import Shrink, read_shrink
@@ -123,6 +124,7 @@ class Assembly:
             self.best_metric, best_mode = config.checkpoint.best.metric, config.checkpoint.best.mode
         self.best_mode = best_mode
         self.best_of = f"{best_mode} {self.best_metric}"
+        self.early_stopping = EarlyStopping(train.early_stopping, self.best_metric, best_mode)
 
     def split_batch(self, num_samples: int, micro_batch_size: int | None) -> None:
         """Splits the global batch over ranks and micro-batches, and with it the order of samples."""

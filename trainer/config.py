@@ -424,6 +424,21 @@ class ParallelConfig(Section):
         return self
 
 
+class EarlyStoppingConfig(Section):
+    """When a run ends early: once its evaluations no longer get better."""
+
+    metric: Annotated[str, Field(min_length=1)] = Field(
+        description="Name of an evaluation metric, without `eval/`; for example `accuracy`."
+    )
+    mode: Literal["max", "min"] | None = Field(
+        None,
+        description="Whether larger (`max`) or smaller (`min`) is better. Default: as for the best checkpoint, where "
+        "that has the same metric.",
+    )
+    patience: PositiveInt = Field(description="End with so many evaluations in a row that are not better.")
+    min_delta: NonNegativeFloat = Field(0.0, description="What is better is so by more than this.")
+
+
 class TrainConfig(Section):
     """How long to train and in what batches."""
 
@@ -436,6 +451,9 @@ class TrainConfig(Section):
         None,
         description="Most samples that one device holds at once; gradients accumulate until `batch_size` is "
         "reached. `auto`: the most that fit into `memory.target`. Default: no accumulation.",
+    )
+    early_stopping: EarlyStoppingConfig | None = Field(
+        None, description="End before `steps` or `epochs` once evaluations no longer get better."
     )
 
     @model_validator(mode="after")
@@ -629,6 +647,9 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
     config._source = source
     if config.checkpoint.best is not None and config.data.eval is None:
         problem = Problem("without data.eval nothing is ever the best", "checkpoint.best")
+        raise UserError(config.locate(problem))
+    if config.train.early_stopping is not None and config.data.eval is None:
+        problem = Problem("without data.eval there is nothing that gets better", "train.early_stopping")
         raise UserError(config.locate(problem))
     if config.model.dtype == "bfloat16" and config.precision != "bf16":
         problem = Problem("bfloat16 parameters need precision: bf16", "model.dtype")

@@ -342,7 +342,8 @@ def _run(record: Record | None, folder: Path) -> Sequence[str]:
     by = f" by {summary['stopped_by']}" if summary.get("stopped_by") else ""
     error = f": {summary['error']}" if summary.get("error") else ""
     at = f"step {summary.get('step')} of {summary.get('total_steps')}"
-    return [f"{folder}: {summary.get('status')}{by} at {at}{error}"]
+    early = ", early" if summary.get("stopped_early") else ""
+    return [f"{folder}: {summary.get('status')}{by} at {at}{early}{error}"]
 
 
 def _last_step(folder: Path) -> int | None:

@@ -21,14 +21,16 @@ from trainer.data.modes import device_memory
 from trainer.data.resident import Share
 from trainer.data.sampler import BatchPlan, StepSampler
 from trainer.data.transforms import build_transforms
+from trainer.early_stopping import EarlyStopping
 from trainer.errors import UserError
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.shrink import Shrink, read_shrink
 from trainer.model import build_model, compile_model, recompute_blocks, uses_channels_last
-from trainer.optim import build_learning_rate, build_optimizer
+from trainer.optim import build_optimizer
 from trainer.precision import allows_tf32
 from trainer.run_folder import RunFolder
 from trainer.runtime import Runtime, seed_everything
+from trainer.schedule import build_learning_rate
 from trainer.sync_batchnorm import synchronise_batchnorm
 from trainer.tasks import build_task
 from trainer.telemetry.efficiency import FlopCounter, peak_flops
@@ -122,6 +124,7 @@ class Assembly:
             self.best_metric, best_mode = config.checkpoint.best.metric, config.checkpoint.best.mode
         self.best_mode = best_mode
         self.best_of = f"{best_mode} {self.best_metric}"
+        self.early_stopping = EarlyStopping(train.early_stopping, self.best_metric, best_mode)
 
     def split_batch(self, num_samples: int, micro_batch_size: int | None) -> None:
         """Splits the global batch over ranks and micro-batches, and with it the order of samples."""

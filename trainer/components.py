@@ -36,10 +36,15 @@ BUILT_INS: dict[Kind, dict[str, str]] = {
     "loss": {"cross_entropy": "trainer.tasks.classification:CrossEntropy"},
     "optimizer": {"sgd": "torch.optim:SGD", "adamw": "torch.optim:AdamW"},
     "schedule": {
-        "constant": "trainer.optim:constant",
-        "cosine": "trainer.optim:cosine",
-        "linear": "trainer.optim:linear",
-        "step": "trainer.optim:stepwise",
+        "constant": "trainer.schedule:constant",
+        "cosine": "trainer.schedule:cosine",
+        "exponential": "trainer.schedule:exponential",
+        "linear": "trainer.schedule:linear",
+        "multistep": "trainer.schedule:multistep",
+        "one_cycle": "trainer.schedule:one_cycle",
+        "polynomial": "trainer.schedule:polynomial",
+        "step": "trainer.schedule:stepwise",
+        "wsd": "trainer.schedule:wsd",
     },
 }
 

@@ -282,11 +282,32 @@ class ScheduleConfig(Component):
 
     name: ComponentName = Field(
         "constant",
-        description="`constant`, `cosine` (args: min_ratio), `linear` (args: end_ratio), `step` (args: every, "
-        "gamma), or an import path to a function of total_steps that returns a function step -> factor.",
+        description="`constant`, `cosine` (args: min_ratio), `linear` (end_ratio), `polynomial` (power, end_ratio), "
+        "`step` (every, gamma), `multistep` (milestones, gamma), `exponential` (gamma, every), `one_cycle`, `wsd` "
+        "(decay, shape, end_ratio), or an import path to a function of total_steps that returns a function step -> "
+        "factor.",
+    )
+    interval: Literal["step", "epoch"] = Field(
+        "step",
+        description="How often the rate changes: with every step, or once per epoch, as in torchvision's recipes. With "
+        "`epoch` warm-up and schedule count epochs.",
     )
     warmup: Duration = Field(Interval(0), description="Linear warm-up before the schedule: steps, or like `5 epochs`.")
     warmup_start: Ratio = Field(0.01, description="Share of the peak rate at the first warm-up step.")
+    warmup_prefix: Bool = Field(
+        True,
+        description="Let the schedule begin at the end of warm-up. Off: it begins at step 0, and warm-up takes the "
+        "place of its first part.",
+    )
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> ScheduleConfig:
+        is_flat = self.name == "constant"
+        if not self.warmup_prefix and (is_flat or not self.warmup.count):
+            raise ValueError(f"warmup_prefix has no effect {'on a constant rate' if is_flat else 'without warmup'}")
+        if self.interval == "epoch" and is_flat and not self.warmup.count:
+            raise ValueError("interval has no effect on a constant rate")
+        return self
 
 
 class BackendsConfig(Section):
@@ -403,6 +424,21 @@ class ParallelConfig(Section):
         return self
 
 
+class EarlyStoppingConfig(Section):
+    """When a run ends early: once its evaluations no longer get better."""
+
+    metric: Annotated[str, Field(min_length=1)] = Field(
+        description="Name of an evaluation metric, without `eval/`; for example `accuracy`."
+    )
+    mode: Literal["max", "min"] | None = Field(
+        None,
+        description="Whether larger (`max`) or smaller (`min`) is better. Default: as for the best checkpoint, where "
+        "that has the same metric.",
+    )
+    patience: PositiveInt = Field(description="End with so many evaluations in a row that are not better.")
+    min_delta: NonNegativeFloat = Field(0.0, description="What is better is so by more than this.")
+
+
 class TrainConfig(Section):
     """How long to train and in what batches."""
 
@@ -415,6 +451,9 @@ class TrainConfig(Section):
         None,
         description="Most samples that one device holds at once; gradients accumulate until `batch_size` is "
         "reached. `auto`: the most that fit into `memory.target`. Default: no accumulation.",
+    )
+    early_stopping: EarlyStoppingConfig | None = Field(
+        None, description="End before `steps` or `epochs` once evaluations no longer get better."
     )
 
     @model_validator(mode="after")
@@ -608,6 +647,9 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
     config._source = source
     if config.checkpoint.best is not None and config.data.eval is None:
         problem = Problem("without data.eval nothing is ever the best", "checkpoint.best")
+        raise UserError(config.locate(problem))
+    if config.train.early_stopping is not None and config.data.eval is None:
+        problem = Problem("without data.eval there is nothing that gets better", "train.early_stopping")
         raise UserError(config.locate(problem))
     if config.model.dtype == "bfloat16" and config.precision != "bf16":
         problem = Problem("bfloat16 parameters need precision: bf16", "model.dtype")

@@ -164,7 +164,7 @@ class Trainer(Observed):
         self.stop_requests.install()
         self.restore()
         if self.complete():
-            logger.info("already finished: %d steps in %s", self.progress.step, self.folder.path)
+            logger.info("already %s", self._end_text("finished"))
             unsent = reminder(self.config, self.folder.path) if self.runtime.is_main else None
             if unsent is not None:
                 logger.warning("%s", unsent)
@@ -173,7 +173,7 @@ class Trainer(Observed):
         self.start()
         if self.evaluation_due():  # ended after a step, before it was evaluated
             self.evaluate_and_save(is_saved=True)
-        while self.progress.step < self.total_steps and not self.decisions.stopping:
+        while not self.is_over() and not self.decisions.stopping:
             if self.profiling is not None:
                 self.profiling.before_step(self.progress.step + 1)
             if self.train_step():
@@ -477,9 +477,13 @@ class Trainer(Observed):
 
     # ---- around the steps ---------------------------------------------------------------------------------
 
+    def is_over(self) -> bool:
+        """Tells whether no step is left to make: all are made, or the run has ended early."""
+        return self.progress.step >= self.total_steps or self.early_stopping.has_ended(self.progress)
+
     def complete(self) -> bool:
         """Tells whether nothing is left to do."""
-        return self.progress.step >= self.total_steps and not self.evaluation_due()
+        return self.is_over() and not self.evaluation_due()
 
     def evaluation_due(self) -> bool:
         """Tells whether the current step still has to be evaluated."""
@@ -512,12 +516,23 @@ class Trainer(Observed):
         if self.reporter is not None:
             self.reporter.publish(progress.step, {f"eval/{k}": v for k, v in metrics.items()})
         is_best = self._is_best(metrics)
+        self._count_for_early_stopping(metrics)
         if self.reporter is not None and self.media is not None:
             self.reporter.show(progress.step, self.media, progress.best_step)
         if self.reporter is not None:
             self.reporter.end_step(progress.step)
-        if is_best or is_saved:
+        if is_best or is_saved or self.is_over():
             self.save()
+
+    def _count_for_early_stopping(self, metrics: Mapping[str, float]) -> None:
+        """Counts an evaluation. What rank 0 counted holds for all: none of them can go on without the others."""
+        progress = self.progress
+        try:
+            self.early_stopping.count(progress, metrics)
+        except UserError:
+            self.save()
+            raise
+        progress.num_not_better = self.runtime.from_main(lambda: progress.num_not_better)
 
     def _is_best(self, metrics: Mapping[str, float]) -> bool:
         """Tells whether this is the best evaluation so far, and remembers it."""
@@ -591,8 +606,13 @@ class Trainer(Observed):
         if self.runtime.is_main:
             self.stop_requests.fulfilled()
         self.close()
-        logger.info("%s at step %d of %d: %s", status, self.progress.step, self.total_steps, self.folder.path)
+        logger.info("%s", self._end_text(status))
         return status
+
+    def _end_text(self, status: str) -> str:
+        ended = self.early_stopping.summary(self.progress)
+        early = f", early: {ended['reason']}" if ended is not None else ""
+        return f"{status} at step {self.progress.step} of {self.total_steps}{early}: {self.folder.path}"
 
     def tell(self, error: BaseException) -> None:
         """Tells the other ranks, at once, that this one fails, if that is news to them."""

@@ -147,6 +147,7 @@ class Observed(Resumable):
                 {
                     "time_split": self.observer.time_split(to_the_end=status != "failed"),
                     "stopped_by": self.decisions.stopping or None,
+                    "stopped_early": self.early_stopping.summary(self.progress),
                     "straggler": asdict(self.straggler) if self.straggler is not None else None,
                     "injected_faults": self.injector.done() if self.injector is not None else [],
                 },

@@ -1,12 +1,7 @@
-"""The optimizer, and the learning rate as a pure function of the step.
-
-There is no scheduler object with state: `learning_rate(step)` is all, so a resumed run needs nothing restored
-and no rank count changes the curve.
-"""
+"""The optimizer. The learning rate of a step is `trainer.schedule`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,14 +9,10 @@ import torch
 from torch import nn
 
 from trainer.components import accepts, call, resolve
-from trainer.config import Interval, OptimConfig, ScheduleConfig
-from trainer.errors import UserError, one_line
+from trainer.config import OptimConfig
+from trainer.errors import UserError
 
 _FUSED_ON_GPUS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
-
-Factor = Callable[[int], float]
-"""step -> factor of the peak rate. Schedules are called with `total_steps`, and `steps_per_epoch` where they take
-it, and return one; steps are counted from the end of warm-up."""
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module, device_type: str) -> torch.optim.Optimizer:
@@ -64,58 +55,3 @@ def _implementation(config: OptimConfig, target: Callable[..., Any], device_type
     if not accepts(target, argument):
         raise UserError(f"'{config.name}' has no {asked} implementation", path="optim.implementation")
     return {argument: asked != "for_loop"}
-
-
-def build_learning_rate(
-    optim: OptimConfig, config: ScheduleConfig, total_steps: int, steps_per_epoch: int
-) -> Callable[[int], float]:
-    """Returns the learning rate of a step: linear warm-up, then the named schedule over what remains.
-
-    Raises:
-        UserError: an unknown schedule, arguments that do not fit, or a warm-up longer than the run.
-    """
-    warmup = config.warmup.steps(steps_per_epoch)
-    if warmup >= total_steps:
-        raise UserError(f"{warmup} steps of warm-up in a run of {total_steps}", path="schedule.warmup")
-    given: dict[str, int] = {"total_steps": total_steps - warmup}
-    target = resolve("schedule", config.name, "schedule")
-    if accepts(target, "steps_per_epoch"):
-        given["steps_per_epoch"] = steps_per_epoch
-    factor = call(target, {**given, **config.args}, config.name, "schedule")
-    for step in (0, 1, total_steps - warmup - 1):  # tried here, not an hour into the run
-        try:
-            tried = float(factor(step))
-        except Exception as error:
-            raise UserError(f"'{config.name}' raised {one_line(error)} for step {step}", path="schedule") from error
-        if not math.isfinite(tried):
-            raise UserError(f"'{config.name}' gives {tried} for step {step}", path="schedule")
-
-    def learning_rate(step: int) -> float:
-        if step < warmup:
-            return optim.lr * (config.warmup_start + (1 - config.warmup_start) * step / warmup)
-        return optim.lr * float(factor(step - warmup))
-
-    return learning_rate
-
-
-def constant(total_steps: int) -> Factor:
-    """The peak rate throughout."""
-    return lambda step: 1.0
-
-
-def cosine(total_steps: int, min_ratio: float = 0.0) -> Factor:
-    """Half a cosine from the peak to `min_ratio` of it."""
-    return lambda step: min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
-
-
-def linear(total_steps: int, end_ratio: float = 0.0) -> Factor:
-    """A straight line from the peak to `end_ratio` of it."""
-    return lambda step: 1 + (end_ratio - 1) * step / total_steps
-
-
-def stepwise(total_steps: int, steps_per_epoch: int, every: int | str, gamma: float = 0.1) -> Factor:
-    """Multiplies the rate by `gamma` after every interval: a number of steps, or like `30 epochs`."""
-    interval = Interval.parse(every).steps(steps_per_epoch)
-    if interval < 1:
-        raise UserError("every must be at least 1")
-    return lambda step: gamma ** (step // interval)

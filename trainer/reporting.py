@@ -168,6 +168,9 @@ class Reporter:
         told: dict[str, Any] = {"goodput": goodput.goodput, "advice": _as_text(advice), "status": status}
         if progress.best_step is not None:
             told |= {f"best/eval/{best_metric}": progress.best_value, "best/step": progress.best_step}
+        if events.get("stopped_early"):
+            told["stopped_early"] = events["stopped_early"]["reason"]
+            self.display.ends_at(progress.step)
         self.trackers.summarise(told, progress.step)
         logger.info("%s", goodput.line())
         for said in advice:

@@ -147,6 +147,13 @@ class ProgressDisplay:
             return None
         return (time.monotonic() - self._started) / done * (self._total_steps - step)
 
+    def ends_at(self, step: int) -> None:
+        """The run has ended before its last step: that is all of it."""
+        self._total_steps = step
+        if self._bar is not None:
+            self._bar.total = self._bar.n = step
+            self._bar.refresh()
+
     def close(self) -> None:
         """Leaves the bar where it is."""
         if self._bar is not None:

@@ -34,6 +34,9 @@ class Progress:
     bad_steps: int = 0  # steps that were left out because of their numbers (`faults.non_finite: skip`)
     num_rollbacks: int = 0
     avoided_steps: list[int] = field(default_factory=list)  # steps whose batch a rollback leaves out, counted from 0
+    better_of: str | None = None  # what early stopping looks at, such as `max accuracy`
+    better_value: float | None = None  # the last value that was better than all before
+    num_not_better: int = 0  # evaluations since then
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,8 @@ def overview(runs: Sequence[Run], names: Sequence[str], start: Path) -> Html:
     for i, run in enumerate(runs):
         mark = tag("i", class_="key dashed" if i >= _NUM_PLAIN else "key", style=f"--colour:var(--{colour(i)})")
         steps = f"{number(run.step)} of {number(total)}" if (total := run.number("total_steps")) else number(run.step)
+        if run.summary.get("stopped_early"):
+            steps += ", stopped early"
         name = join((mark, link(address(run.folder, start), names[i])))
         cells = [_cell(values, i, highest, show) for _, highest, values, show in columns]
         rows.append([name, status_chip(run.status), tag("span", device(run), class_="whole"), steps, *cells])

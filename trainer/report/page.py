@@ -152,8 +152,9 @@ def key_figures(run: Run) -> list[tuple[str, str, str]]:
     best, metrics, total = run.summary.get("best"), run.summary.get("metrics"), run.number("total_steps")
     epoch, speed, peak = run.number("epoch"), run.number("samples_per_second"), run.number("peak_memory_bytes")
     speeds = run.curves.get("train/samples_per_second")
+    early = ", stopped early" if run.summary.get("stopped_early") else ""
     figures = [
-        ("step", number(run.step), f"of {number(total)}" if total else ""),
+        ("step", number(run.step), f"of {number(total)}{early}" if total else ""),
         ("epoch", number(epoch if epoch is not None else run.curves.last_epoch), ""),
     ]
     if isinstance(best, dict) and (value := as_number(best.get("value"))) is not None:

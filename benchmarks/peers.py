@@ -389,8 +389,10 @@ def open_our_feed(folder: Path, batch_size: int, seed: int, pack: dict[str, Any]
 class _Pairs:
     """What a task would say of batches that are (images, labels)."""
 
-    input_key = "image"
+    input_key, target_key = "image", "label"
     num_classes: int | None = NUM_CLASSES
+    transforms_targets, stacks = False, True
+    target_keys: tuple[str, ...] | None = None
 
     def check(self, data: Any, sample_ids: Any) -> None:
         """Finds nothing wrong."""

@@ -19,7 +19,7 @@ from trainer.config import Component, Config
 from trainer.data.build import build_data
 from trainer.data.datasets import SizedDataset
 from trainer.data.feed import DeviceFeed
-from trainer.data.modes import choose_route
+from trainer.data.modes import choose_route, why_host_only
 from trainer.data.resident import estimate_bytes
 from trainer.data.sampler import BatchPlan
 from trainer.data.transforms import build_transforms
@@ -34,6 +34,7 @@ from trainer.model import build_model
 from trainer.parallel import choose_shard_size
 from trainer.precision import STEP_DTYPES
 from trainer.tasks import build_task
+from trainer.tasks.base import Task
 from trainer.units import format_bytes
 
 T = TypeVar("T")
@@ -181,7 +182,7 @@ def _planner(config: Config, device: Device, num_ranks: int) -> tuple[Planner, i
         train_set, here, "train", torch.device("cpu"), config.run.seed, task, STEP_DTYPES[config.precision]
     )
     try:
-        resident = _resident_bytes(config, train_set, num_ranks, device)
+        resident = _resident_bytes(config, train_set, task, num_ranks, device)
         job = plan_job(config, model, task, feed, batch, "cuda", _shard_size(config, num_ranks))
     finally:
         feed.close()
@@ -199,13 +200,14 @@ def _with_way_out(problem: Problem) -> Problem:
     return replace(problem, message=f"{problem.message}; a plan without the data needs --input and --num-classes")
 
 
-def _resident_bytes(config: Config, train_set: SizedDataset, num_ranks: int, device: Device) -> int:
+def _resident_bytes(config: Config, train_set: SizedDataset, task: Task, num_ranks: int, device: Device) -> int:
     """Returns what the data itself will take on the device, as the feed will choose there."""
     transforms = build_transforms(config.data.transforms.train, "data.transforms.train")
     there = torch.device("cuda")
     if config.data.feed == "device_decode":
         return 0
-    route = choose_route(train_set, config.data, "train", transforms, there, num_ranks, device.memory_bytes)
+    memory, host_only = device.memory_bytes, why_host_only(task)
+    route = choose_route(train_set, config.data, "train", transforms, there, num_ranks, memory, host_only)
     if route.mode != "resident":
         return 0
     return estimate_bytes(route.dataset) // (num_ranks if route.is_sharded else 1)

@@ -41,6 +41,24 @@ class UserError(Exception):
         super().__init__("\n".join(map(str, self.problems)))
 
 
+class BadSample(UserError):
+    """A sample that cannot be used, though it could be read. Whoever knows its file names it: see `named`.
+
+    Args:
+        what: what is wrong, such as `has label 9; the model's are 0 to 2`.
+        sample: its number, where that is known.
+    """
+
+    def __init__(self, what: str, sample: int | None = None) -> None:
+        super().__init__(f"sample {sample} {what}" if sample is not None else f"a sample {what}")
+        self.what = what
+        self.sample = sample
+
+    def named(self, name: str, path: str) -> UserError:
+        """Returns the error with the sample's name in place of its number, at `path` of the config."""
+        return UserError(f"{name} {self.what}", path=path)
+
+
 def place_at(path: str, error: UserError) -> UserError:
     """Returns the error with `path` as the config path of every problem that names none."""
     return UserError(*(p if p.path else replace(p, path=path) for p in error.problems), agreed=error.agreed)

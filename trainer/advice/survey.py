@@ -28,7 +28,7 @@ from trainer.config_values import Minutes
 from trainer.data.build import is_packable
 from trainer.data.feed import DeviceFeed
 from trainer.data.loader import preserved_generators
-from trainer.data.modes import choose_route
+from trainer.data.modes import choose_route, why_host_only
 from trainer.data.resident import estimate_bytes
 from trainer.data.transforms import build_transforms
 from trainer.errors import UserError
@@ -429,7 +429,16 @@ def cheaper_ways(config: Config, feed: DeviceFeed, runtime: Runtime) -> tuple[tu
                 if mode != feed.mode:
                     asked = config.data.model_copy(update={"feed": mode})
                     memory, ranks = runtime.device_memory, runtime.num_ranks
-                    route = choose_route(feed.dataset, asked, "train", transforms, runtime.device, ranks, memory)
+                    route = choose_route(
+                        feed.dataset,
+                        asked,
+                        "train",
+                        transforms,
+                        runtime.device,
+                        ranks,
+                        memory,
+                        why_host_only(feed.task),
+                    )
                     if mode == "resident":
                         resident_bytes = estimate_bytes(route.dataset) // (ranks if route.is_sharded else 1)
                     found.append(mode)

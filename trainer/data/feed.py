@@ -22,8 +22,9 @@ from trainer.data.augment import AugmentationPlan, DeviceAugmentation, mix_targe
 from trainer.data.datasets import SizedDataset
 from trainer.data.device_decode import DeviceDecoder
 from trainer.data.draws import sample_keys
+from trainer.data.joint import JointTransform, check_joint_transforms, with_typed_samples
 from trainer.data.loader import LoadedBatch, LoadFailure, SampleLoader, Skipped, preserved_generators
-from trainer.data.modes import Route, choose_route, device_memory, without_effect
+from trainer.data.modes import Route, choose_route, device_memory, why_host_only, without_effect
 from trainer.data.nested import map_tensors, num_bytes, part, with_part
 from trainer.data.prefetch import DeviceBatch, Prefetcher
 from trainer.data.resident import ResidentPictures, Share
@@ -32,7 +33,7 @@ from trainer.data.slots import Slot
 from trainer.data.transforms import HostTransform, build_transforms
 from trainer.data.tuning import WorkerTuner
 from trainer.data.workers import WorkerPool
-from trainer.errors import UserError, place_at
+from trainer.errors import BadSample, UserError, place_at
 from trainer.units import counted
 
 logger = logging.getLogger("lockstep")
@@ -55,7 +56,11 @@ class BatchMeaning(Protocol):
     """What the feed must know of a batch; a task knows it."""
 
     input_key: str
+    target_key: str
     num_classes: int | None
+    transforms_targets: bool
+    target_keys: tuple[str, ...] | None
+    stacks: bool
 
     def check(self, data: Any, sample_ids: torch.Tensor) -> None:
         """Raises UserError where a batch in host memory cannot be used."""
@@ -96,9 +101,9 @@ class DeviceFeed:
         ranks: Share | None = None,
         memory: int | None = None,
     ) -> None:
-        self.dataset = dataset
         self.config = config
         self.name = f"data.{split}"
+        self.dataset = self._typed(dataset, task) if task.transforms_targets else dataset
         self.device = device
         self.seed = seed
         self.task = task
@@ -118,8 +123,11 @@ class DeviceFeed:
         self._unreadable: set[int] = set()
         self._is_train = split == "train"
         transforms = build_transforms(getattr(config.transforms, split), f"data.transforms.{split}")
+        if task.transforms_targets:
+            check_joint_transforms(transforms, f"data.transforms.{split}")
         memory = device_memory(device) if memory is None else memory
-        route = choose_route(dataset, config, split, transforms, device, (ranks or Share()).num_ranks, memory)
+        num_ranks = (ranks or Share()).num_ranks
+        route = choose_route(self.dataset, config, split, transforms, device, num_ranks, memory, why_host_only(task))
         logger.info("%s: feed %s: %s", self.name, route.mode, route.reason)
         if self._is_train and (unused := without_effect(config, route)):
             logger.info("without effect here: %s", ", ".join(f"data.{key}" for key in unused))
@@ -153,15 +161,25 @@ class DeviceFeed:
         """Device memory that the data set itself takes."""
         return 0 if self._resident is None else self._resident.num_bytes
 
+    def _typed(self, dataset: SizedDataset, task: BatchMeaning) -> SizedDataset:
+        try:
+            return with_typed_samples(dataset, task.target_keys)
+        except UserError as error:
+            raise place_at(self.name, error) from None
+
     def _build(self, route: Route, dtype: torch.dtype, ranks: Share, num_threads: int) -> None:
-        config = self.config
+        config, task = self.config, self.task
         augment = config.augment if self._is_train else AugmentConfig()
+        if (augment.mixes or augment.erase) and (reason := why_host_only(task)):
+            message = f"mixup, cutmix and erase are not for this task: {reason}"
+            raise UserError(message, path="data.augment")
         if augment.mixes and self.task.num_classes is None:
             message = "mixing needs to know the number of classes: set model.args.num_classes"
             raise UserError(message, path="data.augment")
         self._augmentation: DeviceAugmentation | None = None
         if route.is_image_data:
             flips = route.horizontal_flip, route.vertical_flip
+            dtype = dtype if task.stacks else torch.float32  # such models resize and normalise images themselves
             self._augmentation = DeviceAugmentation(config.normalize, augment, *flips, dtype).to(self.device)
         elif augment.mixes or augment.erase:
             message = "augmentation on the device needs images: set data.normalize for a data set of your own"
@@ -169,11 +187,14 @@ class DeviceFeed:
         skip: Literal["replace", "drop"] = "replace" if self._is_train else "drop"
         loader = SampleLoader(
             route.dataset,
-            HostTransform(route.on_host, self.task.input_key, as_bytes=route.is_image_data),
+            JointTransform(route.on_host, task.input_key, task.target_key, as_bytes=route.is_image_data)
+            if task.transforms_targets
+            else HostTransform(route.on_host, task.input_key, as_bytes=route.is_image_data),
             route.geometry,
             self.seed,
             self.name,
             on_error="raise" if config.on_error == "raise" else skip,
+            stacks=task.stacks,
         )
         self._reader = loader
         self._loader = loader if route.mode in ("host", "device_decode") else None
@@ -395,6 +416,10 @@ class DeviceFeed:
     def _check(self, batch: LoadedBatch) -> None:
         try:
             self.task.check(batch.data, batch.sample_ids)
+        except BadSample as error:
+            if error.sample is None:
+                raise place_at(self.name, error) from None
+            raise error.named(self._reader.describe(error.sample), self.name) from None
         except UserError as error:
             raise place_at(self.name, error) from None
 
@@ -413,7 +438,11 @@ class DeviceFeed:
         data = item.batch.data
         if self._augmentation is None:
             return data
-        images = self._augmentation(self._input(data), item.plan)
+        images = self._input(data)
+        if isinstance(images, list):  # not stacked, and each of its own size
+            images = [self._augmentation(image.unsqueeze(0)).squeeze(0) for image in images]
+        else:
+            images = self._augmentation(images, item.plan)
         data = images if isinstance(data, torch.Tensor) else with_part(data, self.task.input_key, 0, images)
         if self._augmentation.mixes:
             assert item.plan is not None

@@ -25,10 +25,10 @@ from trainer.data.datasets import SizedDataset
 from trainer.data.decode import UNREADABLE, Encoded, crop_and_resize, read_size
 from trainer.data.draws import Stream, sample_keys, uniforms
 from trainer.data.geometry import Geometry
-from trainer.data.nested import Allocate, collate
+from trainer.data.nested import Allocate, collate, in_lists
 from trainer.data.sampler import SampleKey
 from trainer.data.transforms import HostTransform
-from trainer.errors import Problem, UserError, one_line, place_at
+from trainer.errors import BadSample, Problem, UserError, one_line, place_at
 
 _UNREADABLE = (*UNREADABLE, Image.DecompressionBombError)  # also of data sets that use PIL themselves
 _MOST_REPLACEMENTS = 10
@@ -124,6 +124,7 @@ class SampleLoader:
         name: the data set's place in the config, such as `data.train`.
         on_error: what to do with samples that cannot be read. `replace` reads another, drawn for that sample;
             `drop` leaves it out of the batch.
+        stacks: whether the samples of a batch are stacked; else it is lists of them.
     """
 
     def __init__(
@@ -134,6 +135,7 @@ class SampleLoader:
         seed: int,
         name: str,
         on_error: Literal["raise", "replace", "drop"],
+        stacks: bool = True,
     ) -> None:
         self.dataset = dataset
         self.transform = transform
@@ -141,6 +143,7 @@ class SampleLoader:
         self.seed = seed
         self.name = name
         self.on_error = on_error
+        self.stacks = stacks
 
     def load(self, keys: Sequence[Sequence[int]], allocate: Allocate, reading: OnRead) -> LoadedBatch | LoadFailure:
         """Loads one batch, its tensors in memory from `allocate`. Disturbs the global generators.
@@ -306,6 +309,8 @@ class SampleLoader:
                 return read(asked)
             except _UNREADABLE as error:
                 self._note_unreadable(asked, error, skipped)
+            except BadSample as error:
+                raise error.named(self.describe(asked.sample), self.name) from None
             except UserError:
                 raise
             except Exception as error:
@@ -330,7 +335,7 @@ class SampleLoader:
         if not items:
             return None
         try:
-            return collate(items, allocate)
+            return collate(items, allocate) if self.stacks else in_lists(items, allocate)
         except (RuntimeError, TypeError, ValueError, KeyError) as error:
             raise UserError(self._explain_collate(items, keys, error), path=self.name) from error
 

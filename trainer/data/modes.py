@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import psutil
 import torch
@@ -22,6 +22,13 @@ from trainer.errors import UserError
 
 _AUTO_SHARE = 0.2  # of the device's memory that `auto` gives to a resident data set; the model needs the rest
 _MOST_SHARE = 0.8  # of it that a data set may take where the user asks for it
+
+
+class SampleMeaning(Protocol):
+    """What the way of a data set depends on; a task knows it."""
+
+    transforms_targets: bool
+    stacks: bool
 
 
 @dataclass(frozen=True)
@@ -47,8 +54,19 @@ def choose_route(
     device: torch.device,
     num_ranks: int,
     memory: int,
+    host_only: str = "",
 ) -> Route:
     """Chooses how a data set's samples reach the device; the same on every rank that is given the same `memory`.
+
+    Args:
+        dataset: the samples.
+        config: the `data` section.
+        split: which of the two data sets it is.
+        transforms: of this split, in order.
+        device: where the samples go.
+        num_ranks: how many processes may share them.
+        memory: bytes of the device.
+        host_only: why its task needs samples that are whole and transformed on the host; see `why_host_only`.
 
     Raises:
         UserError: the config asks for a way that this data set or this machine does not have.
@@ -64,6 +82,10 @@ def choose_route(
         if asked in ("resident", "device_decode"):
             raise UserError(f"{asked} is for pictures, which data.{split} does not have", path="data.feed")
         return Route("host", "its samples are no pictures", dataset, False, None, tuple(transforms))
+    if host_only:
+        if asked in ("resident", "device_decode"):
+            raise UserError(f"{asked} is not for this task: {host_only}", path="data.feed")
+        return Route("host", host_only, dataset, True, None, tuple(transforms))
     arrays = as_array_pictures(dataset)
     pictures: Any = arrays or (dataset if gives_encoded(dataset) else None)
     parts = split_transforms(transforms, pads=arrays is not None)
@@ -79,6 +101,13 @@ def choose_route(
     return Route(
         mode, reason, pictures, True, geometry, on_host, parts.horizontal_flip, parts.vertical_flip, is_sharded
     )
+
+
+def why_host_only(task: SampleMeaning) -> str:
+    """Returns why a task's samples are handled whole and on the host; nothing where pictures may take another way."""
+    if task.transforms_targets:
+        return "its targets are transformed together with their inputs, on the host"
+    return "" if task.stacks else "its samples are not stacked to batches"
 
 
 def _choose_mode(

@@ -126,6 +126,32 @@ def collate(items: Sequence[Any], allocate: Allocate) -> Any:
     return default_collate(list(items))
 
 
+@torch.no_grad()
+def in_lists(items: Sequence[Any], allocate: Allocate) -> Any:
+    """Makes one batch of samples that are not stacked: each part of a pair or a dict becomes a list over the samples.
+
+    Args:
+        items: pairs or dicts; whatever is in them.
+        allocate: where their tensors are copied.
+
+    Raises:
+        RuntimeError, KeyError: the samples do not fit together.
+    """
+
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        return allocate(tuple(tensor.shape), tensor.dtype).copy_(tensor)
+
+    first = items[0]
+    copies = [map_tensors(copied, item) for item in items]
+    if isinstance(first, Mapping):
+        if any(set(item) != set(first) for item in items):
+            raise KeyError(f"samples have different keys: {sorted(map(str, set().union(*items)))}")
+        return {key: [item[key] for item in copies] for key in first}
+    if not isinstance(first, list | tuple) or any(len(item) != len(first) for item in items):
+        raise RuntimeError("samples must be pairs or dicts of the same parts")
+    return [list(values) for values in zip(*copies, strict=True)]
+
+
 @torch.no_grad()  # what a sample went through is no part of the model
 def _stacked(items: Sequence[Any], allocate: Allocate) -> torch.Tensor:
     first = items[0]

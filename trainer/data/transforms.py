@@ -1,7 +1,7 @@
 """The host half of what happens to a sample: whatever `data.transforms` lists, per sample.
 
 torchvision's v2 transforms or the user's own. What of them runs elsewhere is decided in `trainer.data.geometry`;
-the device half is `trainer.data.augment`.
+the device half is `trainer.data.augment`. Transforms that change targets as well are `trainer.data.joint`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as image_functional
 
 from trainer.components import build
@@ -20,6 +21,8 @@ from trainer.config import Component
 from trainer.errors import UserError
 
 Item = Any
+
+_KINDS: dict[str, type] = {name: getattr(tv_tensors, name) for name in ("Image", "Mask", "BoundingBoxes", "Video")}
 
 
 class HostTransform:
@@ -29,7 +32,7 @@ class HostTransform:
     them floats, and else float32 in [0, 1].
     """
 
-    def __init__(self, transforms: Sequence[Callable[[Any], Any]], input_key: str, as_bytes: bool = True) -> None:
+    def __init__(self, transforms: Sequence[Callable[..., Any]], input_key: str, as_bytes: bool = True) -> None:
         self.transforms = tuple(transforms)
         self.input_key = input_key
         self.as_bytes = as_bytes
@@ -47,13 +50,17 @@ class HostTransform:
 
     def _apply(self, value: Any) -> Any:
         for transform in self.transforms:
-            if isinstance(value, np.ndarray) and type(transform).__module__.startswith("torchvision."):
-                name = type(transform).__name__
-                raise UserError(f"{name} passes over numpy arrays; let the data set return tensors or PIL images")
+            self._check(transform, value)
             value = transform(value)
         if not isinstance(value, Image.Image):
             return value
         return self._to_tensor(value)
+
+    @staticmethod
+    def _check(transform: Callable[..., Any], value: Any) -> None:
+        if isinstance(value, np.ndarray) and type(transform).__module__.startswith("torchvision."):
+            name = type(transform).__name__
+            raise UserError(f"{name} passes over numpy arrays; let the data set return tensors or PIL images")
 
     def apply_to_pixels(self, pixels: NDArray[np.uint8]) -> Any:
         """Applies the transforms to decoded pixels (H, W, 1 or 3), which they get as a PIL image."""
@@ -65,17 +72,31 @@ class HostTransform:
 
 
 def build_transforms(components: Sequence[Component], path: str) -> list[Callable[[Any], Any]]:
-    """Builds the transforms of a list; `dtype: float32` and the like in `args` may be written by name.
+    """Builds the transforms of a list.
+
+    Types in `args` may be written by name: `dtype: float32`, and one value per kind of tensor, `fill: {Image: 0, Mask:
+    255}`, for torchvision's transforms.
 
     Raises:
         UserError: an unknown transform, or arguments that do not fit.
     """
     transforms = []
     for i, component in enumerate(components):
-        args = {k: _dtype(v) if k == "dtype" else v for k, v in component.args.items()}
+        args = {k: _by_kind(v, _dtype if k == "dtype" else _same) for k, v in component.args.items()}
         resolved = Component(name=component.name, args=args)
         transforms.append(build("transform", resolved, f"{path}.{i}"))
     return transforms
+
+
+def _by_kind(value: Any, convert: Callable[[Any], Any]) -> Any:
+    """Converts a value, or each of a dict by kind of tensor, whose keys become torchvision's classes."""
+    if not isinstance(value, Mapping) or not set(value) <= {*_KINDS, "others"}:
+        return convert(value)
+    return {_KINDS.get(kind, kind): convert(of_kind) for kind, of_kind in value.items()}
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _dtype(value: Any) -> Any:

@@ -15,6 +15,7 @@ from torch import nn
 from trainer.config import Config
 from trainer.data.feed import DeviceFeed
 from trainer.data.sampler import BatchPlan
+from trainer.errors import UserError
 from trainer.memory.planner import Job
 from trainer.optim import build_optimizer
 from trainer.precision import STEP_DTYPES, allows_tf32
@@ -44,8 +45,11 @@ def plan_job(
         shard_size: processes that share one copy of the model's state; 1 for DDP.
 
     Raises:
-        UserError: the samples cannot be read.
+        UserError: the samples cannot be read, or are not stacked to batches.
     """
+    if not task.stacks:
+        message = "memory cannot be planned for samples of different sizes: give a number, and no checkpointing: auto"
+        raise UserError(message, path="train.micro_batch_size")
     # Simulated tensors say that they are on the CPU; so must what the task has of its own, such as class weights.
     task = copy.deepcopy(task)
     task.to(torch.device("cpu"))

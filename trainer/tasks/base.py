@@ -35,6 +35,21 @@ class Task(ABC):
     input_key = "input"  # where the input is in samples that are dicts
     target_key = "target"  # and the target
     num_classes: int | None = None  # where targets are labels, and their number is known
+    transforms_targets = False
+    """Whether `data.transforms` get (input, target) together, as torchvision's v2 transforms do with tv_tensors.
+
+    Then all of them run on the host, per sample. `data.normalize` stays on the device; mixing and erasing are refused.
+    """
+    target_keys: tuple[str, ...] | None = None
+    """With `transforms_targets`: what to keep of the targets of torchvision's data sets that are dicts, such as COCO's.
+
+    None: boxes and labels.
+    """
+    stacks = True
+    """Whether the samples of a batch are stacked. Else a batch is [inputs, targets], two lists of one entry per sample.
+
+    Inputs may differ in size. Images are floats on the device, as ever; nothing is mixed or erased.
+    """
     tokens_per_sample: int | None = None  # where throughput is also told in tokens
     best_metric: str | None = None  # the evaluation metric that decides the best checkpoint
     best_mode: Literal["max", "min"] = "max"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.errors import UserError, one_line, place_at
+from trainer.errors import BadSample, UserError, one_line, place_at
 from trainer.tasks.base import Task
 
 _MOST_CONFUSED = 1000  # classes; the matrix of more would take too much memory and time
@@ -93,8 +93,8 @@ class Classification(Task):
         wrong &= targets != getattr(self.loss, "ignore_index", -1 - self.num_classes)
         if wrong.any():
             i = int(wrong.nonzero()[0])
-            sample = f"sample {int(sample_ids[i])}" if sample_ids is not None else "a sample"
-            raise UserError(f"{sample} has label {int(targets[i])}; the model's are 0 to {self.num_classes - 1}")
+            what = f"has label {int(targets[i])}; the model's are 0 to {self.num_classes - 1}"
+            raise BadSample(what, int(sample_ids[i]) if sample_ids is not None else None)
 
     def targets(self, data: Any) -> Any:
         """Returns the targets of a batch; labels as int64."""

@@ -30,7 +30,7 @@ from trainer.memory.fitting import choose
 from trainer.memory.jobs import plan_job
 from trainer.memory.planner import Planner, Prediction
 from trainer.memory.table import Row, config_lines, parts_table, settings_table
-from trainer.model import build_model
+from trainer.model import CLASS_COUNTS, build_model
 from trainer.parallel import choose_shard_size
 from trainer.precision import STEP_DTYPES
 from trainer.tasks import build_task
@@ -143,7 +143,7 @@ def _device(name: str | None) -> Device:
 
 
 def _with_stand_in(config: Config, input_shape: tuple[int, ...], num_classes: int | None) -> Config:
-    classes = num_classes or config.model.args.get("num_classes")
+    classes = num_classes or next((config.model.args[key] for key in CLASS_COUNTS if key in config.model.args), None)
     if not isinstance(classes, int):
         raise UserError("say --num-classes with --input")
     args = {"num_samples": config.train.batch_size, "shape": list(input_shape), "num_classes": classes, "pool": 2}
@@ -175,8 +175,9 @@ def _planner(config: Config, device: Device, num_ranks: int) -> tuple[Planner, i
         group_size,
     )
     task = build_task(config.task, num_classes)
+    task.look_at(train_set, None)
     with fake_tensors():
-        model = build_model(config.model.model_copy(update={"weights": None}), num_classes)
+        model = build_model(config.model, num_classes, is_fresh=True)
     here = config.data.model_copy(update={"feed": "host", "workers": 0, "cache": None})
     feed = DeviceFeed(
         train_set, here, "train", torch.device("cpu"), config.run.seed, task, STEP_DTYPES[config.precision]

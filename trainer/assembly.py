@@ -23,9 +23,10 @@ from trainer.data.sampler import BatchPlan, StepSampler
 from trainer.data.transforms import build_transforms
 from trainer.early_stopping import EarlyStopping
 from trainer.errors import UserError
+from trainer.foreign_models import reads_weights
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.shrink import Shrink, read_shrink
-from trainer.model import build_model, compile_model, recompute_blocks, uses_channels_last
+from trainer.model import CLASS_COUNTS, build_model, compile_model, recompute_blocks, uses_channels_last
 from trainer.optim import build_optimizer
 from trainer.precision import allows_tf32
 from trainer.run_folder import RunFolder
@@ -69,6 +70,7 @@ class Assembly:
         num_classes = runtime.agree(lambda: class_count(config, train_set))
         shrink = runtime.from_main(lambda: read_shrink(config.run_dir)) if config.memory.on_oom == "shrink" else None
         runtime.agree(lambda: self._build_order_and_task(train_set, num_classes, shrink))
+        runtime.agree(lambda: self.task.look_at(train_set, eval_set))
         settled = runtime.from_main(lambda: settled_weights(config.model))
         runtime.agree(lambda: self._build_model(settled, num_classes))
         # What takes long comes last, when all else is known to be good.
@@ -147,8 +149,10 @@ class Assembly:
         config = self.config
         self._num_classes = num_classes
         seed_everything(config.run.seed)  # the same initial weights on every rank
-        with self.runtime.main_first() if model.weights else nullcontext():  # weights may be downloaded
-            self.bare_model = build_model(model, num_classes)
+        may_download = self.to_train and (model.weights or reads_weights(model.name, model.args))
+        with self.runtime.main_first() if may_download else nullcontext():
+            # Whoever does not train has a checkpoint to read.
+            self.bare_model = build_model(model, num_classes, is_fresh=not self.to_train)
         self.bare_optimizer = build_optimizer(config.optim, self.bare_model, self.runtime.device.type)
         seed_everything(config.run.seed + 1 + self.runtime.rank)  # dropout differs per rank
 
@@ -181,7 +185,7 @@ class Assembly:
         from trainer.memory.fakes import fake_tensors
 
         with preserved_generators(), fake_tensors():
-            return build_model(self.config.model.model_copy(update={"weights": None}), self._num_classes)
+            return build_model(self.config.model, self._num_classes, is_fresh=True)
 
     def _shape_model(self) -> None:
         """Memory format, gradient checkpointing, compile: in this order, and all of it before DDP."""
@@ -249,17 +253,18 @@ class Assembly:
 
 
 def class_count(config: Config, train_set: SizedDataset) -> int | None:
-    """Returns how many classes there are: what the model is told, else what the data set knows.
+    """Returns how many classes, or different tokens, there are: what the model is told, else what the data set knows.
 
     Raises:
-        UserError: the data set has more classes than the model.
+        UserError: the data set has more than the model.
     """
     names = class_names(train_set)
-    in_data = len(names) if names is not None else None
-    in_model = config.model.args.get("num_classes")
-    if not isinstance(in_model, int):
-        return in_data
-    if in_data is not None and in_data > in_model:
-        message = f"the model has {in_model} classes, data.train has {in_data}"
-        raise UserError(message, path="model.args.num_classes")
-    return in_model
+    in_data = len(names) if names is not None else getattr(train_set, "vocab_size", None)
+    for key, what in CLASS_COUNTS.items():
+        in_model = config.model.args.get(key)
+        if isinstance(in_model, int):
+            if in_data is not None and in_data > in_model:
+                message = f"the model has {in_model} {what}, data.train has {in_data}"
+                raise UserError(message, path=f"model.args.{key}")
+            return in_model
+    return in_data

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from trainer.config import Component
 from trainer.errors import UserError, nearest, one_line, place_at
+from trainer.foreign_models import TIMM, timm_model
 from trainer.memory.out_of_memory import is_out_of_memory
 
 Kind = Literal["data set", "transform", "model", "task", "loss", "optimizer", "schedule"]
@@ -25,6 +26,7 @@ BUILT_INS: dict[Kind, dict[str, str]] = {
         "image_folder": "trainer.data.datasets:ImageFolder",
         "packed_images": "trainer.data.packed:PackedImages",
         "synthetic": "trainer.data.datasets:Synthetic",
+        "token_file": "trainer.data.tokens:TokenFile",
         "torch_file": "trainer.data.datasets:TorchFile",
     },
     "transform": {},
@@ -32,7 +34,10 @@ BUILT_INS: dict[Kind, dict[str, str]] = {
         "small_cnn": "trainer.small_models:SmallCNN",
         "mlp": "trainer.small_models:MLP",
     },
-    "task": {"classification": "trainer.tasks.classification:Classification"},
+    "task": {
+        "classification": "trainer.tasks.classification:Classification",
+        "language_model": "trainer.tasks.language_model:LanguageModel",
+    },
     "loss": {"cross_entropy": "trainer.tasks.classification:CrossEntropy"},
     "optimizer": {"sgd": "torch.optim:SGD", "adamw": "torch.optim:AdamW"},
     "schedule": {
@@ -48,6 +53,8 @@ BUILT_INS: dict[Kind, dict[str, str]] = {
     },
 }
 
+_EXTRAS = {"transformers": "huggingface", "pycocotools": "detection"}  # what a missing package is installed with
+
 
 def is_import_path(name: str) -> bool:
     """Tells `package.module:attribute` from a built-in's short name."""
@@ -59,13 +66,16 @@ def resolve(kind: Kind, name: str, path: str) -> Callable[..., Any]:
 
     Args:
         kind: what the name should be, for the lookup and for messages.
-        name: a built-in's short name, a name from the library behind this kind, or an import path.
+        name: a built-in's short name, a name from the library behind this kind, `timm:` and a model of timm, or an
+            import path.
         path: dotted config path of the component; errors name `<path>.name`.
 
     Raises:
         UserError: no such name, or importing it failed.
     """
     target = BUILT_INS[kind].get(name) or (name if is_import_path(name) else None)
+    if kind == "model" and name.startswith(TIMM):
+        return timm_model(name, f"{path}.name")
     if target is not None:
         return _import(target, f"{path}.name")
     library = _library_names(kind)
@@ -141,7 +151,11 @@ def _import(target: str, path: str) -> Any:
         value = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
-            message = f"no module '{error.name}'; install it, or start where it can be imported (PYTHONPATH)"
+            extra = _EXTRAS.get(error.name)
+            way_out = "install it, or start where it can be imported (PYTHONPATH)"
+            message = f"no module '{error.name}'" + (
+                f": pip install 'lockstep-trainer[{extra}]'" if extra else f"; {way_out}"
+            )
             raise UserError(message, path=path) from None
         raise UserError(f"importing '{module_name}' raised {one_line(error)}", path=path) from error
     except Exception as error:

@@ -16,6 +16,14 @@ from torch import nn
 from trainer.components import accepts, call, is_import_path, resolve
 from trainer.config import Config, ModelConfig
 from trainer.errors import UserError
+from trainer.foreign_models import (
+    TIMM,
+    explained_download,
+    is_of_transformers,
+    reads_weights,
+    transformers_model,
+    without_cache,
+)
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.checkpointing import Policy, apply_checkpointing, uniform_policies
 from trainer.weights import start_from_weights
@@ -28,30 +36,47 @@ _PLAIN_OUTPUT = {
     "inception_v3": {"aux_logits": False, "init_weights": True},
 }
 
+# Arguments of models that are the number of classes, and of what.
+CLASS_COUNTS = {"num_classes": "classes", "num_labels": "classes", "vocab_size": "different tokens"}
 
-def build_model(config: ModelConfig, num_classes: int | None) -> nn.Module:
+
+def build_model(config: ModelConfig, num_classes: int | None, is_fresh: bool = False) -> nn.Module:
     """Builds the model on the host, in float32.
 
     Args:
         config: the `model` section.
-        num_classes: number of classes of the data, if known. It becomes the model's `num_classes` where the
-            config sets none; never for a model by import path, which is called with `args` and nothing else.
+        num_classes: number of classes, or of different tokens, of the data, if known. It becomes the model's
+            `num_classes`, or in transformers `num_labels` or `vocab_size`, where the config sets none; never for
+            another model by import path, which is called with `args` and nothing else.
+        is_fresh: read no weights, neither `model.weights` nor what the model's own package would find.
 
     Raises:
         UserError: the model or its weights cannot be built or do not fit.
     """
     given: dict[str, Any] = {}
     target = resolve("model", config.name, "model")
-    if not is_import_path(config.name):
+    args = config.args
+    if is_fresh and "pretrained" in args:
+        args = {**args, "pretrained": False}
+    is_foreign = is_of_transformers(target)
+    if is_foreign:
+        target, given = transformers_model(target, num_classes, is_fresh)
+    elif config.name.startswith(TIMM):
+        given = {} if num_classes is None else {"num_classes": num_classes}
+    elif not is_import_path(config.name):
         given.update(_PLAIN_OUTPUT.get(config.name, {}))
         if num_classes is not None and (target.__module__.startswith("torchvision.") or accepts(target, "num_classes")):
             given["num_classes"] = num_classes
-    model = call(target, {**given, **config.args}, config.name, "model")
+    if reads_weights(config.name, args) and not is_fresh:
+        target = explained_download(target)
+    model = call(target, {**given, **args}, config.name, "model")
     if not isinstance(model, nn.Module):
         raise UserError(f"'{config.name}' returned a {type(model).__name__}, not a torch.nn.Module", path="model.name")
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"'{config.name}' has no parameter to train", path="model.name")
-    if config.weights is not None:
+    if is_foreign:
+        without_cache(model)
+    if config.weights is not None and not is_fresh:
         start_from_weights(model, config)
     if config.dtype != "float32":
         _convert_parameters(model, getattr(torch, config.dtype))

@@ -60,7 +60,14 @@ class Task(ABC):
             if isinstance(value, nn.Module):
                 value.to(device)
 
-    def check(self, data: Any, sample_ids: torch.Tensor) -> None:  # noqa: B027  # optional, not abstract
+    def look_at(self, train_set: Any, eval_set: Any) -> None:  # noqa: B027  # optional, not abstract
+        """Learns from the data sets what only they know; called once, before any batch. `eval_set` may be None.
+
+        Raises:
+            UserError: they cannot be trained on.
+        """
+
+    def check(self, data: Any, sample_ids: torch.Tensor) -> None:  # noqa: B027
         """Raises UserError where a batch in host memory cannot be trained on.
 
         In place of images `data` may hold undecoded pictures, or None where the images are on the device already.

@@ -32,6 +32,8 @@ BUILT_INS: dict[Kind, dict[str, str]] = {
     "transform": {},
     "model": {
         "small_cnn": "trainer.small_models:SmallCNN",
+        "fast_cnn": "trainer.small_models:FastCNN",
+        "resnet18_cifar": "trainer.small_models:resnet18_cifar",
         "mlp": "trainer.small_models:MLP",
     },
     "task": {

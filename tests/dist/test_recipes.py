@@ -1,0 +1,180 @@
+"""Every recipe in configs/ runs as shipped, but smaller: a few steps, an evaluation and a checkpoint.
+
+The data are made up, with real files where the recipe looks for them. What a test may change are sizes, and it is
+checked that it changes nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from conftest import REPOSITORY, Outcome, Train
+from picture_trees import make_cifar10, make_class_folders
+from resuming import TrainServer
+from run_results import checkpoint, records, summary
+from torch import nn
+from torchvision import models
+from torchvision.datasets import cifar
+
+from trainer.config import load_config
+from trainer.model import build_model
+
+CONFIGS = REPOSITORY / "configs"
+STEPS = 2
+PIXELS = 32
+NUM_CLASSES = 4
+TRANSFORMER = {"num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64, "num_classes": NUM_CLASSES}
+
+Sizes = Mapping[str, Any]
+
+
+class Recipe(NamedTuple):
+    """How a recipe is made small."""
+
+    sizes: Sizes
+    ranks: int = 1
+
+
+def vision_transformer(patch_size: int) -> dict[str, Any]:
+    """Returns sizes of a transformer of the same class, with few layers."""
+    args = {"image_size": 2 * patch_size, "patch_size": patch_size, **TRANSFORMER}
+    return {"model": {"name": "torchvision.models:VisionTransformer", "args": args}, "pixels": 2 * patch_size}
+
+
+RECIPES = {
+    "cifar10_fast": Recipe({"train.batch_size": 8}),
+    "cifar10_resnet18": Recipe({"train.batch_size": 2, "pixels": 16}),
+    "digits": Recipe({"train.batch_size": 96}),
+    "finetune_resnet50": Recipe({"train.batch_size": 2, "pixels": PIXELS}),
+    "fsdp_vit_h_14": Recipe({"train.batch_size": 8, **vision_transformer(14)}, ranks=2),
+    "imagenet_convnext_tiny": Recipe({"train.batch_size": 2, "pixels": PIXELS}),
+    "imagenet_resnet50": Recipe({"train.batch_size": 2, "pixels": PIXELS}),
+    "imagenet_resnet50_16epochs": Recipe({"train.batch_size": 2, "pixels": PIXELS}),
+    "imagenet_resnet50_v2": Recipe({"train.batch_size": 2, "pixels": PIXELS}),
+    "imagenet_vit_b_16": Recipe({"train.batch_size": 4, **vision_transformer(16)}),
+    "synthetic": Recipe({"train.batch_size": 2, "data.train.args.shape": [3, PIXELS, PIXELS]}),
+}
+# What a test may change besides `model` of the transformers, whose number of layers is part of their name.
+SIZE = re.compile(
+    r"train\.(steps|epochs|batch_size)|schedule\.warmup|optim\.ema\.every|log\.every|tracking\.trackers(\.0)?|data\.workers"
+    r"|data\.transforms\.(train|eval)\.\d+\.args\.size|data\.(train|eval)\.args\.shape\.\d"
+)
+
+
+def overrides(name: str) -> list[str]:
+    """Returns the settings that make a recipe small."""
+    shipped = load_config(str(CONFIGS / f"{name}.yaml"))
+    sizes = dict(RECIPES[name].sizes)
+    pixels = sizes.pop("pixels", None)
+    sizes |= {"train.steps": STEPS, "train.epochs": None, "log.every": 1, "data.workers": 0, "tracking.trackers": []}
+    if str(shipped.schedule.warmup) != "0":
+        sizes["schedule.warmup"] = 1
+    if shipped.optim.ema is not None:
+        sizes["optim.ema.every"] = 1
+    if pixels is not None:
+        for split in ("train", "eval"):
+            listed = [t.model_dump() for t in getattr(shipped.data.transforms, split)]
+            smaller = [{**t, "args": {**t["args"], "size": pixels} if "size" in t["args"] else t["args"]} for t in listed]
+            sizes[f"data.transforms.{split}"] = smaller
+    return [f"{key}={json.dumps(value)}" for key, value in sizes.items()]
+
+
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Returns the plain values of a config by dotted path."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else None
+    if not items:
+        return {path: value}
+    return {p: v for key, inner in items for p, v in flat(inner, f"{path}.{key}" if path else str(key)).items()}
+
+
+def run(name: str, train: Train, server: TrainServer, folder: Path) -> Outcome:
+    """Trains a recipe in a folder where its data are."""
+    arguments = ["--config", str(CONFIGS / f"{name}.yaml"), *overrides(name)]
+    ranks = RECIPES[name].ranks
+    return train(*arguments) if ranks == 1 else server.train(*arguments, ranks=ranks, folder=folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder with the data that recipes look for, and torchvision's weights."""
+    folder = tmp_path_factory.mktemp("recipes")
+    make_class_folders(folder / "data" / "imagenet", {"train": 2, "val": 1})
+    make_class_folders(folder / "data" / "photos", {"train": 2, "eval": 1}, ("cat", "dog", "owl"))
+    make_cifar10(folder / "data" / "cifar10", per_batch=4)
+    weights = models.ResNet50_Weights.IMAGENET1K_V2
+    place = folder / "torch" / "hub" / "checkpoints"
+    place.mkdir(parents=True)
+    torch.save(models.resnet50().state_dict(), place / Path(weights.url).name)
+    return folder
+
+
+@pytest.fixture
+def place(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Returns a fresh current folder with the data in it, and nothing that is downloaded or compiled."""
+    (tmp_path / "data").symlink_to(data / "data")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(data / "torch"))
+    # Their checksums cannot be those of the real files.
+    monkeypatch.setattr(cifar, "check_integrity", lambda path, md5=None: Path(path).is_file())
+    compiled = nn.Module.compile
+    # Traced as shipped; code for the CPU would take minutes to compile.
+    monkeypatch.setattr(nn.Module, "compile", lambda self, mode: compiled(self, backend="eager"))
+    return tmp_path
+
+
+def test_every_recipe_is_here() -> None:
+    assert set(RECIPES) == {file.stem for file in CONFIGS.glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_only_sizes_differ_from_what_is_shipped(name: str) -> None:
+    file = str(CONFIGS / f"{name}.yaml")
+    shipped = flat(load_config(file).model_dump(mode="json"))
+    tried = flat(load_config(file, overrides(name)).model_dump(mode="json"))
+    changed = {key for key in shipped.keys() | tried.keys() if shipped.get(key) != tried.get(key)}
+    others = {key for key in changed if not SIZE.fullmatch(key)}
+    if "model" in RECIPES[name].sizes:
+        assert shipped["model.name"].startswith("vit_")
+        others = {key for key in others if not re.fullmatch(r"model\.name|model\.args(\.\w+)?", key)}
+    assert others == set()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_runs(name: str, train: Train, server: TrainServer, place: Path) -> None:
+    done = run(name, train, server, place)
+    assert done.code == 0, done.err
+    config = load_config(str(CONFIGS / f"{name}.yaml"))
+    found = summary(place / config.run_dir)
+    assert (found["status"], found["step"], found["num_processes"]) == ("finished", STEPS, RECIPES[name].ranks)
+    losses = [record["train/loss"] for record in records(place / config.run_dir) if "train/loss" in record]
+    assert len(losses) == STEPS
+    assert all(math.isfinite(loss) for loss in losses)
+    evaluated = {key: value for key, value in found["metrics"].items() if key.startswith("eval/")}
+    assert bool(evaluated) == (config.data.eval is not None)
+    # After two steps BatchNorm's statistics are so far off that the loss may overflow; what is counted may not.
+    assert all(math.isfinite(value) for key, value in evaluated.items() if key != "eval/loss")
+    assert checkpoint(place / config.run_dir, STEPS).manifest.progress.step == STEPS
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [
+        ("cifar10_fast", 2.0),
+        ("cifar10_resnet18", 11.2),
+        ("fsdp_vit_h_14", 632.0),
+        ("imagenet_convnext_tiny", 28.6),
+        ("imagenet_vit_b_16", 86.6),
+    ],
+)
+def test_models_are_those_that_are_named(name: str, millions: float) -> None:
+    config = load_config(str(CONFIGS / f"{name}.yaml"))
+    with torch.device("meta"):
+        model = build_model(config.model, 10 if name.startswith("cifar10") else 1000)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions

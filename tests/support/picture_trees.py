@@ -1,0 +1,44 @@
+"""Small data sets with real image files, laid out as the real ones are."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+WORDNET_IDS = ("n01440764", "n01443537", "n01484850", "n01491361")
+
+
+def picture(label: int, number: int, size: tuple[int, int] = (60, 45)) -> Image.Image:
+    """Returns an RGB picture (width, height) of coarse noise, whose colour tells its label."""
+    generator = np.random.default_rng([label, number])
+    coarse = generator.integers(0, 90, (6, 8, 3)) + np.array([[160, 0, 0], [0, 160, 0], [0, 0, 160]])[label % 3]
+    return Image.fromarray(coarse.astype(np.uint8)).resize(size)
+
+
+def make_class_folders(folder: Path, splits: dict[str, int], classes: tuple[str, ...] = WORDNET_IDS) -> None:
+    """Makes `folder/<split>/<class>/*.JPEG` with so many pictures per class; as in ImageNet, one is gray, one CMYK."""
+    for split, per_class in splits.items():
+        for label, name in enumerate(classes):
+            place = folder / split / name
+            place.mkdir(parents=True)
+            for number in range(per_class):
+                mode = {(0, 0): "L", (1, 0): "CMYK"}.get((label, number), "RGB")
+                picture(label, number, (60 + 4 * label, 45 + 8 * number)).convert(mode).save(
+                    place / f"{name}_{number}.JPEG", "JPEG"
+                )
+
+
+def make_cifar10(folder: Path, per_batch: int) -> None:
+    """Makes the files of CIFAR-10's Python version, which torchvision reads: five batches, and one to evaluate on."""
+    place = folder / "cifar-10-batches-py"
+    place.mkdir(parents=True)
+    for part, name in enumerate([*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]):
+        labels = [number % 10 for number in range(per_batch)]
+        pixels = [np.asarray(picture(label, 10 * part + label, (32, 32))) for label in labels]
+        data = np.stack([p.transpose(2, 0, 1).reshape(-1) for p in pixels])  # planes of red, green and blue
+        (place / name).write_bytes(pickle.dumps({"data": data, "labels": labels}))
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    (place / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))

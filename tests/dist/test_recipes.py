@@ -52,14 +52,14 @@ RECIPES = {
     "cifar10_fast": Recipe({"train.batch_size": 8}),
     "cifar10_resnet18": Recipe({"train.batch_size": 2, "pixels": 16}),
     "digits": Recipe({"train.batch_size": 96}),
-    "finetune_resnet50": Recipe({"train.batch_size": 2, "pixels": PIXELS}),
-    "fsdp_vit_h_14": Recipe({"train.batch_size": 8, **vision_transformer(14)}, ranks=2),
-    "imagenet_convnext_tiny": Recipe({"train.batch_size": 2, "pixels": PIXELS}),
-    "imagenet_resnet50": Recipe({"train.batch_size": 2, "pixels": PIXELS}),
-    "imagenet_resnet50_16epochs": Recipe({"train.batch_size": 2, "pixels": PIXELS}),
-    "imagenet_resnet50_v2": Recipe({"train.batch_size": 2, "pixels": PIXELS}),
+    "finetune_resnet50": Recipe({"train.batch_size": 4, "pixels": PIXELS}),
+    "fsdp_vit_h_14": Recipe({"train.batch_size": 4, **vision_transformer(14)}, ranks=2),
+    "imagenet_convnext_tiny": Recipe({"train.batch_size": 4, "pixels": PIXELS}),
+    "imagenet_resnet50": Recipe({"train.batch_size": 4, "pixels": PIXELS}),
+    "imagenet_resnet50_16epochs": Recipe({"train.batch_size": 4, "pixels": PIXELS}),
+    "imagenet_resnet50_v2": Recipe({"train.batch_size": 4, "pixels": PIXELS}),
     "imagenet_vit_b_16": Recipe({"train.batch_size": 4, **vision_transformer(16)}),
-    "synthetic": Recipe({"train.batch_size": 2, "data.train.args.shape": [3, PIXELS, PIXELS]}),
+    "synthetic": Recipe({"train.batch_size": 4, "data.train.args.shape": [3, PIXELS, PIXELS]}),
 }
 # What a test may change besides `model` of the transformers, whose number of layers is part of their name.
 SIZE = re.compile(
@@ -75,7 +75,7 @@ def overrides(name: str) -> list[str]:
     pixels = sizes.pop("pixels", None)
     sizes |= {"train.steps": STEPS, "train.epochs": None, "log.every": 1, "data.workers": 0, "tracking.trackers": []}
     if str(shipped.schedule.warmup) != "0":
-        sizes["schedule.warmup"] = 1
+        sizes["schedule.warmup"] = "1 epoch" if shipped.schedule.interval == "epoch" else 1
     if shipped.optim.ema is not None:
         sizes["optim.ema.every"] = 1
     if pixels is not None:
@@ -105,7 +105,7 @@ def run(name: str, train: Train, server: TrainServer, folder: Path) -> Outcome:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder with the data that recipes look for, and torchvision's weights."""
     folder = tmp_path_factory.mktemp("recipes")
-    make_class_folders(folder / "data" / "imagenet", {"train": 2, "val": 1})
+    make_class_folders(folder / "data" / "imagenet", {"train": 1, "val": 1})
     make_class_folders(folder / "data" / "photos", {"train": 2, "eval": 1}, ("cat", "dog", "owl"))
     make_cifar10(folder / "data" / "cifar10", per_batch=4)
     weights = models.ResNet50_Weights.IMAGENET1K_V2

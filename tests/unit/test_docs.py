@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from benchmarks import checkpoint, faults, feed, memory, soak, startup, switches, telemetry
+from benchmarks import checkpoint, digits, faults, feed, memory, soak, startup, switches, telemetry
 
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
 TABLES = [
@@ -20,6 +20,7 @@ TABLES = [
 MAKERS = {
     "chaos-cpu": faults.chaos_table,
     "checkpoint-cpu": checkpoint.table,
+    "digits-accuracy": digits.table,
     "faults-cpu": faults.table,
     "feed-cpu": feed.table,
     "memory-cpu": memory.table,

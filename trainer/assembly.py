@@ -120,6 +120,7 @@ class Assembly:
             config.optim, config.schedule, self.total_steps, self.plan.steps_per_epoch
         )
         self.task = build_task(config.task, num_classes)
+        self.task.class_names = self.class_names or ()
         self.task.to(self.runtime.device)
         self.best_metric, best_mode = self.task.best_metric, self.task.best_mode
         if config.checkpoint.best is not None:

@@ -39,6 +39,7 @@ BUILT_INS: dict[Kind, dict[str, str]] = {
     "task": {
         "classification": "trainer.tasks.classification:Classification",
         "language_model": "trainer.tasks.language_model:LanguageModel",
+        "segmentation": "trainer.tasks.segmentation:Segmentation",
     },
     "loss": {"cross_entropy": "trainer.tasks.classification:CrossEntropy"},
     "optimizer": {"sgd": "torch.optim:SGD", "adamw": "torch.optim:AdamW"},

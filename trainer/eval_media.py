@@ -150,7 +150,10 @@ class Collector:
         examples: list[Example] = []
         for part in self._examples:
             pictures = _pictures(part["image"], normalize) if "image" in part else None
-            told = self._task.describe_examples({k: v.cpu() for k, v in part.items() if k != "image"}, names)
+            rest = {k: v.cpu() for k, v in part.items() if k != "image"}
+            if pictures is not None and "masks" in rest:
+                pictures = _with_masks(pictures, rest["masks"])
+            told = self._task.describe_examples(rest, names)
             for i, (target, prediction, confidence) in enumerate(told):
                 image = pictures[i] if pictures is not None else None
                 sure = float(confidence) if confidence is not None and math.isfinite(confidence) else None
@@ -179,6 +182,25 @@ def _pictures(inputs: torch.Tensor, normalize: NormalizeConfig | None) -> NDArra
         images = functional.interpolate(images.float(), size, mode="area")
     found: NDArray[np.uint8] = images.round().to(torch.uint8).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
     return found
+
+
+def _with_masks(pictures: NDArray[np.uint8], masks: torch.Tensor) -> NDArray[np.uint8]:
+    """Returns pictures beside themselves, once per mask, which is drawn over it in the colours of VOC.
+
+    Args:
+        pictures: (B, height, width, 3).
+        masks: labels (B, num_masks, H, W); those below 0 are left out.
+    """
+    labels = functional.interpolate(masks.float(), size=pictures.shape[1:3], mode="nearest").long().numpy()
+    colours = np.zeros((max(int(labels.max(initial=0)) + 1, 1), 3), dtype=np.uint8)
+    for bit in range(8):  # three bits of a label, lowest first, are a bit of red, green and blue, highest first
+        for channel in range(3):
+            colours[:, channel] |= ((np.arange(len(colours)) >> (3 * bit + channel)) & 1).astype(np.uint8) << (7 - bit)
+    sides = []
+    for label in labels.transpose(1, 0, 2, 3):
+        drawn = (pictures // 2 + colours[label] // 2).astype(np.uint8)
+        sides.append(np.where(label[..., None] < 0, pictures, drawn))
+    return np.concatenate(sides, axis=2)
 
 
 def write_media(run_dir: Path, step: int, media: EvalMedia, best_step: int | None) -> None:

@@ -6,7 +6,7 @@ import pickle
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 WORDNET_IDS = ("n01440764", "n01443537", "n01484850", "n01491361")
 
@@ -42,3 +42,36 @@ def make_cifar10(folder: Path, per_batch: int) -> None:
         (place / name).write_bytes(pickle.dumps({"data": data, "labels": labels}))
     names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     (place / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+
+
+def make_voc(root: Path, splits: dict[str, int], size: tuple[int, int] = (48, 40)) -> None:
+    """Makes `root/VOCdevkit/VOC2012` with so many pictures per split, as torchvision's `VOCSegmentation` reads it.
+
+    A picture (JPEG) of noise has a red box and a blue disc; its mask (palette PNG) calls these 1 and 2, all else 0 and
+    a rim of two pixels around each 255.
+    """
+    place = root / "VOCdevkit" / "VOC2012"
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (place / folder).mkdir(parents=True, exist_ok=True)
+    width, height = size
+    for part, (split, num_pictures) in enumerate(splits.items()):
+        names = [f"{split}_{number:06d}" for number in range(num_pictures)]
+        (place / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
+        for number, name in enumerate(names):
+            generator = np.random.default_rng([part, number])
+            noise = generator.integers(60, 160, (height, width, 3), dtype=np.uint8)
+            image, mask = Image.fromarray(noise), Image.new("P", size)
+            mask.putpalette([0, 0, 0, 128, 0, 0, 0, 0, 128] + [224, 224, 192] * 253)
+            for label, colour in ((1, (200, 40, 40)), (2, (40, 40, 200))):
+                side = int(generator.integers(10, 18))
+                left, top = int(generator.integers(2, width - side - 2)), int(generator.integers(2, height - side - 2))
+                box = (left, top, left + side, top + side)
+                drawn, labelled = ImageDraw.Draw(image), ImageDraw.Draw(mask)
+                if label == 1:
+                    drawn.rectangle(box, fill=colour)
+                    labelled.rectangle(box, fill=label, outline=255, width=2)
+                else:
+                    drawn.ellipse(box, fill=colour)
+                    labelled.ellipse(box, fill=label, outline=255, width=2)
+            image.save(place / "JPEGImages" / f"{name}.jpg", quality=95)
+            mask.save(place / "SegmentationClass" / f"{name}.png")

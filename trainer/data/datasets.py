@@ -10,7 +10,7 @@ A data set is anything with `__len__` and `__getitem__(index)`. Optional attribu
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -234,9 +234,10 @@ def build_dataset(component: Component, path: str, order: RankOrder) -> SizedDat
         args = dict(component.args)
         is_torchvision = not is_import_path(component.name) and target.__module__.startswith("torchvision.")
         # EMNIST and QMNIST pass `download` on to the class below them.
-        if is_torchvision and any(accepts(c, "download") for c in getattr(target, "__mro__", ())):
-            args.setdefault("download", True)
-        dataset = call(target, args, component.name, path)
+        downloads = is_torchvision and any(accepts(c, "download") for c in getattr(target, "__mro__", ()))
+        dataset = _found_or_downloaded(target, args, component.name, path) if downloads else None
+        if dataset is None:
+            dataset = call(target, args, component.name, path)
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         message = f"'{component.name}' must have __len__ and __getitem__: exact order and resume need an index"
         raise UserError(message, path=path)
@@ -247,6 +248,21 @@ def build_dataset(component: Component, path: str, order: RankOrder) -> SizedDat
     if length == 0:
         raise UserError(f"'{component.name}' is empty", path=path)
     return dataset
+
+
+def _found_or_downloaded(target: Callable[..., Any], args: dict[str, Any], name: str, path: str) -> Any:
+    """Builds one of torchvision's data sets; downloads it only where it is not there.
+
+    VOC and others would download and unpack their archive again, though its files are there.
+    """
+    if "download" in args:
+        return None
+    try:
+        return call(target, {**args, "download": False}, name, path)
+    except UserError as error:
+        if isinstance(error.__cause__, RuntimeError | OSError):  # what torchvision's raise for files that are missing
+            return call(target, {**args, "download": True}, name, path)
+        raise
 
 
 def build_eval_dataset(config: DataConfig, train: SizedDataset, order: RankOrder) -> SizedDataset | None:
@@ -271,8 +287,18 @@ def build_eval_dataset(config: DataConfig, train: SizedDataset, order: RankOrder
 
 def class_names(dataset: SizedDataset) -> list[str] | None:
     """Returns the names of the classes in label order, where the data set knows them."""
+    if isinstance(dataset, _VOC):
+        from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights
+
+        return list(DeepLabV3_ResNet50_Weights.DEFAULT.meta["categories"])
+    if isinstance(dataset, torchvision_datasets.CocoDetection):
+        names = {number: str(category["name"]) for number, category in dataset.coco.cats.items()}
+        return [names.get(number, f"no {number}") for number in range(max(names, default=-1) + 1)]
     classes = getattr(dataset, "classes", None)
     return [str(name) for name in classes] if isinstance(classes, list | tuple) else None
+
+
+_VOC = (torchvision_datasets.VOCSegmentation, torchvision_datasets.VOCDetection)
 
 
 def gives_encoded(dataset: Any) -> bool:

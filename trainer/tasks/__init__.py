@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ def build_task(config: TaskConfig, num_classes: int | None) -> Task:
     if config.loss is not None:
         if not accepts(target, "loss", count_kwargs=True):
             raise UserError(f"'{config.name}' takes no loss", path="task.loss")
-        given["loss"] = _build_loss(config.loss)
+        given["loss"] = _build_loss(config.loss, getattr(target, "loss_args", {}))
     if not is_import_path(config.name):
         given["num_classes"] = num_classes
     task = call(target, {**given, **config.args}, config.name, "task")
@@ -36,11 +36,15 @@ def build_task(config: TaskConfig, num_classes: int | None) -> Task:
     return task
 
 
-def _build_loss(component: Component) -> Callable[..., torch.Tensor]:
-    """Builds a loss: a class is called with `args`; any other callable of (outputs, targets) is the loss itself."""
+def _build_loss(component: Component, of_task: Mapping[str, Any]) -> Callable[..., torch.Tensor]:
+    """Builds a loss: a class is called with `args`; any other callable of (outputs, targets) is the loss itself.
+
+    It gets what the task gives its losses, too, where it takes that and the config does not say otherwise.
+    """
     target = resolve("loss", component.name, "task.loss")
     # One value per sample, where the loss can give it, keeps the mean over the global batch exact.
-    given = {"reduction": "none"} if accepts(target, "reduction") else {}
+    wanted: dict[str, Any] = {"reduction": "none", **of_task}
+    given = {name: value for name, value in wanted.items() if accepts(target, name)}
     if component.args.get("reduction") == "sum":
         raise UserError("a loss is a mean or a value per sample, not a sum", path="task.loss.args.reduction")
     if not inspect.isclass(target):

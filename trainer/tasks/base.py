@@ -50,6 +50,10 @@ class Task(ABC):
 
     Inputs may differ in size. Images are floats on the device, as ever; nothing is mixed or erased.
     """
+    loss_args: Mapping[str, Any] = {}
+    """What a loss by name is built with where it takes arguments of these names, such as the label to ignore."""
+    class_names: Sequence[str] = ()
+    """Names of labels, in their order, where the data set knows them; set when the run is built."""
     tokens_per_sample: int | None = None  # where throughput is also told in tokens
     best_metric: str | None = None  # the evaluation metric that decides the best checkpoint
     best_mode: Literal["max", "min"] = "max"
@@ -111,7 +115,8 @@ class Task(ABC):
         """Returns what to show of up to `num` samples of a batch, the first dimension of each tensor being samples.
 
         On the device and without waiting for it. `image` are inputs, or pictures (B, 1 or 3, height, width) as uint8;
-        the rest is for `describe_examples`. An empty dict where there is nothing to show.
+        `masks` are labels per pixel (B, masks, height, width), below 0 where there is none, of which each is drawn over
+        the picture; the rest is for `describe_examples`. An empty dict where there is nothing to show.
         """
         return {}
 

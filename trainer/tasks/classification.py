@@ -10,6 +10,7 @@ from torch import nn
 
 from trainer.errors import BadSample, UserError, one_line, place_at
 from trainer.tasks.base import Task
+from trainer.tasks.confusion import confusion_matrix
 
 _MOST_CONFUSED = 1000  # classes; the matrix of more would take too much memory and time
 
@@ -165,13 +166,8 @@ class Classification(Task):
         labels = _labels_of_logits(outputs, self.targets(data))
         if labels is None or outputs.shape[1] > _MOST_CONFUSED:
             return
-        num_classes = outputs.shape[1]
-        if "confusion" not in tables:
-            tables["confusion"] = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=outputs.device)
-        is_counted = (labels >= 0) & (labels < num_classes)
-        # Nothing here waits for the device: what is not counted adds 0 to a cell.
-        cells = torch.where(is_counted, labels * num_classes + outputs.argmax(1), 0)
-        tables["confusion"].view(-1).index_add_(0, cells, is_counted.long())
+        counts = confusion_matrix(labels, outputs.argmax(1), outputs.shape[1])
+        tables["confusion"] = tables["confusion"] + counts if "confusion" in tables else counts
 
     def examples(self, outputs: torch.Tensor, data: Any, num: int) -> dict[str, torch.Tensor]:
         labels = _labels_of_logits(outputs, self.targets(data))

@@ -1,7 +1,7 @@
 """Text -> files of token ids: train.bin, eval.bin and tokens.json, for the data set `token_file`.
 
-python prepare.py --stdlib --output data/stdlib
-python prepare.py stories.txt --separator '<|endoftext|>' --tokenizer gpt2 --output data/stories
+    python prepare.py --stdlib --output data/stdlib
+    python prepare.py stories.txt --separator '<|endoftext|>' --tokenizer gpt2 --output data/stories
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ def _pictures(inputs: torch.Tensor, normalize: NormalizeConfig | None) -> NDArra
 
 
 def _with_masks(pictures: NDArray[np.uint8], masks: torch.Tensor) -> NDArray[np.uint8]:
-    """Returns pictures beside themselves, once per mask, which is drawn over it in the colours of VOC.
+    """Returns each picture, and beside it, once per mask, the picture under that mask, in the colours of VOC.
 
     Args:
         pictures: (B, height, width, 3).
@@ -196,7 +196,7 @@ def _with_masks(pictures: NDArray[np.uint8], masks: torch.Tensor) -> NDArray[np.
     for bit in range(8):  # three bits of a label, lowest first, are a bit of red, green and blue, highest first
         for channel in range(3):
             colours[:, channel] |= ((np.arange(len(colours)) >> (3 * bit + channel)) & 1).astype(np.uint8) << (7 - bit)
-    sides = []
+    sides = [pictures]
     for label in labels.transpose(1, 0, 2, 3):
         drawn = (pictures // 2 + colours[label] // 2).astype(np.uint8)
         sides.append(np.where(label[..., None] < 0, pictures, drawn))

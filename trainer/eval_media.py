@@ -185,22 +185,21 @@ def _pictures(inputs: torch.Tensor, normalize: NormalizeConfig | None) -> NDArra
 
 
 def _with_masks(pictures: NDArray[np.uint8], masks: torch.Tensor) -> NDArray[np.uint8]:
-    """Returns each picture, and beside it, once per mask, the picture under that mask, in the colours of VOC.
+    """Returns each picture, and beside it, once per mask, the picture under that mask, a colour per label.
 
     Args:
         pictures: (B, height, width, 3).
-        masks: labels (B, num_masks, H, W); those below 0 are left out.
+        masks: labels (B, num_masks, H, W); nothing is drawn where they are below 0.
     """
-    labels = functional.interpolate(masks.float(), size=pictures.shape[1:3], mode="nearest").long().numpy()
-    colours = np.zeros((max(int(labels.max(initial=0)) + 1, 1), 3), dtype=np.uint8)
-    for bit in range(8):  # three bits of a label, lowest first, are a bit of red, green and blue, highest first
-        for channel in range(3):
-            colours[:, channel] |= ((np.arange(len(colours)) >> (3 * bit + channel)) & 1).astype(np.uint8) << (7 - bit)
-    sides = [pictures]
-    for label in labels.transpose(1, 0, 2, 3):
-        drawn = (pictures // 2 + colours[label] // 2).astype(np.uint8)
-        sides.append(np.where(label[..., None] < 0, pictures, drawn))
-    return np.concatenate(sides, axis=2)
+    from torchvision.utils import draw_segmentation_masks
+
+    masks = functional.interpolate(masks.float(), size=pictures.shape[1:3], mode="nearest").long()
+    classes = torch.arange(max(int(masks.max()) + 1, 1)).view(-1, 1, 1)
+    drawn = []
+    for picture, labels in zip(torch.from_numpy(pictures).permute(0, 3, 1, 2), masks, strict=True):
+        sides = [picture, *(draw_segmentation_masks(picture, label == classes, alpha=0.5) for label in labels)]
+        drawn.append(torch.cat(sides, dim=2).permute(1, 2, 0).contiguous().numpy())
+    return np.stack(drawn)
 
 
 def write_media(run_dir: Path, step: int, media: EvalMedia, best_step: int | None) -> None:

@@ -34,6 +34,7 @@ from trainer.runtime import Runtime, seed_everything
 from trainer.schedule import build_learning_rate
 from trainer.sync_batchnorm import synchronise_batchnorm
 from trainer.tasks import build_task
+from trainer.tasks.metrics import UserMetrics
 from trainer.telemetry.efficiency import FlopCounter, peak_flops
 from trainer.tracking import check_trackers
 from trainer.weights import settled_weights
@@ -121,6 +122,7 @@ class Assembly:
         )
         self.task = build_task(config.task, num_classes)
         self.task.to(self.runtime.device)
+        self.user_metrics = UserMetrics(config.task.metrics, self.task, self.runtime.device)
         self.best_metric, best_mode = self.task.best_metric, self.task.best_mode
         if config.checkpoint.best is not None:
             self.best_metric, best_mode = config.checkpoint.best.metric, config.checkpoint.best.mode

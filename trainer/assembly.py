@@ -72,6 +72,7 @@ class Assembly:
         shrink = runtime.from_main(lambda: read_shrink(config.run_dir)) if config.memory.on_oom == "shrink" else None
         runtime.agree(lambda: self._build_order_and_task(train_set, num_classes, shrink))
         runtime.agree(lambda: self.task.look_at(train_set, eval_set))
+        num_classes = self.task.num_classes or num_classes  # which the task may have learnt just now
         settled = runtime.from_main(lambda: settled_weights(config.model))
         runtime.agree(lambda: self._build_model(settled, num_classes))
         # What takes long comes last, when all else is known to be good.

@@ -38,6 +38,7 @@ BUILT_INS: dict[Kind, dict[str, str]] = {
     },
     "task": {
         "classification": "trainer.tasks.classification:Classification",
+        "detection": "trainer.tasks.detection:Detection",
         "language_model": "trainer.tasks.language_model:LanguageModel",
     },
     "loss": {"cross_entropy": "trainer.tasks.classification:CrossEntropy"},

@@ -150,7 +150,10 @@ class Collector:
         examples: list[Example] = []
         for part in self._examples:
             pictures = _pictures(part["image"], normalize) if "image" in part else None
-            told = self._task.describe_examples({k: v.cpu() for k, v in part.items() if k != "image"}, names)
+            rest = {k: v.cpu() for k, v in part.items() if k != "image"}
+            if pictures is not None and "boxes" in rest:
+                pictures = _with_boxes(pictures, rest["boxes"], rest["labels"], names)
+            told = self._task.describe_examples(rest, names)
             for i, (target, prediction, confidence) in enumerate(told):
                 image = pictures[i] if pictures is not None else None
                 sure = float(confidence) if confidence is not None and math.isfinite(confidence) else None
@@ -179,6 +182,33 @@ def _pictures(inputs: torch.Tensor, normalize: NormalizeConfig | None) -> NDArra
         images = functional.interpolate(images.float(), size, mode="area")
     found: NDArray[np.uint8] = images.round().to(torch.uint8).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
     return found
+
+
+def _with_boxes(
+    pictures: NDArray[np.uint8], boxes: torch.Tensor, labels: torch.Tensor, names: Sequence[str]
+) -> NDArray[np.uint8]:
+    """Returns pictures with boxes, drawn on a copy of it for each kind of boxes, beside each other.
+
+    Args:
+        pictures: (B, height, width, 3).
+        boxes: (B, kinds, boxes, 4), XYXY as shares of the picture's width and height.
+        labels: (B, kinds, boxes); those below 0 are of no box.
+        names: of labels.
+    """
+    from torchvision.utils import draw_bounding_boxes
+
+    height, width = pictures.shape[1:3]
+    boxes = boxes * torch.tensor([width, height, width, height])
+    drawn = []
+    for picture, kinds, their_labels in zip(torch.from_numpy(pictures), boxes, labels, strict=True):
+        sides = []
+        for of_kind, label in zip(kinds, their_labels, strict=True):
+            is_box = (label >= 0) & (of_kind[:, 2:] >= of_kind[:, :2]).all(1)
+            known = [names[i] if i < len(names) else str(i) for i in label[is_box].tolist()]
+            copy = picture.permute(2, 0, 1).contiguous()
+            sides.append(draw_bounding_boxes(copy, of_kind[is_box], known) if known else copy)
+        drawn.append(torch.cat(sides, dim=2).permute(1, 2, 0).contiguous().numpy())
+    return np.stack(drawn)
 
 
 def write_media(run_dir: Path, step: int, media: EvalMedia, best_step: int | None) -> None:

@@ -44,8 +44,11 @@ class Evaluating(Observed):
         return self.progress.step if self.evaluation_due() else None
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float] | None:
+    def evaluate(self, batch_size: int | None = None) -> dict[str, float] | None:
         """Evaluates every sample of the evaluation set once.
+
+        Args:
+            batch_size: where neither the config nor the task says another; None: as in training.
 
         Returns:
             All metrics, on every rank; None where a request to stop came in the middle.
@@ -57,7 +60,9 @@ class Evaluating(Observed):
         model = self.bare_model
         modes = {module: module.training for module in model.modules()}
         model.eval()
-        batch_size = self.config.eval.batch_size or self.plan.micro_batch_size
+        batch_size = (
+            self.config.eval.batch_size or self.task.eval_batch_size or batch_size or self.plan.micro_batch_size
+        )
         tally = Tally(self.task, self.user_metrics, self.runtime)
         num_examples = self.config.tracking.samples
         collector = Collector(self.task, num_examples if self.runtime.is_main else 0) if num_examples else None
@@ -84,7 +89,8 @@ class Evaluating(Observed):
         if collector is not None:
             tables = self.runtime.sum_tables(collector.tables)
             if self.runtime.is_main:
-                self.media = collector.media(tables, self.class_names, self.config.data.normalize)
+                names = self.task.class_names or self.class_names
+                self.media = collector.media(tables, names, self.config.data.normalize)
         tally.gather()
         self.at(METRICS)  # which rank 0 may take long for, while the others wait
         metrics = tally.metrics()

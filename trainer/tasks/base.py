@@ -52,6 +52,10 @@ class Task(ABC):
 
     Inputs may differ in size. Images are floats on the device, as ever; nothing is mixed or erased.
     """
+    eval_batch_size: int | None = None
+    """Samples of a batch of an evaluation, where neither that of training nor `eval.batch_size` is to decide."""
+    class_names: Sequence[str] = ()
+    """Names of labels, in their order, where the task knows them better than the data set."""
     tokens_per_sample: int | None = None  # where throughput is also told in tokens
     metric_names: tuple[str, ...] = ()  # of its own metrics, as far as they are known beforehand
     best_metric: str | None = None  # the evaluation metric that decides the best checkpoint
@@ -150,7 +154,9 @@ class Task(ABC):
     def examples(self, outputs: Any, data: Any, num: int) -> dict[str, torch.Tensor]:
         """Returns what to show of up to `num` samples of a batch, the first dimension of each tensor being samples.
 
-        On the device and without waiting for it. `image` are inputs, or pictures (B, 1 or 3, height, width) as uint8;
+        On the device and without waiting for it. `image` are inputs, or pictures (B, 1 or 3, height, width) as uint8.
+        `boxes` (B, kinds, boxes, 4), XYXY as shares of width and height, are drawn on it, a copy of it for each kind,
+        with the names of their `labels` (B, kinds, boxes), of which those below 0 are of no box;
         the rest is for `describe_examples`. An empty dict where there is nothing to show.
         """
         return {}

@@ -34,6 +34,7 @@ from trainer.runtime import Runtime, seed_everything
 from trainer.schedule import build_learning_rate
 from trainer.sync_batchnorm import synchronise_batchnorm
 from trainer.tasks import build_task
+from trainer.tasks.metrics import UserMetrics
 from trainer.telemetry.efficiency import FlopCounter, peak_flops
 from trainer.tracking import check_trackers
 from trainer.weights import settled_weights
@@ -71,6 +72,7 @@ class Assembly:
         shrink = runtime.from_main(lambda: read_shrink(config.run_dir)) if config.memory.on_oom == "shrink" else None
         runtime.agree(lambda: self._build_order_and_task(train_set, num_classes, shrink))
         runtime.agree(lambda: self.task.look_at(train_set, eval_set))
+        num_classes = self.task.num_classes or num_classes  # which the task may have learnt just now
         settled = runtime.from_main(lambda: settled_weights(config.model))
         runtime.agree(lambda: self._build_model(settled, num_classes))
         # What takes long comes last, when all else is known to be good.
@@ -120,8 +122,9 @@ class Assembly:
             config.optim, config.schedule, self.total_steps, self.plan.steps_per_epoch
         )
         self.task = build_task(config.task, num_classes)
-        self.task.class_names = self.class_names or ()
+        self.task.class_names = self.task.class_names or self.class_names or ()
         self.task.to(self.runtime.device)
+        self.user_metrics = UserMetrics(config.task.metrics, self.task, self.runtime.device)
         self.best_metric, best_mode = self.task.best_metric, self.task.best_mode
         if config.checkpoint.best is not None:
             self.best_metric, best_mode = config.checkpoint.best.metric, config.checkpoint.best.mode

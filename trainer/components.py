@@ -17,7 +17,7 @@ from trainer.errors import UserError, nearest, one_line, place_at
 from trainer.foreign_models import TIMM, timm_model
 from trainer.memory.out_of_memory import is_out_of_memory
 
-Kind = Literal["data set", "transform", "model", "task", "loss", "optimizer", "schedule"]
+Kind = Literal["data set", "transform", "model", "task", "loss", "optimizer", "schedule", "metric"]
 
 # Short names of built-ins. Data sets, transforms, models and optimizers fall back on a library's names below.
 BUILT_INS: dict[Kind, dict[str, str]] = {
@@ -38,11 +38,13 @@ BUILT_INS: dict[Kind, dict[str, str]] = {
     },
     "task": {
         "classification": "trainer.tasks.classification:Classification",
+        "detection": "trainer.tasks.detection:Detection",
         "language_model": "trainer.tasks.language_model:LanguageModel",
         "segmentation": "trainer.tasks.segmentation:Segmentation",
     },
     "loss": {"cross_entropy": "trainer.tasks.classification:CrossEntropy"},
     "optimizer": {"sgd": "torch.optim:SGD", "adamw": "torch.optim:AdamW"},
+    "metric": {},
     "schedule": {
         "constant": "trainer.schedule:constant",
         "cosine": "trainer.schedule:cosine",

@@ -34,6 +34,7 @@ from trainer.config_values import (
     EveryOrMinutes,
     Interval,
     MemoryAmount,
+    MetricName,
     MicroBatchSize,
     NonNegativeFloat,
     PositiveFloat,
@@ -245,6 +246,10 @@ class TaskConfig(Component):
         None,
         description="The loss: `cross_entropy` (the task's default), or an import path to a function of "
         "(outputs, targets), or to a class of such, that returns a mean or one value per sample.",
+    )
+    metrics: dict[MetricName, Component] = Field(
+        default_factory=dict,
+        description="Further metrics of evaluations: `eval/<name>` by the import path of a torchmetrics class.",
     )
 
 
@@ -651,6 +656,8 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
     if config.train.early_stopping is not None and config.data.eval is None:
         problem = Problem("without data.eval there is nothing that gets better", "train.early_stopping")
         raise UserError(config.locate(problem))
+    if config.task.metrics and config.data.eval is None:
+        raise UserError(config.locate(Problem("without data.eval nothing is evaluated", "task.metrics")))
     if config.model.dtype == "bfloat16" and config.precision != "bf16":
         problem = Problem("bfloat16 parameters need precision: bf16", "model.dtype")
         raise UserError(config.locate(problem))
@@ -781,9 +788,10 @@ def _keys_at(path: tuple[int | str, ...]) -> list[str]:
     for key in path:
         if isinstance(key, int):
             continue
-        inside = _section_inside(section.model_fields[key].annotation)
-        assert inside is not None, key
-        section = inside
+        if key in section.model_fields:  # else it is a name of the user's, such as that of a metric
+            inside = _section_inside(section.model_fields[key].annotation)
+            assert inside is not None, key
+            section = inside
     return list(section.model_fields)
 
 

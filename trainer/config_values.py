@@ -234,6 +234,7 @@ PositiveFloat = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Ratio = Annotated[float, Field(strict=True, ge=0, le=1)]
 Bool = Annotated[bool, Field(strict=True)]
+MetricName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_@-]*$")]
 ComponentName = Annotated[str, Field(min_length=1, pattern=r"^\S+$")]
 
 

@@ -153,6 +153,8 @@ class Collector:
             rest = {k: v.cpu() for k, v in part.items() if k != "image"}
             if pictures is not None and "masks" in rest:
                 pictures = _with_masks(pictures, rest["masks"])
+            if pictures is not None and "boxes" in rest:
+                pictures = _with_boxes(pictures, rest["boxes"], rest["labels"], names)
             told = self._task.describe_examples(rest, names)
             for i, (target, prediction, confidence) in enumerate(told):
                 image = pictures[i] if pictures is not None else None
@@ -198,6 +200,33 @@ def _with_masks(pictures: NDArray[np.uint8], masks: torch.Tensor) -> NDArray[np.
     drawn = []
     for picture, labels in zip(torch.from_numpy(pictures).permute(0, 3, 1, 2), masks, strict=True):
         sides = [picture, *(draw_segmentation_masks(picture, label == classes, alpha=0.5) for label in labels)]
+        drawn.append(torch.cat(sides, dim=2).permute(1, 2, 0).contiguous().numpy())
+    return np.stack(drawn)
+
+
+def _with_boxes(
+    pictures: NDArray[np.uint8], boxes: torch.Tensor, labels: torch.Tensor, names: Sequence[str]
+) -> NDArray[np.uint8]:
+    """Returns pictures with boxes, drawn on a copy of it for each kind of boxes, beside each other.
+
+    Args:
+        pictures: (B, height, width, 3).
+        boxes: (B, kinds, boxes, 4), XYXY as shares of the picture's width and height.
+        labels: (B, kinds, boxes); those below 0 are of no box.
+        names: of labels.
+    """
+    from torchvision.utils import draw_bounding_boxes
+
+    height, width = pictures.shape[1:3]
+    boxes = boxes * torch.tensor([width, height, width, height])
+    drawn = []
+    for picture, kinds, their_labels in zip(torch.from_numpy(pictures), boxes, labels, strict=True):
+        sides = []
+        for of_kind, label in zip(kinds, their_labels, strict=True):
+            is_box = (label >= 0) & (of_kind[:, 2:] >= of_kind[:, :2]).all(1)
+            known = [names[i] if i < len(names) else str(i) for i in label[is_box].tolist()]
+            copy = picture.permute(2, 0, 1).contiguous()
+            sides.append(draw_bounding_boxes(copy, of_kind[is_box], known) if known else copy)
         drawn.append(torch.cat(sides, dim=2).permute(1, 2, 0).contiguous().numpy())
     return np.stack(drawn)
 

@@ -1,4 +1,4 @@
-"""The training loop: `Trainer.fit`, one step, evaluation, reports.
+"""The training loop: `Trainer.fit`, one step, what is due between two.
 
 Reads as nouns and verbs; how each is done is in the module named after it.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -25,10 +25,9 @@ from trainer.checkpoint.writing import SaveFailed, Saver
 from trainer.config import Config
 from trainer.config_values import Minutes
 from trainer.data.feed import MicroBatch
-from trainer.data.sampler import EvalSampler
 from trainer.ema import Ema
-from trainer.errors import UserError, one_line
-from trainer.eval_media import Collector, EvalMedia
+from trainer.errors import one_line
+from trainer.evaluating import Evaluating
 from trainer.faults.fault import Fault, next_attempt
 from trainer.faults.lookout import Lookout
 from trainer.faults.numbers import BadNumbers, NumberGuard
@@ -37,8 +36,8 @@ from trainer.faults.stopping import StopRequests
 from trainer.goodput import Ledger
 from trainer.memory.checkpointing import check_compiled_buffers
 from trainer.memory.out_of_memory import Situation
-from trainer.observed import Observed
-from trainer.parallel import in_lockstep, watch_exchanges
+from trainer.normalising import Normaliser
+from trainer.parallel import watch_exchanges
 from trainer.profiling.recording import Profiling
 from trainer.random_state import generator_states, restore_generators
 from trainer.reporting import Reporter
@@ -56,7 +55,7 @@ logger = logging.getLogger("lockstep")
 _IN_STEP = 8  # most exchanges of decisions within a step, between groups of micro-batches
 
 
-class Trainer(Observed):
+class Trainer(Evaluating):
     """One run, from a config to a trained model.
 
     Args:
@@ -78,7 +77,7 @@ class Trainer(Observed):
             self.reporter: Reporter | None = None  # on rank 0, once the run has started
             self.survey: Survey | None = None  # the same
             self.first_step = 0  # of this attempt
-            self.media: EvalMedia | None = None  # of the last evaluation, on rank 0
+            self.media = None
             self.profiling: Profiling | None = None
             self._micro_batch = 0  # of the present step
             self.ledger = Ledger(self.folder) if to_train and runtime.is_main else None
@@ -204,19 +203,20 @@ class Trainer(Observed):
             self.stopwatch.begin_step()
         if self.pace is not None:
             self.pace.begin_step()
-        # DDP and FSDP average gradients over ranks; this makes the average the mean over the global batch.
-        scale = self.runtime.num_ranks / self.plan.step_samples(step)
+        normaliser = Normaliser(self.runtime, self.plan, step, partial(self.inside, "communication"))
         loss_sum, num_samples = self.runtime.zero(), 0
         for i, batch in enumerate(self._batches(step)):
             self._micro_batch = i
             if self.flops is not None and self.flops.is_due:  # on every rank: a user's forward may hold a collective
                 self.flops.count(batch.data, len(batch.sample_ids))
             with self.runtime.accumulate(self.model, batch.is_last):
-                loss = self.loss_sum(batch)
+                loss, count = self.loss_and_count(batch)
                 if self.injector is not None:
                     loss = self.injector.loss(loss, step + 1)
-                if self.pace is not None and batch.is_last and not self.runtime.in_lockstep:
+                is_first_exchange = batch.is_last if count is None else i == 0
+                if self.pace is not None and is_first_exchange and not self.runtime.in_lockstep:
                     self.pace.meet()
+                scale = normaliser.scale(count)
                 self.at("backward", batch)
                 with explained_model_errors():  # blocks may run again in backward
                     self.runtime.backward(loss * scale, self._on_computed if batch.is_last else None)
@@ -226,6 +226,9 @@ class Trainer(Observed):
                 undo()
                 return False
         self.at("optimizer")
+        factor = normaliser.settle(self.optimizer)
+        if factor is not None:
+            loss_sum *= factor
         is_left_out = self.judge(step, loss_sum, num_samples)
         self.window.add(loss_sum, num_samples, is_left_out)
         if self.saver.holds_state:  # the last save may still be copying what the next line changes
@@ -308,70 +311,18 @@ class Trainer(Observed):
         if evaluation_due:
             self.evaluate_and_save(is_saved=save_due)
 
-    def loss_sum(self, batch: MicroBatch) -> torch.Tensor:
-        """Returns the summed loss of a micro-batch; a stand-in keeps this rank in step without weight."""
+    def loss_and_count(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the summed loss of a micro-batch, and what it is to be divided by where that is not samples.
+
+        A stand-in keeps this rank in step without weight.
+        """
         with explained_model_errors():
             outputs = self.task.forward(self.model, batch.data)
         loss_sum = self.task.loss_sum(outputs, batch.data)
-        return loss_sum if batch.num_samples else loss_sum * 0.0
-
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float] | None:
-        """Evaluates every sample of the evaluation set once.
-
-        Returns:
-            The task's metrics, on every rank; None where a request to stop came in the middle.
-        """
-        assert self.eval_feed is not None
-        # Not the wrapped model: its forward exchanges buffers, and ranks may have uneven batch counts. Each rank's
-        # BatchNorm statistics are its own until the next training step, so all evaluate with rank 0's, as saved.
-        self.runtime.broadcast(self.buffers.now())
-        model = self.bare_model
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        batch_size = self.config.eval.batch_size or self.plan.micro_batch_size
-        totals: dict[str, torch.Tensor] = {}
-        num_examples = self.config.tracking.samples
-        collector = Collector(self.task, num_examples if self.runtime.is_main else 0) if num_examples else None
-        # Ranks may have uneven counts of batches, but ask as often as the one with the most.
-        most = EvalSampler.most_batches(len(self.eval_feed.dataset), batch_size, self.runtime.num_ranks)
-        batches = self._eval_batches(batch_size, most)
-        try:
-            for _ in range(most):
-                self.at("evaluation")
-                batch = next(batches, None)
-                if batch is not None and (batch.num_samples or self.runtime.is_sharded):
-                    outputs = self.task.forward(model, batch.data)
-                if batch is not None and batch.num_samples:
-                    for name, value in self.task.eval_sums(outputs, batch.data).items():
-                        totals[name] = totals.get(name, 0) + self.runtime.exact(value)  # on its device: nobody waits
-                    if collector is not None:
-                        collector.add(outputs, batch.data)
-                if self.decisions.stops_here():
-                    return None
-        finally:
-            batches.close()
-            for module, mode in modes.items():  # a part that the user keeps in eval mode stays in it
-                module.training = mode
-            self.runtime.end_evaluation(model)
-        # A rank without a sample (a tiny evaluation set) has no totals of its own, and adds zeros.
-        names: list[str] = next(filter(None, self.runtime.gather(list(totals))), [])
-        zero = torch.zeros(())
-        sums = self.runtime.sum({name: totals.get(name, zero) for name in names})
-        if collector is not None:
-            tables = self.runtime.sum_tables(collector.tables)
-            if self.runtime.is_main:
-                self.media = collector.media(tables, self.class_names, self.config.data.normalize)
-        return self.task.metrics(sums)
-
-    def _eval_batches(self, batch_size: int, most: int) -> Generator[MicroBatch, None, None]:
-        """Returns this rank's evaluation batches; with a sharded model also stand-ins, which must not count."""
-        assert self.eval_feed is not None
-        runtime = self.runtime
-        batches = self.eval_feed.eval_batches(batch_size, runtime.rank, runtime.num_ranks)
-        if not runtime.is_sharded:
-            return batches
-        return in_lockstep(batches, most, runtime.rank, runtime.device, runtime.gather)
+        count = self.task.loss_count(outputs, batch.data)
+        if batch.num_samples:
+            return loss_sum, count
+        return loss_sum * 0.0, count if count is None else torch.zeros_like(count)
 
     # ---- decisions of all ranks ---------------------------------------------------------------------------
 
@@ -475,84 +426,11 @@ class Trainer(Observed):
         self.measure_from_here()
         logger.warning("going back to step %d, and leaving out the batch of step %d", progress.step, bad.step)
 
-    # ---- around the steps ---------------------------------------------------------------------------------
-
-    def is_over(self) -> bool:
-        """Tells whether no step is left to make: all are made, or the run has ended early."""
-        return self.progress.step >= self.total_steps or self.early_stopping.has_ended(self.progress)
+    # ---- begin and end ------------------------------------------------------------------------------------
 
     def complete(self) -> bool:
         """Tells whether nothing is left to do."""
         return self.is_over() and not self.evaluation_due()
-
-    def evaluation_due(self) -> bool:
-        """Tells whether the current step still has to be evaluated."""
-        step = self.progress.step
-        if self.eval_feed is None or step == 0 or self.progress.evaluated_step == step:
-            return False
-        return self.due(self.config.eval.every)
-
-    def _open_step(self) -> int | None:
-        """Returns the present step, if it is still to be evaluated."""
-        return self.progress.step if self.evaluation_due() else None
-
-    def evaluate_and_save(self, is_saved: bool) -> None:
-        """Evaluates, and saves where this is the best evaluation so far, or adds it to the checkpoint of this step.
-
-        Args:
-            is_saved: there is a checkpoint of this step.
-        """
-        with self.clock.phase("checkpoint"):
-            self.saver.before_update()
-        with self.clock.phase("evaluation"):
-            generators = generator_states(self.runtime.device)
-            with self.ema.swapped_in() if self.ema is not None else nullcontext():
-                metrics = self.evaluate()
-            restore_generators(generators, self.runtime.device)  # so that evaluating changes nothing that follows
-        if metrics is None:
-            return
-        progress = self.progress
-        progress.evaluated_step, progress.eval_metrics = progress.step, metrics
-        if self.reporter is not None:
-            self.reporter.publish(progress.step, {f"eval/{k}": v for k, v in metrics.items()})
-        is_best = self._is_best(metrics)
-        self._count_for_early_stopping(metrics)
-        if self.reporter is not None and self.media is not None:
-            self.reporter.show(progress.step, self.media, progress.best_step)
-        if self.reporter is not None:
-            self.reporter.end_step(progress.step)
-        if is_best or is_saved or self.is_over():
-            self.save()
-
-    def _count_for_early_stopping(self, metrics: Mapping[str, float]) -> None:
-        """Counts an evaluation. What rank 0 counted holds for all: none of them can go on without the others."""
-        progress = self.progress
-        try:
-            self.early_stopping.count(progress, metrics)
-        except UserError:
-            self.save()
-            raise
-        progress.num_not_better = self.runtime.from_main(lambda: progress.num_not_better)
-
-    def _is_best(self, metrics: Mapping[str, float]) -> bool:
-        """Tells whether this is the best evaluation so far, and remembers it."""
-        progress = self.progress
-        if self.best_metric is None:
-            return False
-        if self.best_metric not in metrics:
-            self.save()
-            message = f"evaluation has no metric '{self.best_metric}'; it has: {', '.join(metrics)}"
-            path = "checkpoint.best.metric" if self.config.checkpoint.best is not None else "task.name"
-            raise UserError(message, path=path, agreed=True)
-        value, best = metrics[self.best_metric], progress.best_value
-        better = best is None or (value > best if self.best_mode == "max" else value < best)
-        if not better or math.isnan(value):
-            return False
-        progress.best_step, progress.best_value = progress.step, value
-        progress.best_of = self.best_of
-        return True
-
-    # ---- begin and end ------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Writes what this run is, starts its trackers and its feed, and takes over the stop signals."""

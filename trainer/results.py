@@ -80,14 +80,13 @@ def evaluate(run_dir: Path, *, best: bool, kind: Kind | None = None) -> dict[str
     micro_batch_size = train.micro_batch_size
     if micro_batch_size == "auto":
         micro_batch_size = _micro_batch_that_trained(run_dir)
-    eval_batch = config.eval.batch_size or micro_batch_size or train.batch_size
     if config.data.eval is None:
         raise UserError(f"the run in '{run_dir}' has no evaluation data", path="data.eval")
     weights = CheckpointWeights(_choose(open_folder(config), best), kind)
     # On this one process, however many trained: no accumulation to fit, the same evaluation batches.
-    trainer = Trainer(_read_config(run_dir, *_ALONE, f"eval.batch_size={eval_batch}"), to_train=False)
+    trainer = Trainer(_read_config(run_dir, *_ALONE), to_train=False)
     weights.load_into(trainer.bare_model)
-    metrics = trainer.evaluate()
+    metrics = trainer.evaluate(micro_batch_size or train.batch_size)
     assert metrics is not None, "nobody could ask it to stop"
     trainer.close()
     logger.info("evaluated  the %s", weights)

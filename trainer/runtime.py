@@ -257,8 +257,15 @@ class Runtime:
             dist.all_reduce(found[name])
         return found
 
+    def sum_tensor(self, value: torch.Tensor) -> torch.Tensor:
+        """Sums a tensor of the same shape over all ranks, on the device."""
+        total = self.exact(value).to(self.device).contiguous()
+        if self.num_ranks > 1:
+            dist.all_reduce(total)
+        return total
+
     def exact(self, value: torch.Tensor) -> torch.Tensor:
-        """Returns a scalar, where it is, wide enough to add up: float64 holds every count below 2**53 exactly."""
+        """Returns a tensor, where it is, wide enough to add up: float64 holds every count below 2**53 exactly."""
         # Apple's GPUs have no float64.
         return value.detach().to(torch.float32 if self.device.type == "mps" else torch.float64)
 
@@ -273,6 +280,14 @@ class Runtime:
         gathered: list[Any] = [None] * self.num_ranks
         dist.all_gather_object(gathered, value, group=self.host_group)
         return gathered
+
+    def gather_on_main(self, value: T) -> list[T]:
+        """Returns every rank's object, in rank order, on rank 0; elsewhere an empty list."""
+        if self.num_ranks == 1:
+            return [value]
+        gathered: list[Any] | None = [None] * self.num_ranks if self.is_main else None
+        dist.gather_object(value, gathered, dst=0, group=self.host_group)
+        return gathered or []
 
     def from_main(self, value: Callable[[], T]) -> T:
         """Calls `value` on rank 0 and returns its result on every rank."""

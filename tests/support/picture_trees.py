@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
@@ -75,3 +76,60 @@ def make_voc(root: Path, splits: dict[str, int], size: tuple[int, int] = (48, 40
                     labelled.ellipse(box, fill=label, outline=255, width=2)
             image.save(place / "JPEGImages" / f"{name}.jpg", quality=95)
             mask.save(place / "SegmentationClass" / f"{name}.png")
+
+
+SHAPES = {3: "square", 7: "disc"}  # COCO's category ids have gaps, too
+
+
+def make_coco(folder: Path, splits: dict[str, int], size: tuple[int, int] = (64, 64)) -> None:
+    """Makes `folder/<split>/*.jpg` and `folder/annotations/instances_<split>.json`: squares and discs on noise.
+
+    Every fifth picture is empty. The second has a crowd and a box without width, which cover nothing that is drawn.
+    """
+    (folder / "annotations").mkdir(parents=True)
+    for split, num_pictures in splits.items():
+        (folder / split).mkdir()
+        generator = np.random.default_rng(len(split))
+        images, annotations = [], []
+        for number in range(1, num_pictures + 1):
+            width, height = size[0], size[1] + 8 * (number % 3)
+            pixels = generator.integers(0, 80, (height, width, 3)).astype(np.uint8)
+            boxes = [] if number % 5 == 0 else _draw_shapes(pixels, generator)
+            if number == 2:
+                boxes += [((0, 0, 12, 12), 3, 1), ((20, 20, 0, 9), 7, 0)]
+            name = f"{number:012}.jpg"
+            Image.fromarray(pixels).save(folder / split / name, quality=95)
+            images.append({"id": number, "file_name": name, "width": width, "height": height})
+            for box, category, is_crowd in boxes:
+                x, y, w, h = box
+                outline = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": number,
+                        "category_id": category,
+                        "bbox": [x, y, w, h],
+                        "area": w * h,
+                        "iscrowd": is_crowd,
+                        "segmentation": {"counts": [height * width], "size": [height, width]} if is_crowd else outline,
+                    }
+                )
+        categories = [{"id": key, "name": name} for key, name in SHAPES.items()]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def _draw_shapes(pixels: np.ndarray, generator: np.random.Generator) -> list[tuple[tuple[int, ...], int, int]]:
+    """Draws one or two shapes into halves of a picture; returns their boxes (x, y, width, height), categories, crowds."""
+    height, width = pixels.shape[:2]
+    found = []
+    for half in range(int(generator.integers(1, 3))):
+        side = int(generator.integers(18, 28))
+        x = int(generator.integers(half * width // 2, (half + 1) * width // 2 - side + 1))
+        y = int(generator.integers(0, height - side + 1))
+        category = int(generator.choice(list(SHAPES)))
+        rows, columns = np.mgrid[0:side, 0:side] - (side - 1) / 2
+        inside = np.hypot(rows, columns) <= side / 2 if category == 7 else np.ones((side, side), dtype=bool)
+        pixels[y : y + side, x : x + side][inside] = (230, 60, 40) if category == 3 else (40, 120, 230)
+        found.append(((x, y, side, side), category, 0))
+    return found

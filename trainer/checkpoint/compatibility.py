@@ -34,7 +34,7 @@ _NOT_SILENTLY = (
     "parallel.gradient_compression",
 )
 # Of these: how, not what.
-_FREELY = ("optim.implementation",)
+_FREELY = ("optim.implementation", "task.metrics")
 # Arguments of a data set that say where it is.
 _PLACES = {"root", "path", "file", "folder", "dir", "directory", "data_dir", "root_dir", "download"}
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 LOADING = "loading a batch"
 EVALUATION = "evaluation"
+METRICS = "metrics of an evaluation"
 
 WITHIN_A_STEP = (LOADING, "forward", "backward", "optimizer")
 PROFILE = "writing a profile"
@@ -21,6 +22,7 @@ PLACES = (
     PROFILE,
     AFTER_STEP,
     EVALUATION,
+    METRICS,
     "saving a checkpoint",
     "report",
     "ending",

@@ -19,6 +19,7 @@ from trainer.data.feed import MicroBatch
 from trainer.errors import UserError, one_line, one_line_text
 from trainer.faults.fault import Fault, fault_folder, is_lost_peer
 from trainer.faults.injection import Injector
+from trainer.faults.judging import METRICS
 from trainer.faults.numbers import BadNumbers
 from trainer.faults.watch import Watch
 from trainer.runtime import Runtime
@@ -77,7 +78,7 @@ class Lookout:
             is_first: whether this is the first step, which may take longer.
         """
         takes_longer = is_first or place == "restoring a checkpoint"
-        allowance = 0.0 if place == "building" else _FIRST_STEP if takes_longer else 1.0
+        allowance = 0.0 if place in ("building", METRICS) else _FIRST_STEP if takes_longer else 1.0
         self.watch.at(place, step, () if batch is None else batch.sample_ids.numpy(), allowance)
         if self.injector is not None:
             self.injector.at(place, step)

@@ -80,7 +80,14 @@ def plan_job(
 
 def summed_loss(task: Task) -> Callable[[nn.Module, Any], torch.Tensor]:
     """Returns the task's loss as a function of (model, batch)."""
-    return lambda model, batch: task.loss_sum(task.forward(model, batch), batch)
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        outputs = task.forward(model, batch)
+        loss_sum = task.loss_sum(outputs, batch)
+        task.loss_count(outputs, batch)  # which takes memory, too
+        return loss_sum
+
+    return loss
 
 
 def _optimizer_as_on(device_type: str, config: Config) -> Callable[[nn.Module], torch.optim.Optimizer]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from trainer.faults.judging import AFTER_STEP, EVALUATION, LOADING
+from trainer.faults.judging import AFTER_STEP, EVALUATION, LOADING, METRICS
 
 # In the order in which they are shown.
 KINDS = {
@@ -26,6 +26,7 @@ _BY_PLACE = {
     LOADING: "data",
     "optimizer": "optimizer",
     EVALUATION: "evaluation",
+    METRICS: "evaluation",
     "saving a checkpoint": "checkpoint",
 }
 _EXCHANGES = (AFTER_STEP, "report")  # what these wait for is the other ranks

@@ -24,12 +24,14 @@ class Task(ABC):
     ```
     task.check(data, sample_ids)             # in host memory, before the device sees it
     outputs = task.forward(model, data)      # on the device from here on
-    loss_sum = task.loss_sum(outputs, data)  # training: divided by the global batch size by the loop
+    loss_sum = task.loss_sum(outputs, data)  # training: divided by the global batch size by the loop,
+    count = task.loss_count(outputs, data)   # or by this, summed over the global batch, where it is not None
     sums = task.eval_sums(outputs, data)     # evaluation: summed over batches and ranks by the loop
     metrics = task.metrics(sums)             # once, from the totals
     ```
 
-    An evaluation can also show something: `eval_tables` and `examples`, where a task has them.
+    Metrics that no sum can give come from `eval_records` and `metrics_of_records`, those that a config asks for in
+    `task.metrics` from `metric_inputs`. An evaluation can also show something: `eval_tables` and `examples`.
     """
 
     input_key = "input"  # where the input is in samples that are dicts
@@ -52,9 +54,12 @@ class Task(ABC):
     """
     loss_args: Mapping[str, Any] = {}
     """What a loss by name is built with where it takes arguments of these names, such as the label to ignore."""
+    eval_batch_size: int | None = None
+    """Samples of a batch of an evaluation, where neither that of training nor `eval.batch_size` is to decide."""
     class_names: Sequence[str] = ()
-    """Names of labels, in their order, where the data set knows them; set when the run is built."""
+    """Names of labels, in their order: the task's own, or those that the data set knows."""
     tokens_per_sample: int | None = None  # where throughput is also told in tokens
+    metric_names: tuple[str, ...] = ()  # of its own metrics, as far as they are known beforehand
     best_metric: str | None = None  # the evaluation metric that decides the best checkpoint
     best_mode: Literal["max", "min"] = "max"
 
@@ -97,13 +102,50 @@ class Task(ABC):
     def loss_sum(self, outputs: Any, data: Any) -> torch.Tensor:
         """Returns the loss summed over the samples of the batch, a scalar with gradient."""
 
-    @abstractmethod
-    def eval_sums(self, outputs: Any, data: Any) -> dict[str, torch.Tensor]:
-        """Returns scalars on the device that add up over batches and ranks; the same keys for every batch."""
+    def loss_count(self, outputs: Any, data: Any) -> torch.Tensor | None:
+        """Returns what `loss_sum` counts in the batch, where the mean is not over samples: a scalar on the device.
 
-    @abstractmethod
-    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Turns the totals of `eval_sums` over the whole evaluation set into named metrics."""
+        Such as the pixels that are not ignored, or the tokens. The loss of a step is then the sum over the global
+        batch, divided by this count over the global batch, however it is split; with a count of 0 nothing is learnt.
+        None for every batch, or for none.
+        """
+        return None
+
+    def eval_sums(self, outputs: Any, data: Any) -> dict[str, torch.Tensor]:
+        """Returns what adds up over batches and ranks: tensors on the device, with the same keys for every batch.
+
+        Scalars, or tensors of a shape that does not depend on the batch, such as a confusion matrix.
+        """
+        return {}
+
+    def metrics(self, sums: Mapping[str, Any]) -> dict[str, float]:
+        """Turns the totals of `eval_sums` over the whole evaluation set into named metrics.
+
+        Args:
+            sums: floats for what were scalars, float64 tensors in host memory for the rest.
+        """
+        return {}
+
+    def eval_records(self, outputs: Any, data: Any) -> Sequence[Any] | None:
+        """Returns a record per sample of the batch, for metrics that no sum can give, such as average precision.
+
+        In host memory and picklable: all of them travel to rank 0. None for every batch where there are none.
+        """
+        return None
+
+    def metrics_of_records(self, records: Sequence[Any]) -> dict[str, float]:
+        """Turns the records of all samples, each once and in the order of the data set, into named metrics.
+
+        Called on rank 0 only, while the others wait; what it returns goes to all.
+        """
+        raise NotImplementedError("a task that returns records has to make metrics of them")
+
+    def metric_inputs(self, outputs: Any, data: Any) -> tuple[Any, ...]:
+        """Returns what a metric of `task.metrics` is updated with: predictions and targets, as torchmetrics takes them.
+
+        On the device. A task without this method of its own takes no such metrics.
+        """
+        raise NotImplementedError
 
     def eval_tables(self, tables: dict[str, torch.Tensor], outputs: Any, data: Any) -> None:  # noqa: B027
         """Adds the counts of a batch to square tables (classes, classes), a row per target, a column per prediction.
@@ -114,9 +156,11 @@ class Task(ABC):
     def examples(self, outputs: Any, data: Any, num: int) -> dict[str, torch.Tensor]:
         """Returns what to show of up to `num` samples of a batch, the first dimension of each tensor being samples.
 
-        On the device and without waiting for it. `image` are inputs, or pictures (B, 1 or 3, height, width) as uint8;
+        On the device and without waiting for it. `image` are inputs, or pictures (B, 1 or 3, height, width) as uint8.
         `masks` are labels per pixel (B, masks, height, width), below 0 where there is none, of which each is drawn over
-        the picture; the rest is for `describe_examples`. An empty dict where there is nothing to show.
+        a copy of the picture; `boxes` (B, kinds, boxes, 4), XYXY as shares of width and height, are drawn on it, a copy
+        of it for each kind, with the names of their `labels` (B, kinds, boxes), of which those below 0 are of no box.
+        The rest is for `describe_examples`. An empty dict where there is nothing to show.
         """
         return {}
 

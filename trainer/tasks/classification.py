@@ -63,6 +63,7 @@ class Classification(Task):
         target_key: where the target is in samples that are dicts.
     """
 
+    metric_names = ("loss", "accuracy")
     best_metric = "accuracy"
 
     def __init__(
@@ -160,6 +161,10 @@ class Classification(Task):
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         return {"loss": sums["loss"] / sums["count"], "accuracy": sums["correct"] / sums["count"]}
+
+    def metric_inputs(self, outputs: torch.Tensor, data: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns logits (B, classes) and labels (B,)."""
+        return outputs, _labels(self.targets(data))
 
     def eval_tables(self, tables: dict[str, torch.Tensor], outputs: torch.Tensor, data: Any) -> None:
         """Counts the confusion matrix, up to 1000 classes; samples whose label is no class are not in it."""

@@ -23,6 +23,7 @@ PARTS = {
     "optimizer": "clipping, optimizer and averages of the weights",
     "checkpoint": "training stood still for a checkpoint",
     "evaluation": "evaluation",
+    "metrics of an evaluation": "evaluation",
     "host": "everything else: reports, decisions, what lies between steps",
 }
 
@@ -36,6 +37,7 @@ PART_OF_PLACE = {
     "writing a profile": "host",
     "exchange of decisions": "host",
     "evaluation": "evaluation",
+    "metrics of an evaluation": "evaluation",
     "saving a checkpoint": "checkpoint",
     "report": "host",
     "ending": "host",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import Train, WriteConfig
+from conftest import Train, WriteConfig, nightly
 from resuming import assert_same_end, interrupted
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
@@ -45,7 +46,7 @@ def settings_of(groups: list[dict[str, Any]], model: nn.Module) -> Settings:
 
 
 @pytest.mark.parametrize("layer_decay", [None, 0.75])
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto", "resnet18", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto", "resnet18"])
 def test_timm_models_are_grouped_as_by_timm(name: str, layer_decay: float | None) -> None:
     model = on_meta(timm.create_model, name)
     model.get_parameter(next(iter(dict(model.named_parameters())))).requires_grad_(False)  # a layer keeps its number
@@ -127,8 +128,8 @@ def test_the_line_that_a_run_says() -> None:
     expected = "weight decay 0.05 on 6, weight decay 0 on 14, 6 rates, 0.0312 to 1 of optim.lr"
     assert describe_groups(optimizer) == f"AdamW: 20 tensors of parameters, {expected}"
     optimizer = optimizer_of(model, name="Muon", rest={"name": "sgd", "lr": 0.01, "weight_decay": 0.0})
-    expected = "SGD: 16 tensors of parameters, weight decay 0 on 16, 0.1 of optim.lr on 16"
-    assert describe_groups(optimizer) == f"Muon: 4 tensors of parameters, weight decay 0.05 on 4; {expected}"
+    expected = "SGD: 15 tensors of parameters, weight decay 0 on 15, 0.1 of optim.lr on 15"
+    assert describe_groups(optimizer) == f"Muon: 5 tensors of parameters, weight decay 0.05 on 5; {expected}"
 
 
 # ---- two optimizers --------------------------------------------------------------------------------------------
@@ -175,7 +176,7 @@ def test_two_optimizers_are_two_by_hand() -> None:
     copy = Text()
     copy.load_state_dict(ours.state_dict())
     again = optimizer_of(copy, **MUON)
-    again.load_state_dict(optimizer.state_dict())
+    again.load_state_dict(deepcopy(optimizer.state_dict()))
     for model, one in ((ours, optimizer), (copy, again)):
         step(model, one)
         assert len(one.state) == len(list(model.parameters()))
@@ -252,12 +253,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "muon": {**MUON, "weight_decay": 0.01, "no_weight_decay": ["bias"], "layer_decay": 0.7, "ema": {"decay": 0.9}},
     "lamb": {"name": "timm.optim:Lamb", "lr": 0.01, "weight_decay": 0.1, "no_weight_decay": ["vector"]},
     "foreach": {"name": "sgd", "lr": 0.1, "args": {"momentum": 0.9}, "implementation": "foreach", "layer_decay": 0.5},
-    "fused": {"name": "adam", "lr": 0.01, "implementation": "fused", "layer_decay": 0.5},
+    "fused": {"name": "Adam", "lr": 0.01, "implementation": "fused", "layer_decay": 0.5},
 }
-RUNS["fused"]["name"] = "Adam"
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [n if n in ("muon", "lamb") else pytest.param(n, marks=nightly) for n in RUNS])
 def test_bit_for_bit_over_an_interruption(name: str, train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
     schedule = {"name": "cosine", "warmup": 2}
     interrupted(train, write_config, tmp_path, 61, model=BLOCKS, optim=RUNS[name], schedule=schedule)

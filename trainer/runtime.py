@@ -215,6 +215,10 @@ class Runtime:
             unless: a boolean scalar on the device, the same on all ranks: no step is taken where it is true. The host
                 waits for it only where the optimizer cannot leave a step out on the device, as fused ones can.
         """
+        with self._explained_optimizer_errors():
+            return self._step(optimizer, unless)
+
+    def _step(self, optimizer: torch.optim.Optimizer, unless: torch.Tensor | None) -> bool:
         if self.scaler is not None:
             # accelerate looks whether `step` was called, which a fused optimizer's always is: it skips on the device.
             scale = self.scaler.get_scale()

@@ -28,6 +28,7 @@ from trainer.memory.blocks import repeated_blocks
 from trainer.memory.shrink import Shrink, read_shrink
 from trainer.model import CLASS_COUNTS, build_model, compile_model, recompute_blocks, uses_channels_last
 from trainer.optim import build_optimizer
+from trainer.param_groups import choose_treatments, describe_groups
 from trainer.precision import allows_tf32
 from trainer.run_folder import RunFolder
 from trainer.runtime import Runtime, seed_everything
@@ -157,7 +158,10 @@ class Assembly:
         with self.runtime.main_first() if may_download else nullcontext():
             # Whoever does not train has a checkpoint to read.
             self.bare_model = build_model(model, num_classes, is_fresh=not self.to_train)
-        self.bare_optimizer = build_optimizer(config.optim, self.bare_model, self.runtime.device.type)
+        treatments = choose_treatments(config.optim, self.bare_model, config.memory.blocks)
+        self.bare_optimizer = build_optimizer(config.optim, self.bare_model, self.runtime.device.type, treatments)
+        if self.to_train:
+            logger.info("optim      %s", describe_groups(self.bare_optimizer))
         seed_everything(config.run.seed + 1 + self.runtime.rank)  # dropout differs per rank
 
     def _flop_counter(self) -> FlopCounter:

@@ -207,6 +207,11 @@ class ModelConfig(Component):
         "checkpoint's folder, a .safetensors or state-dict file, or a torchvision weights name such as `DEFAULT`. A "
         "final layer of another size keeps its fresh weights.",
     )
+    freeze: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (),
+        description="Do not train these parameters: patterns of names of parameters or of modules, such as `layer1.*`. "
+        "Modules of which nothing is trained stay in eval mode, so BatchNorm uses and keeps its statistics.",
+    )
     weights_strict: Bool = Field(
         True,
         description="Refuse weights that lack some of the model's, have others or other shapes. Off: load what fits, "
@@ -263,13 +268,46 @@ class EmaConfig(Section):
     every: PositiveInt = Field(1, description="Update after every so many optimizer steps.")
 
 
+class RestConfig(Component):
+    """A second optimizer, for what the main one cannot or should not take."""
+
+    name: ComponentName = Field(description="As `optim.name`.")
+    lr: PositiveFloat | None = Field(None, description="Its peak learning rate. Default: `optim.lr`.")
+    weight_decay: NonNegativeFloat | None = Field(None, description="Its weight decay. Default: `optim.weight_decay`.")
+    match: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        ("not_matrix", "embedding", "last_layer"),
+        min_length=1,
+        description="What it takes: `not_matrix` (all but two-dimensional parameters), `embedding` (weights of "
+        "nn.Embedding), `last_layer` (the last module with a weight), and patterns of names of parameters or of "
+        "modules. Default: what torch's Muon cannot take, and what by convention it is not given.",
+    )
+
+
 class OptimConfig(Component):
     """The optimizer and what happens to gradients before it."""
 
     name: ComponentName = Field("adamw", description="`sgd`, `adamw`, a torch.optim class name or an import path.")
     lr: PositiveFloat = Field(description="Peak learning rate; the schedule multiplies it.")
-    weight_decay: NonNegativeFloat = Field(0.0, description="Weight decay of every parameter.")
+    weight_decay: NonNegativeFloat = Field(
+        0.0, description="Weight decay of every parameter that `no_weight_decay` does not name."
+    )
+    no_weight_decay: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (),
+        description="What has no weight decay: `norm` (parameters of normalizations), `bias`, `vector` (all of one "
+        "dimension or less), and patterns of names of parameters or of modules, such as `pos_embed`.",
+    )
+    layer_decay: Annotated[float, Field(strict=True, gt=0, le=1)] | None = Field(
+        None,
+        description="Layer-wise decay of the learning rate: a layer's is multiplied by this once for each layer "
+        "after it. Layers are timm's where the model has such, else the repeated blocks, `memory.blocks` if set.",
+    )
+    rest: RestConfig | None = Field(
+        None, description="A second optimizer for what the main one cannot take; made for torch's Muon."
+    )
     clip_norm: PositiveFloat | None = Field(None, description="Clip the global gradient norm to this before each step.")
+    clip_value: PositiveFloat | None = Field(
+        None, description="Clip each number in the gradients to at most this, up and down, before each step."
+    )
     implementation: Literal["auto", "fused", "foreach", "for_loop"] = Field(
         "auto",
         description="How torch updates the parameters: one kernel for many (`fused`), one per operation for many "
@@ -280,6 +318,15 @@ class OptimConfig(Component):
         description="Keep a moving average of the weights. Evaluations, under the same names, and so the best "
         "checkpoint are then those of the average.",
     )
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> OptimConfig:
+        if self.clip_norm is not None and self.clip_value is not None:
+            raise ValueError("clip_norm and clip_value are two ways to clip: choose one")
+        decays = self.weight_decay or (self.rest is not None and self.rest.weight_decay)
+        if self.no_weight_decay and not decays:
+            raise ValueError("no_weight_decay has no effect without weight_decay")
+        return self
 
 
 class ScheduleConfig(Component):
@@ -675,10 +722,16 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
     if problems:
         raise UserError(*map(config.locate, problems))
     uses_blocks = (
-        config.memory.checkpointing != "none" or config.model.compile == "blocks" or config.parallel.strategy != "ddp"
+        config.memory.checkpointing != "none"
+        or config.model.compile == "blocks"
+        or config.parallel.strategy != "ddp"
+        or config.optim.layer_decay is not None
     )
     if config.memory.blocks and not uses_blocks:
-        message = "has no effect without memory.checkpointing, model.compile: blocks or parallel.strategy: fsdp or hsdp"
+        message = (
+            "has no effect without memory.checkpointing, model.compile: blocks, parallel.strategy: fsdp or hsdp, or "
+            "optim.layer_decay"
+        )
         raise UserError(config.locate(Problem(message, "memory.blocks")))
     return config
 

@@ -110,7 +110,6 @@ class Trainer(Evaluating):
         if self.stopwatch is not None:
             self._time_parts(self.stopwatch)
         self.ema = Ema(self.bare_model, config.optim.ema) if config.optim.ema is not None else None
-        self.model.train()
         # Not where a forward is a collective: a rank that runs out of memory in it would leave the others waiting.
         if self.planned is not None and not runtime.in_lockstep:
             self.split_batch(self.plan.num_samples, self.confirmed_micro_batch())
@@ -192,7 +191,7 @@ class Trainer(Evaluating):
             return self._leave_out()
         learning_rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         if self.numbers.policy == "skip":
             self.buffers.keep()
         undo = self._undo() if self._asks_within(step) else None
@@ -261,17 +260,22 @@ class Trainer(Evaluating):
 
     def judge(self, step: int, loss_sum: torch.Tensor, num_samples: int) -> torch.Tensor | None:
         """Looks at the numbers of a step and clips its gradients. Returns what says whether it is left out, if any."""
-        numbers, runtime, max_norm = self.numbers, self.runtime, self.config.optim.clip_norm
+        numbers, runtime = self.numbers, self.runtime
+        max_norm, max_value = self.config.optim.clip_norm, self.config.optim.clip_value
         num_all = self.plan.step_samples(step)
         is_left_out = None
         if runtime.scaler is not None:  # which skips the step itself, where it then finds that the gradients overflow
             is_left_out = numbers.judge(step, loss_sum, num_samples, num_all, None)
             if is_left_out is not None:
                 runtime.overflow(self.optimizer, is_left_out)
+        if max_norm is not None or max_value is not None:
+            runtime.unscale_gradients(self.optimizer)
         if max_norm is not None or numbers.wants_gradient_norm:
             self.window.grad_norm = norm = runtime.gradient_norm(self.optimizer)
             if max_norm is not None:
-                runtime.clip_gradients(self.optimizer, max_norm, norm)
+                runtime.clip_norm(self.optimizer, max_norm, norm)
+        if max_value is not None:
+            runtime.clip_values(self.optimizer, max_value)
         if runtime.scaler is None:
             is_left_out = numbers.judge(step, loss_sum, num_samples, num_all, self.window.grad_norm)
         if is_left_out is not None:  # the forward has changed BatchNorm's statistics

@@ -1,7 +1,8 @@
 """The model: built by name, started from given weights, its head fitted to the number of classes, then put in shape.
 
 Owns what happens to a model before Accelerate prepares it, in the one right order: memory format, gradient
-checkpointing, compile. Wrapping and precision are `trainer.runtime`, weights to start from `trainer.weights`.
+checkpointing, compile. Wrapping and precision are `trainer.runtime`, weights to start from `trainer.weights`, what is
+not trained `trainer.freezing`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from trainer.foreign_models import (
     transformers_model,
     without_cache,
 )
+from trainer.freezing import freeze
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.checkpointing import Policy, apply_checkpointing, uniform_policies
 from trainer.weights import start_from_weights
@@ -41,7 +43,7 @@ CLASS_COUNTS = {"num_classes": "classes", "num_labels": "classes", "vocab_size":
 
 
 def build_model(config: ModelConfig, num_classes: int | None, is_fresh: bool = False) -> nn.Module:
-    """Builds the model on the host, in float32.
+    """Builds the model on the host, in float32 unless the config says otherwise, and in the mode in which it trains.
 
     Args:
         config: the `model` section.
@@ -80,6 +82,7 @@ def build_model(config: ModelConfig, num_classes: int | None, is_fresh: bool = F
         start_from_weights(model, config)
     if config.dtype != "float32":
         _convert_parameters(model, getattr(torch, config.dtype))
+    freeze(model, config.freeze)
     return model
 
 

@@ -36,6 +36,7 @@ _ENDINGS = {"safetensors": ".safetensors", "state_dict": ".pt", "onnx": ".onnx",
 _ALONE = (
     "model.weights=null",  # the checkpoint has them all
     "optim.ema=null",  # averages too
+    "optim.layer_decay=null",  # which may need memory.blocks
     "train.micro_batch_size=null",
     "data.resident_placement=auto",
     "memory.blocks=[]",

@@ -190,7 +190,9 @@ class Resumable(Assembly):
             UserError: it is of another model or optimizer.
         """
         # What the config says of the optimizer wins over what the checkpoint remembers.
-        set_here = {"lr", "weight_decay", "fused", "foreach", *self.config.optim.args}
+        optim = self.config.optim
+        set_here = {"lr", "lr_scale", "weight_decay", "fused", "foreach", *optim.args}
+        set_here.update(optim.rest.args if optim.rest is not None else ())
         own = self._parts().restore(checkpoint, self.runtime.host_group, set_here)
         num_ranks = checkpoint.manifest.num_ranks
         if num_ranks == self.runtime.num_ranks:

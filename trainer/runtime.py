@@ -189,13 +189,16 @@ class Runtime:
             self.accelerator.unscale_gradients(optimizer)
 
     def gradient_norm(self, optimizer: torch.optim.Optimizer) -> torch.Tensor:
-        """Returns the norm of all gradients together, without the loss scale."""
-        self.unscale_gradients(optimizer)
+        """Returns the norm of all gradients together."""
         return gradient_norm(_parameters(optimizer))
 
-    def clip_gradients(self, optimizer: torch.optim.Optimizer, max_norm: float, norm: torch.Tensor) -> None:
+    def clip_norm(self, optimizer: torch.optim.Optimizer, max_norm: float, norm: torch.Tensor) -> None:
         """Clips the norm of all gradients together, which is `norm`."""
         torch.nn.utils.clip_grads_with_norm_(_parameters(optimizer), max_norm, norm)
+
+    def clip_values(self, optimizer: torch.optim.Optimizer, max_value: float) -> None:
+        """Clips each number in the gradients to [-max_value, max_value]; NaN stays."""
+        torch.nn.utils.clip_grad_value_(_parameters(optimizer), max_value)
 
     def overflow(self, optimizer: torch.optim.Optimizer, where: torch.Tensor) -> None:
         """Has the loss scaler skip this step where a boolean scalar is true: it then finds an infinite gradient."""
@@ -212,6 +215,10 @@ class Runtime:
             unless: a boolean scalar on the device, the same on all ranks: no step is taken where it is true. The host
                 waits for it only where the optimizer cannot leave a step out on the device, as fused ones can.
         """
+        with self._explained_optimizer_errors():
+            return self._step(optimizer, unless)
+
+    def _step(self, optimizer: torch.optim.Optimizer, unless: torch.Tensor | None) -> bool:
         if self.scaler is not None:
             # accelerate looks whether `step` was called, which a fused optimizer's always is: it skips on the device.
             scale = self.scaler.get_scale()

@@ -93,3 +93,32 @@ class Tokens(Classification):
     """Samples are of several tokens."""
 
     tokens_per_sample = 7
+
+
+class Block(nn.Module):
+    """A residual block with BatchNorm and dropout."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.dropout = nn.Dropout(0.2)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + self.dropout(self.norm(self.layer(hidden)).relu())
+
+
+class Blocks(nn.Module):
+    """Vectors of 8 -> logits (B, 3): a stem, repeated blocks and a head."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.stem = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList(Block(8) for _ in range(depth))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        hidden = self.stem(vectors)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.head(hidden)

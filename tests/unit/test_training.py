@@ -123,6 +123,24 @@ def test_clipping(train: Train, write_config: WriteConfig, tmp_path: Path) -> No
     assert all(r["train/grad_norm"] > 0.01 for r in records(tmp_path / "run") if "train/loss" in r)
 
 
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+def test_clipping_by_value(precision: str, train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
+    """Of gradients without the loss scale, which is 65536 at first."""
+    sgd = {"name": "sgd", "lr": 1.0}
+    steps = {"train": {"steps": 2, "batch_size": 12}, "checkpoint": {"every": 1}, "precision": precision}
+    changes: list[dict[str, torch.Tensor]] = []
+    for limit in (None, 0.01):
+        run = tmp_path / f"run-{limit}"
+        done = train("--config", write_config(run__dir=str(run), optim={**sgd, "clip_value": limit}, **steps))
+        assert done.code == 0, done.err
+        changes.append({name: after - weights(run, 1)[name] for name, after in weights(run, 2).items()})
+    unclipped, change = changes
+    assert max(float(c.abs().max()) for c in unclipped.values()) > 0.02
+    assert max(float(c.abs().max()) for c in change.values()) == pytest.approx(0.01, rel=1e-4)
+    num_at_limit = sum(int((c.abs() > 0.00999).sum()) for c in change.values())
+    assert 0 < num_at_limit < sum(c.numel() for c in change.values())
+
+
 def test_bf16_computes_in_bf16_and_keeps_float32_weights(
     train: Train, write_config: WriteConfig, tmp_path: Path
 ) -> None:

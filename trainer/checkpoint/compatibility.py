@@ -13,8 +13,19 @@ from typing import Any
 from trainer.config import Config, flatten
 from trainer.errors import Problem, UserError
 
-# The order of samples and the kind of state: a position in one run means nothing in another.
-_NEVER = ("run.seed", "train.batch_size", "data.drop_last", "model.name", "optim.name")
+# The order of samples and the kind of state, of which groups of parameters are a part: a position in one run means
+# nothing in another.
+_NEVER = (
+    "run.seed",
+    "train.batch_size",
+    "data.drop_last",
+    "model.name",
+    "model.freeze",
+    "optim.name",
+    "optim.no_weight_decay",
+    "optim.rest.name",
+    "optim.rest.match",
+)
 # What the numbers of a step depend on. `checkpoint.allow_changes` lets these change.
 _NOT_SILENTLY = (
     "data.train",

@@ -18,6 +18,7 @@ from trainer.data.sampler import BatchPlan
 from trainer.errors import UserError
 from trainer.memory.planner import Job
 from trainer.optim import build_optimizer
+from trainer.param_groups import choose_treatments
 from trainer.precision import STEP_DTYPES, allows_tf32
 from trainer.tasks.base import Task
 
@@ -58,7 +59,7 @@ def plan_job(
     return Job(
         model,
         summed_loss(task),
-        _optimizer_as_on(device_type, config),
+        _optimizer_as_on(device_type, config, model),
         example,
         share=batch.batch_size // batch.num_ranks,
         micro_batch_sizes=batch.micro_batch_sizes,
@@ -90,9 +91,13 @@ def summed_loss(task: Task) -> Callable[[nn.Module, Any], torch.Tensor]:
     return loss
 
 
-def _optimizer_as_on(device_type: str, config: Config) -> Callable[[nn.Module], torch.optim.Optimizer]:
+def _optimizer_as_on(
+    device_type: str, config: Config, built: nn.Module
+) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    treatments = choose_treatments(config.optim, built, config.memory.blocks)  # copies may be sharded
+
     def make(model: nn.Module) -> torch.optim.Optimizer:
-        optimizer = build_optimizer(config.optim, model, device_type)
+        optimizer = build_optimizer(config.optim, model, device_type, treatments)
         for group in optimizer.param_groups:
             # torch's own choice, which it makes by looking at the tensors; fake ones hide where they are.
             if "foreach" in group and group["foreach"] is None and not group.get("fused"):

@@ -441,7 +441,7 @@ def simulate_step(
         granularity = CPU_GRANULARITY if device_type == "cpu" else CUDA_GRANULARITY
     trace = MemoryTrace(granularity, device, allow_tf32)
     with fake_step(device_type), torch.enable_grad():
-        fake = fake_copy(model).train()
+        fake = fake_copy(model)
         if prepare is not None:
             prepare(fake)
         examples = fake_batch(batch)

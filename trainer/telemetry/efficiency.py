@@ -103,7 +103,7 @@ def _without_memory(model: nn.Module) -> nn.Module:
         id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()
     }
     instead |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
-    return copy.deepcopy(model, instead).train()
+    return copy.deepcopy(model, instead)
 
 
 def _tensors_in(outputs: Any) -> Iterator[torch.Tensor]:

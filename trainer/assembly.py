@@ -139,6 +139,7 @@ class Assembly:
             config.data.drop_last,
             group_size=2 if config.data.augment.mixes else 1,
             in_lockstep=self.runtime.in_lockstep,
+            num_repeats=config.data.augment_repeats,
         )
         self.sampler = StepSampler(self.plan, self.runtime.rank, config.run.seed)
         if config.parallel.static_graph and self.plan.num_micro_batches > 1:

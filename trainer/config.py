@@ -151,6 +151,11 @@ class DataConfig(Section):
     augment: AugmentConfig = Field(
         default_factory=AugmentConfig, description="Augmentation of whole training batches, on the device."
     )
+    augment_repeats: PositiveInt = Field(
+        1,
+        description="Repeated augmentation: an epoch, of as many samples as ever, has each of its samples so many "
+        "times, close together and augmented differently, and so fewer different ones.",
+    )
     normalize: NormalizeConfig | None = Field(
         None,
         description="Normalise image batches on the device: uint8 becomes [0, 1], then (x - mean) / std. Without "
@@ -194,6 +199,14 @@ class DataConfig(Section):
     def _decodable(self) -> DataConfig:
         if self.feed == "device_decode" and self.cache is not None and self.cache.encoding != "jpeg":
             raise ValueError(f"feed: device_decode decodes JPEGs, and cache.encoding is {self.cache.encoding}")
+        return self
+
+    @model_validator(mode="after")
+    def _repeats_differ(self) -> DataConfig:
+        is_random = self.transforms.train or self.augment.mixes or self.augment.erase > 0
+        if self.augment_repeats > 1 and not is_random and ":" not in self.train.name:  # one's own may be random itself
+            message = "augment_repeats repeats what nothing augments: set transforms.train or augment"
+            raise ValueError(f"{message} (got {self.augment_repeats})")
         return self
 
 

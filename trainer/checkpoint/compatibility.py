@@ -14,7 +14,7 @@ from trainer.config import Config, flatten
 from trainer.errors import Problem, UserError
 
 # The order of samples and the kind of state: a position in one run means nothing in another.
-_NEVER = ("run.seed", "train.batch_size", "data.drop_last", "model.name", "optim.name")
+_NEVER = ("run.seed", "train.batch_size", "data.drop_last", "data.augment_repeats", "model.name", "optim.name")
 # What the numbers of a step depend on. `checkpoint.allow_changes` lets these change.
 _NOT_SILENTLY = (
     "data.train",

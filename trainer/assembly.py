@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from trainer.config import Config, DataConfig, ModelConfig
+from trainer.config import Config, DataConfig, ModelConfig, TeacherConfig
 from trainer.data.build import build_data, packed
 from trainer.data.datasets import SizedDataset, class_names
 from trainer.data.feed import DeviceFeed
@@ -34,6 +34,7 @@ from trainer.runtime import Runtime, seed_everything
 from trainer.schedule import build_learning_rate
 from trainer.sync_batchnorm import synchronise_batchnorm
 from trainer.tasks import build_task
+from trainer.tasks.distillation import build_teacher, settled_teacher
 from trainer.telemetry.efficiency import FlopCounter, peak_flops
 from trainer.tracking import check_trackers
 from trainer.weights import settled_weights
@@ -73,6 +74,9 @@ class Assembly:
         runtime.agree(lambda: self.task.look_at(train_set, eval_set))
         settled = runtime.from_main(lambda: settled_weights(config.model))
         runtime.agree(lambda: self._build_model(settled, num_classes))
+        teacher = runtime.from_main(lambda: settled_teacher(config.task.teacher)) if self.to_train else None
+        if teacher is not None:
+            runtime.agree(lambda: self._build_teacher(teacher, num_classes))
         # What takes long comes last, when all else is known to be good.
         data = config.data
         if self.to_train:
@@ -155,7 +159,18 @@ class Assembly:
             # Whoever does not train has a checkpoint to read.
             self.bare_model = build_model(model, num_classes, is_fresh=not self.to_train)
         self.bare_optimizer = build_optimizer(config.optim, self.bare_model, self.runtime.device.type)
-        seed_everything(config.run.seed + 1 + self.runtime.rank)  # dropout differs per rank
+        self._seed_this_rank()
+
+    def _seed_this_rank(self) -> None:
+        seed_everything(self.config.run.seed + 1 + self.runtime.rank)  # dropout differs per rank
+
+    def _build_teacher(self, config: TeacherConfig, num_classes: int | None) -> None:
+        may_download = config.weights or reads_weights(config.name, config.args)
+        seed_everything(self.config.run.seed)
+        with self.runtime.main_first() if may_download else nullcontext():
+            teacher = build_teacher(config, num_classes, self.runtime.step_dtype)
+        self.task.teacher = teacher.to(self.runtime.device)
+        self._seed_this_rank()
 
     def _flop_counter(self) -> FlopCounter:
         if not self.runtime.is_main:
@@ -242,8 +257,10 @@ class Assembly:
             memory=memory,
         )
 
-    def memory_table(self) -> str:
-        """Returns what the planner says of the present setting."""
+    def memory_table(self) -> str | None:
+        """Returns what the planner says of the present setting; None with a teacher, of which it knows nothing."""
+        if self.task.teacher is not None:
+            return None
         from trainer.memory.table import parts_table
 
         if self.planned is not None:

@@ -312,7 +312,7 @@ class Trainer(Observed):
         """Returns the summed loss of a micro-batch; a stand-in keeps this rank in step without weight."""
         with explained_model_errors():
             outputs = self.task.forward(self.model, batch.data)
-        loss_sum = self.task.loss_sum(outputs, batch.data)
+        loss_sum = self.task.training_loss_sum(outputs, batch.data)
         return loss_sum if batch.num_samples else loss_sum * 0.0
 
     @torch.no_grad()

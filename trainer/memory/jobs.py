@@ -45,11 +45,13 @@ def plan_job(
         shard_size: processes that share one copy of the model's state; 1 for DDP.
 
     Raises:
-        UserError: the samples cannot be read, or are not stacked to batches.
+        UserError: the samples cannot be read, or are not stacked to batches, or a teacher takes part.
     """
     if not task.stacks:
         message = "memory cannot be planned for samples of different sizes: give a number, and no checkpointing: auto"
         raise UserError(message, path="train.micro_batch_size")
+    if config.task.teacher is not None:
+        raise UserError("a teacher's memory is not planned", path="task.teacher")
     # Simulated tensors say that they are on the CPU; so must what the task has of its own, such as class weights.
     task = copy.deepcopy(task)
     task.to(torch.device("cpu"))
@@ -80,7 +82,7 @@ def plan_job(
 
 def summed_loss(task: Task) -> Callable[[nn.Module, Any], torch.Tensor]:
     """Returns the task's loss as a function of (model, batch)."""
-    return lambda model, batch: task.loss_sum(task.forward(model, batch), batch)
+    return lambda model, batch: task.training_loss_sum(task.forward(model, batch), batch)
 
 
 def _optimizer_as_on(device_type: str, config: Config) -> Callable[[nn.Module], torch.optim.Optimizer]:

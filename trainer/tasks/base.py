@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from trainer.data.nested import part, with_part
 from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.tasks.distillation import Teacher
 
 
 class Task(ABC):
@@ -50,6 +53,7 @@ class Task(ABC):
 
     Inputs may differ in size. Images are floats on the device, as ever; nothing is mixed or erased.
     """
+    teacher: Teacher | None = None  # from which the model learns as well; whoever builds the run sets it
     tokens_per_sample: int | None = None  # where throughput is also told in tokens
     best_metric: str | None = None  # the evaluation metric that decides the best checkpoint
     best_mode: Literal["max", "min"] = "max"
@@ -92,6 +96,11 @@ class Task(ABC):
     @abstractmethod
     def loss_sum(self, outputs: Any, data: Any) -> torch.Tensor:
         """Returns the loss summed over the samples of the batch, a scalar with gradient."""
+
+    def training_loss_sum(self, outputs: Any, data: Any) -> torch.Tensor:
+        """Returns `loss_sum` with the part of the teacher, where there is one: what training minimises."""
+        loss_sum = self.loss_sum(outputs, data)
+        return loss_sum if self.teacher is None else self.teacher.taught(loss_sum, outputs, self, data)
 
     @abstractmethod
     def eval_sums(self, outputs: Any, data: Any) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from trainer.config import Config, DataConfig, ModelConfig
+from trainer.config import Config, DataConfig, ModelConfig, TeacherConfig
 from trainer.data.build import build_data, packed
 from trainer.data.datasets import SizedDataset, class_names
 from trainer.data.feed import DeviceFeed
@@ -35,6 +35,7 @@ from trainer.runtime import Runtime, seed_everything
 from trainer.schedule import build_learning_rate
 from trainer.sync_batchnorm import synchronise_batchnorm
 from trainer.tasks import build_task
+from trainer.tasks.distillation import build_teacher, settled_teacher
 from trainer.tasks.metrics import UserMetrics
 from trainer.telemetry.efficiency import FlopCounter, peak_flops
 from trainer.tracking import check_trackers
@@ -76,6 +77,9 @@ class Assembly:
         num_classes = self.task.num_classes or num_classes  # which the task may have learnt just now
         settled = runtime.from_main(lambda: settled_weights(config.model))
         runtime.agree(lambda: self._build_model(settled, num_classes))
+        teacher = runtime.from_main(lambda: settled_teacher(config.task.teacher)) if self.to_train else None
+        if teacher is not None:
+            runtime.agree(lambda: self._build_teacher(teacher, num_classes))
         # What takes long comes last, when all else is known to be good.
         data = config.data
         if self.to_train:
@@ -144,6 +148,7 @@ class Assembly:
             config.data.drop_last,
             group_size=2 if config.data.augment.mixes else 1,
             in_lockstep=self.runtime.in_lockstep,
+            num_repeats=config.data.augment_repeats,
         )
         self.sampler = StepSampler(self.plan, self.runtime.rank, config.run.seed)
         if config.parallel.static_graph and self.plan.num_micro_batches > 1:
@@ -162,7 +167,18 @@ class Assembly:
         self.bare_optimizer = build_optimizer(config.optim, self.bare_model, self.runtime.device.type, treatments)
         if self.to_train:
             logger.info("optim      %s", describe_groups(self.bare_optimizer))
-        seed_everything(config.run.seed + 1 + self.runtime.rank)  # dropout differs per rank
+        self._seed_this_rank()
+
+    def _seed_this_rank(self) -> None:
+        seed_everything(self.config.run.seed + 1 + self.runtime.rank)  # dropout differs per rank
+
+    def _build_teacher(self, config: TeacherConfig, num_classes: int | None) -> None:
+        may_download = config.weights or reads_weights(config.name, config.args)
+        seed_everything(self.config.run.seed)
+        with self.runtime.main_first() if may_download else nullcontext():
+            teacher = build_teacher(config, num_classes, self.runtime.step_dtype)
+        self.task.teacher = teacher.to(self.runtime.device)
+        self._seed_this_rank()
 
     def _flop_counter(self) -> FlopCounter:
         if not self.runtime.is_main:
@@ -249,8 +265,10 @@ class Assembly:
             memory=memory,
         )
 
-    def memory_table(self) -> str:
-        """Returns what the planner says of the present setting."""
+    def memory_table(self) -> str | None:
+        """Returns what the planner says of the present setting; None with a teacher, of which it knows nothing."""
+        if self.task.teacher is not None:
+            return None
         from trainer.memory.table import parts_table
 
         if self.planned is not None:

@@ -152,6 +152,11 @@ class DataConfig(Section):
     augment: AugmentConfig = Field(
         default_factory=AugmentConfig, description="Augmentation of whole training batches, on the device."
     )
+    augment_repeats: PositiveInt = Field(
+        1,
+        description="Repeated augmentation: an epoch, of as many samples as ever, has each of its samples so many "
+        "times, close together and augmented differently, and so fewer different ones.",
+    )
     normalize: NormalizeConfig | None = Field(
         None,
         description="Normalise image batches on the device: uint8 becomes [0, 1], then (x - mean) / std. Without "
@@ -195,6 +200,14 @@ class DataConfig(Section):
     def _decodable(self) -> DataConfig:
         if self.feed == "device_decode" and self.cache is not None and self.cache.encoding != "jpeg":
             raise ValueError(f"feed: device_decode decodes JPEGs, and cache.encoding is {self.cache.encoding}")
+        return self
+
+    @model_validator(mode="after")
+    def _repeats_differ(self) -> DataConfig:
+        is_random = self.transforms.train or self.augment.mixes or self.augment.erase > 0
+        if self.augment_repeats > 1 and not is_random and ":" not in self.train.name:  # one's own may be random itself
+            message = "augment_repeats repeats what nothing augments: set transforms.train or augment"
+            raise ValueError(f"{message} (got {self.augment_repeats})")
         return self
 
 
@@ -243,6 +256,42 @@ class ModelConfig(Component):
         return self
 
 
+class TeacherConfig(Component):
+    """Distillation: a trained model that the model learns from, besides the targets. Its class scores are compared."""
+
+    name: ComponentName = Field(description="A model, as in the section `model`.")
+    weights: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        description="The teacher's weights, as `model.weights`, last layer included. Not needed where `args` bring "
+        "trained weights, or an import path of your own does.",
+    )
+    alpha: Annotated[float, Field(strict=True, gt=0, le=1)] = Field(
+        0.5, description="Weight of the teacher in the loss; that of the targets is 1 - alpha."
+    )
+    temperature: PositiveFloat = Field(
+        1.0,
+        description="Divides the scores of both models before their probabilities are compared. That part of the loss "
+        "is multiplied by its square, which keeps gradients alike.",
+    )
+    hard: Bool = Field(False, description="Learn the teacher's best class instead of its probabilities.")
+
+    @property
+    def model(self) -> ModelConfig:
+        """The teacher as a section `model` would describe it."""
+        return ModelConfig(name=self.name, args=self.args, weights=self.weights)
+
+    @model_validator(mode="after")
+    def _teaches(self) -> TeacherConfig:
+        if self.hard and self.temperature != 1:
+            raise ValueError("temperature has no effect with hard: true")
+        package = self.name.partition(":")[0] if ":" in self.name else None
+        is_own = package not in (None, "timm") and (package != "transformers" or self.name.endswith(".from_pretrained"))
+        brings_weights = is_own or any("weights" in key or key == "pretrained" for key in self.args)
+        if self.weights is None and not brings_weights:
+            raise ValueError("a teacher has learned something: set weights")
+        return self
+
+
 class TaskConfig(Component):
     """What a batch means, how it is scored, and the loss."""
 
@@ -256,6 +305,7 @@ class TaskConfig(Component):
         default_factory=dict,
         description="Further metrics of evaluations: `eval/<name>` by the import path of a torchmetrics class.",
     )
+    teacher: TeacherConfig | None = Field(None, description="Distillation: a trained model to learn from as well.")
 
 
 class EmaConfig(Section):
@@ -708,6 +758,8 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
     if config.model.dtype == "bfloat16" and config.precision != "bf16":
         problem = Problem("bfloat16 parameters need precision: bf16", "model.dtype")
         raise UserError(config.locate(problem))
+    if config.task.teacher is not None and (problem := _teacher_problem(config)) is not None:
+        raise UserError(config.locate(problem))
     may_accumulate = config.train.micro_batch_size == "auto" or config.memory.on_oom == "shrink"
     if config.parallel.static_graph and may_accumulate:
         message = (
@@ -734,6 +786,18 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
         )
         raise UserError(config.locate(Problem(message, "memory.blocks")))
     return config
+
+
+def _teacher_problem(config: Config) -> Problem | None:
+    """Returns what does not go with `task.teacher`, if anything."""
+    if ":" not in config.task.name and config.task.name != "classification":
+        return Problem(f"distillation compares class scores, which {config.task.name} has not", "task.teacher")
+    message = "a teacher's memory is not planned: auto would not count it"
+    if config.train.micro_batch_size == "auto":
+        return Problem(message, "train.micro_batch_size")
+    if config.memory.checkpointing == "auto":
+        return Problem(message, "memory.checkpointing")
+    return None
 
 
 _ONLY_DDP = (

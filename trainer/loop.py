@@ -322,7 +322,7 @@ class Trainer(Evaluating):
         """
         with explained_model_errors():
             outputs = self.task.forward(self.model, batch.data)
-        loss_sum = self.task.loss_sum(outputs, batch.data)
+        loss_sum = self.task.training_loss_sum(outputs, batch.data)
         count = self.task.loss_count(outputs, batch.data)
         if batch.num_samples:
             return loss_sum, count

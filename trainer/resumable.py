@@ -123,7 +123,7 @@ class Resumable(Assembly):
                 config=self.config.model_dump(mode="json"),
                 num_samples=self.plan.num_samples,
                 num_ranks=self.runtime.num_ranks,
-                values=state.values,
+                values={**state.values, **(self.task.teacher.values() if self.task.teacher is not None else {})},
                 tensors={},
                 files={},
             )
@@ -177,6 +177,9 @@ class Resumable(Assembly):
             changes = self.runtime.agree(
                 lambda: check_resumable(manifest.config, manifest.num_samples, self.config, self.plan.num_samples)
             )
+            teacher, allowed = self.task.teacher, self.config.checkpoint.allow_changes
+            if teacher is not None:
+                self.runtime.agree(lambda: teacher.check_same(manifest.values, allowed))
             self.load(checkpoint)
             self.saver.saved_step = checkpoint.step
         logger.info("continuing from step %d of %s", self.progress.step, self.folder.path)

@@ -112,17 +112,24 @@ class CheckpointWeights:
 # ---- model.weights ------------------------------------------------------------------------------------------
 
 
-def start_from_weights(model: nn.Module, config: ModelConfig) -> None:
+def start_from_weights(model: nn.Module, config: ModelConfig, new_head: bool = True) -> None:
     """Loads what `model.weights` names.
+
+    Args:
+        model: it is changed.
+        config: the section `model`.
+        new_head: whether a final layer of another size may keep its fresh values.
 
     Raises:
         UserError: there is nothing of that name, or it does not fit.
     """
     assert config.weights is not None
-    load_weights(model, _read(config), config.weights, config.weights_strict)
+    load_weights(model, _read(config), config.weights, config.weights_strict, new_head)
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Any], source: str, strict: bool = True) -> None:
+def load_weights(
+    model: nn.Module, state: Mapping[str, Any], source: str, strict: bool = True, new_head: bool = True
+) -> None:
     """Loads a state dict; a final layer of another size keeps its fresh values, and that is said.
 
     Args:
@@ -130,6 +137,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Any], source: str, strict
         state: name -> tensor.
         source: where it is from, for messages.
         strict: refuse missing and unknown names, and other shapes but those of the last layer; else load what fits.
+        new_head: whether the last layer may be of another size.
 
     Raises:
         UserError: it does not fit, or nothing in it does.
@@ -145,7 +153,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Any], source: str, strict
     # torchvision's auxiliary heads are not part of the model that we build.
     unexpected = [k for k in given if k not in own and not k.startswith(("aux", "AuxLogits"))]
     last_layer = list(own)[-1].rpartition(".")[0]
-    is_new = [k for k in reshaped if k.rpartition(".")[0] == last_layer]
+    is_new = [k for k in reshaped if new_head and k.rpartition(".")[0] == last_layer]
     shapes = [
         f"{k} is {list(given[k].shape)}, the model has {list(own[k].shape)}"
         for k in reshaped

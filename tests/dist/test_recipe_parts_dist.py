@@ -17,6 +17,7 @@ from resuming import TrainServer, assert_same_end
 from run_results import losses, summary
 
 from trainer.faults.plan import VARIABLE, Event, write_plan
+from trainer.small_models import SmallCNN
 
 NUM_SAMPLES, NUM_EVALUATED = 26, 9
 STOPPED_AT = 6  # of 8 steps: in the middle of the second epoch
@@ -35,6 +36,12 @@ def transforms(*names: str) -> dict[str, Any]:
     return {"data__transforms__train": [{"name": name} for name in names]}
 
 
+TEACHER: dict[str, Any] = {
+    "name": "small_cnn",
+    "args": {"width": 16, "in_channels": 3, "num_classes": 3},
+    "weights": "teacher.pt",
+}
+
 PARTS: dict[str, dict[str, Any]] = {
     "rand_augment": transforms("RandAugment"),
     "trivial_augment": transforms("TrivialAugmentWide"),
@@ -45,21 +52,38 @@ PARTS: dict[str, dict[str, Any]] = {
     "label_smoothing": {"task__loss": {"name": "cross_entropy", "args": {"label_smoothing": 0.1}}},
     "ema": {"optim__ema": {"decay": 0.9, "warmup": True}},
     "clip_norm": {"optim__clip_norm": 0.5},
+    "repeats": {"data__augment_repeats": 3, "data__augment__mixup": 0.3},
+    "soft_targets": {"task__loss": {"name": "torch.nn:BCEWithLogitsLoss"}, "task__args": {"label_smoothing": 0.1}},
+    "teacher": {"task__teacher": {**TEACHER, "temperature": 2.0}},
+    "hard_teacher": {"task__teacher": {**TEACHER, "hard": True}},
+    "fsdp": {"parallel__strategy": "fsdp"},
 }
 TOGETHER: dict[str, tuple[str, ...]] = {
-    "augmented": ("rand_augment", "mixup", "cutmix", "random_erasing", "label_smoothing", "ema", "clip_norm"),
-    "trivial": ("trivial_augment",),
-    "automatic": ("auto_augment",),
+    "augmented": (
+        "rand_augment",
+        "mixup",
+        "cutmix",
+        "random_erasing",
+        "label_smoothing",
+        "ema",
+        "clip_norm",
+        "repeats",
+        "teacher",
+    ),
+    "trivial": ("trivial_augment", "cutmix", "soft_targets"),
+    "automatic": ("auto_augment", "hard_teacher", "fsdp"),
 }
 IN_CI = ("augmented",)  # the others, which differ in little from these, run nightly
 
 
 def merged(parts: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the settings of several parts, none of which sets what another does."""
+    """Returns the settings of several parts, none of which sets what another has set to something else."""
     settings = dict(BASE)
     for part in parts:
-        both = [key for key in PARTS[part] if key in settings and key not in BASE]
-        assert not both, f"{both} of {part} are set by another part of {parts}"
+        different = [
+            key for key, value in PARTS[part].items() if settings.get(key, value) not in (value, BASE.get(key))
+        ]
+        assert not different, f"{different} of {part} are set by another part of {parts}"
         settings |= PARTS[part]
     return settings
 
@@ -73,6 +97,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             0, 256, (num, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(num)
         )
         torch.save((images, torch.arange(num) % 3), folder / f"{name}.pt")
+    torch.manual_seed(1)
+    torch.save(SmallCNN(**TEACHER["args"]).state_dict(), folder / "teacher.pt")
     return folder
 
 

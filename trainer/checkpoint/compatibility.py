@@ -19,6 +19,7 @@ _NEVER = (
     "run.seed",
     "train.batch_size",
     "data.drop_last",
+    "data.augment_repeats",
     "model.name",
     "model.freeze",
     "optim.name",

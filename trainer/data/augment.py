@@ -267,7 +267,7 @@ def mix_targets(targets: torch.Tensor, plan: AugmentationPlan, num_classes: int)
     """
     assert plan.target_share is not None
     if targets.ndim == 1 and not targets.is_floating_point():
-        probabilities = (targets[:, None] == torch.arange(num_classes, device=targets.device)).float()
+        probabilities = class_probabilities(targets, num_classes)
     elif targets.ndim == 2 and targets.shape[1] == num_classes:
         probabilities = targets.float()
     else:
@@ -276,6 +276,11 @@ def mix_targets(targets: torch.Tensor, plan: AugmentationPlan, num_classes: int)
         raise UserError(message, path="data.augment")
     share = plan.target_share[:, None]
     return (probabilities * share).add_(_partners(probabilities) * (1.0 - share))
+
+
+def class_probabilities(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Returns float32 (B, num_classes) for integer labels (B,): 1 for the label, and nothing where it is no class."""
+    return (labels[:, None] == torch.arange(num_classes, device=labels.device)).float()
 
 
 class SymmetricBeta:

@@ -1,4 +1,4 @@
-"""Random numbers of samples: pure functions of (seed, epoch, sample index), computed for whole batches at once.
+"""Random numbers of samples: pure functions of (seed, epoch, sample, repeat), computed for whole batches at once.
 
 Counter-based: no state, so any process, thread or rank that asks for a sample's numbers gets the same ones, in
 any order. Built-in transforms draw from here; users' own transforms draw from global generators, which
@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.sampler import SampleKey
+from trainer.data.sampler import SampleKey, key_array
 
-Keys = NDArray[np.uint64]  # (B,): one sample in one epoch of one run each
+Keys = NDArray[np.uint64]  # (B,): one appearance of a sample in one epoch of one run each
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
@@ -34,11 +34,12 @@ class Stream(IntEnum):
 
 
 def sample_keys(seed: int, keys: Sequence[SampleKey] | NDArray[np.int64]) -> Keys:
-    """Returns one 64-bit key per sample, a function of (seed, epoch, index) and of nothing else."""
+    """Returns one 64-bit key per sample, a function of (seed, epoch, index, repeat) and of nothing else."""
     run = _finalize(np.array([(seed * _GOLDEN + 1) & _MASK], dtype=np.uint64))
-    pairs = np.array(keys, dtype=np.int64).reshape(-1, 2).astype(np.uint64)
-    epochs = _finalize(run + pairs[:, 0] * np.uint64(_GOLDEN))
-    return _finalize(epochs + pairs[:, 1] * np.uint64(_GOLDEN))
+    epoch, sample, repeat = key_array(keys).astype(np.uint64).T
+    found: Keys = _finalize(_finalize(run + epoch * np.uint64(_GOLDEN)) + sample * np.uint64(_GOLDEN))
+    # Nothing more happens to the first: a run without repeats has the numbers that it had before there were any.
+    return np.where(repeat == 0, found, _finalize(found + repeat * np.uint64(_GOLDEN)))
 
 
 def uniforms(keys: Keys, stream: Stream, count: int) -> NDArray[np.float64]:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 
 from trainer.config import AugmentConfig, DataConfig
@@ -28,7 +27,7 @@ from trainer.data.modes import Route, choose_route, device_memory, why_host_only
 from trainer.data.nested import map_tensors, num_bytes, part, with_part
 from trainer.data.prefetch import DeviceBatch, Prefetcher
 from trainer.data.resident import ResidentPictures, Share
-from trainer.data.sampler import EvalSampler, MicroBatchSampler, SampleKey, StepSampler
+from trainer.data.sampler import EvalSampler, MicroBatchSampler, SampleKey, StepSampler, key_array
 from trainer.data.slots import Slot
 from trainer.data.transforms import HostTransform, build_transforms
 from trainer.data.tuning import WorkerTuner
@@ -338,7 +337,7 @@ class DeviceFeed:
     def _made_on_device(self, requests: Iterable[list[SampleKey]]) -> Iterator[DeviceBatch]:
         dataset: Any = self.dataset
         for request in requests:
-            batch = LoadedBatch(np.array(request, dtype=np.int64), None)
+            batch = LoadedBatch(key_array(request), None)
             if self._resident is not None:
                 data = self._resident.batch(batch.keys)
             else:

@@ -26,7 +26,7 @@ from trainer.data.decode import UNREADABLE, Encoded, crop_and_resize, read_size
 from trainer.data.draws import Stream, sample_keys, uniforms
 from trainer.data.geometry import Geometry
 from trainer.data.nested import Allocate, collate, in_lists
-from trainer.data.sampler import SampleKey
+from trainer.data.sampler import SampleKey, key_array
 from trainer.data.transforms import HostTransform
 from trainer.errors import BadSample, Problem, UserError, one_line, place_at
 
@@ -46,7 +46,7 @@ class Skipped(NamedTuple):
 class LoadedBatch(NamedTuple):
     """A collated batch in host memory, and which samples are in it."""
 
-    keys: NDArray[np.int64]  # (B, 2): epoch and index of each sample, as in a SampleKey
+    keys: NDArray[np.int64]  # (B, 3): epoch, index and repeat of each sample, as in a SampleKey
     data: Any
     skipped: tuple[Skipped, ...] = ()
 
@@ -66,8 +66,10 @@ class LoadFailure(NamedTuple):
 
 
 def sample_seed(seed: int, key: SampleKey) -> int:
-    """Returns the 64-bit seed of one sample: a function of (seed, epoch, index) and of nothing else."""
-    digest = hashlib.blake2b(struct.pack("<Qqq", seed, key.epoch, key.sample), digest_size=8).digest()
+    """Returns the 64-bit seed of one sample: a function of (seed, epoch, index, repeat) and of nothing else."""
+    # Without the first repeat, so that a run without any has the numbers that it had before there were repeats.
+    numbers = key if key.repeat else key[:2]
+    digest = hashlib.blake2b(struct.pack(f"<Q{len(numbers)}q", seed, *numbers), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
@@ -157,7 +159,7 @@ class SampleLoader:
             read, data = load([SampleKey(*map(int, key)) for key in keys], allocate, reading, skipped)
         except UserError as error:
             return LoadFailure(place_at(self.name, error).problems)
-        return LoadedBatch(np.array(read, dtype=np.int64).reshape(-1, 2), data, tuple(skipped))
+        return LoadedBatch(key_array(read), data, tuple(skipped))
 
     def load_encoded(
         self, keys: Sequence[Sequence[int]], allocate: Allocate, reading: OnRead
@@ -167,7 +169,7 @@ class SampleLoader:
         try:
             found = [self._first_readable(SampleKey(*map(int, key)), self._open_file, reading, skipped) for key in keys]
             pictures: list[_Picture] = [picture for picture in found if picture is not None]
-            read = np.array([picture.key for picture in pictures], dtype=np.int64).reshape(-1, 2)
+            read = key_array([picture.key for picture in pictures])
             if not pictures:
                 return LoadedBatch(read, None, tuple(skipped))
             files = [np.frombuffer(picture.encoded, np.uint8) for picture in pictures]
@@ -329,7 +331,7 @@ class SampleLoader:
 
     def _replacement(self, key: SampleKey, attempt: int) -> SampleKey:
         draw = uniforms(sample_keys(self.seed, [key]), Stream.REPLACE, attempt)[0, attempt - 1]
-        return SampleKey(key.epoch, int(draw * len(self.dataset)))
+        return SampleKey(key.epoch, int(draw * len(self.dataset)), key.repeat)
 
     def _collate(self, items: list[Any], keys: Sequence[SampleKey], allocate: Allocate) -> Any:
         if not items:

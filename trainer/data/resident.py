@@ -25,7 +25,7 @@ from trainer.data.draws import sample_keys
 from trainer.data.geometry import Geometry
 from trainer.data.loader import LoadedBatch
 from trainer.data.nested import collate
-from trainer.data.sampler import MicroBatchSampler, StepSampler
+from trainer.data.sampler import MicroBatchSampler, SampleKey, StepSampler, key_array
 from trainer.errors import UserError, one_line_text
 
 logger = logging.getLogger("lockstep")
@@ -116,7 +116,7 @@ class ResidentPictures:
         self.targets = self.targets.to(device)
         # Pictures of one size are indexed by one gather.
         self._is_uniform = bool((self.sizes == self.sizes[0]).all())
-        crops = geometry(self.sizes, sample_keys(seed, np.stack([np.zeros_like(indices), indices], axis=1)))
+        crops = geometry(self.sizes, sample_keys(seed, [SampleKey(0, index) for index in indices.tolist()]))
         if (crops.sizes != crops.sizes[0]).any():
             message = "its pictures differ in size; make them equal with a resize or crop"
             raise UserError(message, path="data.transforms")
@@ -131,7 +131,7 @@ class ResidentPictures:
         return self._pixels.numel()
 
     def batch(self, keys: NDArray[np.int64]) -> list[Any]:
-        """Returns [images (B, C, height, width) uint8 in channels_last, targets] for sample keys (B, 2), all ours."""
+        """Returns [images (B, C, height, width) uint8 in channels_last, targets] for sample keys (B, 3), all ours."""
         rows = keys[:, 1] // self.share.num_ranks
         index = self._uploaded(rows)
         targets = self.targets[index]
@@ -150,9 +150,7 @@ class ResidentPictures:
         plan = sampler.plan
         samplers = [StepSampler(plan, rank, sampler.seed) for rank in range(plan.num_ranks)]
         for step in range(start, stop):
-            by_rank = [
-                [np.array(keys, dtype=np.int64) for keys in MicroBatchSampler(s, step, step + 1)] for s in samplers
-            ]
+            by_rank = [[key_array(keys) for keys in MicroBatchSampler(s, step, step + 1)] for s in samplers]
             images, targets = self._exchange([np.concatenate(batches) for batches in by_rank])
             first = 0
             for keys in by_rank[self.share.rank]:
@@ -161,7 +159,7 @@ class ResidentPictures:
                 first = last
 
     def _exchange(self, wanted: list[NDArray[np.int64]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the images and targets of our samples, given the keys (n, 2) that each rank wants."""
+        """Returns the images and targets of our samples, given the keys (n, 3) that each rank wants."""
         num_ranks, mine = self.share.num_ranks, wanted[self.share.rank]
         sent = [keys[self.share.owned(keys[:, 1])] for keys in wanted]
         owners = mine[:, 1] % num_ranks

@@ -1,17 +1,20 @@
 """Which samples each rank sees in each step: a pure function of (seed, step), with O(1) seeking.
 
-Global batch k of epoch e is `permutation(seed, e)[k*B:(k+1)*B]`, whatever the world size. Owns the order and
-the batch arithmetic; loading the samples is `trainer.data.loader`.
+Global batch k of epoch e is `permutation(seed, e)[k*B:(k+1)*B]`, whatever the world size. With repeated augmentation
+the permutation has each of its samples several times, and is cut to the epoch's length. Owns the order and the batch
+arithmetic; loading the samples is `trainer.data.loader`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler, Sampler
 
 from trainer.errors import UserError
@@ -20,10 +23,16 @@ EVAL_EPOCH = -1  # evaluation samples are the same every time, and never those o
 
 
 class SampleKey(NamedTuple):
-    """What a loader worker is asked for. The epoch travels along because augmentation depends on it."""
+    """What a loader worker is asked for: a sample, and what its augmentation depends on."""
 
     epoch: int
     sample: int
+    repeat: int = 0  # which of the epoch's appearances of this sample, where it has several
+
+
+def key_array(keys: Sequence[Sequence[int]] | NDArray[np.int64]) -> NDArray[np.int64]:
+    """Returns sample keys as an array (B, 3)."""
+    return np.array(keys, dtype=np.int64).reshape(-1, len(SampleKey._fields))
 
 
 def divisors(number: int) -> list[int]:
@@ -43,6 +52,7 @@ class BatchPlan:
     drop_last: bool
     group_size: int = 1  # neighbours in the global batch that stay neighbours on one rank: 2 where pairs are mixed
     in_lockstep: bool = False  # a forward is a collective: every rank runs as many micro-batches as the others
+    num_repeats: int = 1  # of a sample in an epoch, each augmented differently; fewer samples then have a turn
 
     @classmethod
     def split(
@@ -54,12 +64,13 @@ class BatchPlan:
         drop_last: bool,
         group_size: int = 1,
         in_lockstep: bool = False,
+        num_repeats: int = 1,
     ) -> BatchPlan:
         """Splits the global batch over ranks and micro-batches, in groups.
 
         Raises:
-            UserError: the batch does not split evenly (the nearest sizes that do are named), or the data
-                holds no whole batch while `drop_last` asks for one.
+            UserError: the batch does not split evenly (the nearest sizes that do are named), the data hold no whole
+                batch while `drop_last` asks for one, or fewer samples than repeats of each.
         """
         unit = num_ranks * group_size
         if batch_size % unit:
@@ -92,7 +103,10 @@ class BatchPlan:
         if drop_last and num_samples < batch_size:
             message = f"drop_last leaves nothing: {num_samples} samples make no batch of {batch_size}"
             raise UserError(message, path="data.drop_last")
-        return cls(num_samples, batch_size, micro, num_ranks, drop_last, group_size, in_lockstep)
+        if num_repeats > num_samples:
+            message = f"an epoch of {num_samples} samples has no room for {num_repeats} repeats of one"
+            raise UserError(message, path="data.augment_repeats")
+        return cls(num_samples, batch_size, micro, num_ranks, drop_last, group_size, in_lockstep, num_repeats)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -162,14 +176,28 @@ class StepSampler(DistributedSampler[int]):
 
     def share(self, step: int) -> tuple[int, list[int]]:
         """Returns the epoch of global step `step`, and the sample indices of this rank in it, in order."""
-        epoch, k = divmod(step, self.plan.steps_per_epoch)
-        positions = self.plan.positions(step, self.rank) + k * self.plan.batch_size
-        return epoch, self._order(epoch)[positions].tolist()
+        return step // self.plan.steps_per_epoch, [key.sample for key in self.keys(step)]
 
-    def first(self, step: int) -> int:
+    def keys(self, step: int) -> list[SampleKey]:
+        """Returns the sample keys of this rank in global step `step`, in order."""
+        return self._keys_at(step, self.plan.positions(step, self.rank))
+
+    def first(self, step: int) -> SampleKey:
         """Returns the first sample of a step's global batch."""
+        return self._keys_at(step, torch.zeros(1, dtype=torch.int64))[0]
+
+    def _keys_at(self, step: int, positions: torch.Tensor) -> list[SampleKey]:
+        """Returns what is at some positions of a step's global batch.
+
+        Repeats are those of pairs of samples (a b a b a b c d ...), as the two at positions 2k and 2k + 1 may be mixed:
+        none is mixed with itself.
+        """
         epoch, k = divmod(step, self.plan.steps_per_epoch)
-        return int(self._order(epoch)[k * self.plan.batch_size])
+        places = positions + k * self.plan.batch_size
+        pairs, within = places // (2 * self.plan.num_repeats), places % (2 * self.plan.num_repeats)
+        samples = self._order(epoch)[2 * pairs + within % 2].tolist()
+        repeats = (within // 2).tolist()
+        return [SampleKey(epoch, sample, repeat) for sample, repeat in zip(samples, repeats, strict=True)]
 
     def _order(self, epoch: int) -> torch.Tensor:
         if self._permutation is None or self._permutation[0] != epoch:
@@ -204,10 +232,9 @@ class MicroBatchSampler(Sampler[list[SampleKey]]):
     def __iter__(self) -> Iterator[list[SampleKey]]:
         size = self.sampler.plan.micro_batch_size
         for step in range(self.start, self.stop):
-            epoch, indices = self.sampler.share(step)
+            keys = self.sampler.keys(step)
             for turn in range(self.sampler.plan.num_turns(step, self.sampler.rank)):
-                own = indices[turn * size : (turn + 1) * size] or [self.sampler.first(step)]
-                yield [SampleKey(epoch, index) for index in own]
+                yield keys[turn * size : (turn + 1) * size] or [self.sampler.first(step)]
 
     def micro_batch_sizes(self, step: int) -> list[int]:
         """Returns how many real samples each micro-batch of this rank holds in a step: `[0]` for a stand-in."""

@@ -100,7 +100,9 @@ class TokenFile:
 
                 self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             except ModuleNotFoundError as error:
-                raise UserError("its tokenizer needs transformers: pip install 'lockstep-trainer[huggingface]'") from error
+                raise UserError(
+                    "its tokenizer needs transformers: pip install 'lockstep-trainer[huggingface]'"
+                ) from error
             except Exception as error:  # transformers raises many types for what it cannot read
                 raise UserError(f"cannot read the tokenizer '{folder}': {one_line(error)}") from error
         return str(self._tokenizer.decode(list(ids)))

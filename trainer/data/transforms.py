@@ -7,6 +7,8 @@ the device half is `trainer.data.augment`. Transforms that change targets as wel
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -14,15 +16,17 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torchvision import tv_tensors
+from torchvision.transforms import AutoAugmentPolicy, InterpolationMode
 from torchvision.transforms.v2 import functional as image_functional
 
-from trainer.components import build
-from trainer.config import Component
-from trainer.errors import UserError
+from trainer.components import call, resolve
+from trainer.config import Component, read_section
+from trainer.errors import UserError, nearest
 
 Item = Any
 
 _KINDS: dict[str, type] = {name: getattr(tv_tensors, name) for name in ("Image", "Mask", "BoundingBoxes", "Video")}
+_NAMED: dict[str, type[Enum]] = {"interpolation": InterpolationMode, "policy": AutoAugmentPolicy}
 
 
 class HostTransform:
@@ -74,18 +78,27 @@ class HostTransform:
 def build_transforms(components: Sequence[Component], path: str) -> list[Callable[[Any], Any]]:
     """Builds the transforms of a list.
 
-    Types in `args` may be written by name: `dtype: float32`, and one value per kind of tensor, `fill: {Image: 0, Mask:
-    255}`, for torchvision's transforms.
+    What YAML has not is written by name. For all: `dtype: float32`, and one value per kind of tensor, `fill: {Image: 0,
+    Mask: 255}`. For torchvision's own: `interpolation: bicubic`, `policy: cifar10`, and `transforms`, a list like this
+    one, of `RandomApply`, `RandomChoice`, `RandomOrder` and `Compose`.
 
     Raises:
         UserError: an unknown transform, or arguments that do not fit.
     """
-    transforms = []
-    for i, component in enumerate(components):
-        args = {k: _by_kind(v, _dtype if k == "dtype" else _same) for k, v in component.args.items()}
-        resolved = Component(name=component.name, args=args)
-        transforms.append(build("transform", resolved, f"{path}.{i}"))
-    return transforms
+    return [_build_transform(component, f"{path}.{i}") for i, component in enumerate(components)]
+
+
+def _build_transform(component: Component, path: str) -> Callable[[Any], Any]:
+    args = {key: _by_kind(value, _dtype if key == "dtype" else _same) for key, value in component.args.items()}
+    target = resolve("transform", component.name, path)
+    if str(target.__module__).startswith("torchvision."):
+        for key, kind in _NAMED.items():
+            if key in args:
+                args[key] = _named(kind, args[key], f"{path}.args.{key}")
+        if "transforms" in args:
+            args["transforms"] = _nested(args["transforms"], f"{path}.args.transforms")
+    transform: Callable[[Any], Any] = call(target, args, component.name, path)
+    return transform
 
 
 def _by_kind(value: Any, convert: Callable[[Any], Any]) -> Any:
@@ -102,3 +115,38 @@ def _same(value: Any) -> Any:
 def _dtype(value: Any) -> Any:
     named = getattr(torch, value, None) if isinstance(value, str) else None
     return named if isinstance(named, torch.dtype) else value
+
+
+def _named(kind: type[Enum], value: Any, path: str) -> Any:
+    """Returns the member of an enum that has this value; any value that is no text as it is.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if not isinstance(value, str):
+        return value
+    names = [member.value for member in kind]
+    if value not in names:
+        hint = nearest(value, names) or f"; there are: {', '.join(names)}"
+        raise UserError(f"there is no '{value}'{hint}", path=path)
+    return kind(value)
+
+
+def _nested(entries: Any, path: str) -> list[Callable[[Any], Any]]:
+    """Builds the transforms that are an argument of another.
+
+    Raises:
+        UserError: it is no list of them.
+    """
+    if not isinstance(entries, list | tuple) or not entries:
+        raise UserError("must be a list of transforms, each with a name and args", path=path)
+    components = []
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, Mapping):
+            raise UserError(f"must be a transform, with a name and args (got {entry!r})", path=f"{path}.{i}")
+        try:
+            components.append(read_section(Component, **entry))
+        except UserError as error:
+            problems = (replace(p, path=f"{path}.{i}.{p.path}") for p in error.problems)
+            raise UserError(*problems) from None
+    return build_transforms(components, path)

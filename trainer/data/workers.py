@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trainer.data.sampler import SampleKey
+from trainer.data.sampler import SampleKey, key_array
 from trainer.data.slots import Slot
 from trainer.faults.stopping import STOP_SIGNALS
 from trainer.placement import use_one_thread
@@ -51,7 +51,7 @@ _CAUSES = {
     signal.SIGILL: "native code that this CPU cannot run, in a decoder or in the data set",
 }
 
-# Loads one batch: (sample keys (B, 2), slot for its tensors, called with each sample before it is read) -> anything.
+# Loads one batch: (sample keys (B, 3), slot for its tensors, called with each sample before it is read) -> anything.
 Load = Callable[[NDArray[np.int64], Slot, Callable[[int], None]], Any]
 
 
@@ -284,7 +284,7 @@ class WorkerPool:
                 request = next(requests, None)
                 if request is None:
                     return True
-                keys = np.array(request, dtype=np.int64).reshape(-1, 2)
+                keys = key_array(request)
                 worker = min(self._workers, key=lambda w: len(w.outstanding))
                 task = _Task(self._next_number, self._free.pop(), len(keys))
                 self._next_number += 1
@@ -405,7 +405,7 @@ def _work(load: Load, slots: list[Slot], board: Slot, number: int, tasks: Connec
         started, cpu_started = time.perf_counter(), time.process_time()
         slot = slots[task.slot]
         slot.clear()
-        keys = slot.allocate((task.num_keys, 2), torch.int64).numpy().copy()
+        keys = slot.allocate((task.num_keys, len(SampleKey._fields)), torch.int64).numpy().copy()
         slot.clear()
         try:
             payload = pickle.dumps(slot.put(load(keys, slot, reading)))

@@ -46,11 +46,13 @@ def plan_job(
         shard_size: processes that share one copy of the model's state; 1 for DDP.
 
     Raises:
-        UserError: the samples cannot be read, or are not stacked to batches.
+        UserError: the samples cannot be read, or are not stacked to batches, or a teacher takes part.
     """
     if not task.stacks:
         message = "memory cannot be planned for samples of different sizes: give a number, and no checkpointing: auto"
         raise UserError(message, path="train.micro_batch_size")
+    if config.task.teacher is not None:
+        raise UserError("a teacher's memory is not planned", path="task.teacher")
     # Simulated tensors say that they are on the CPU; so must what the task has of its own, such as class weights.
     task = copy.deepcopy(task)
     task.to(torch.device("cpu"))
@@ -84,7 +86,7 @@ def summed_loss(task: Task) -> Callable[[nn.Module, Any], torch.Tensor]:
 
     def loss(model: nn.Module, batch: Any) -> torch.Tensor:
         outputs = task.forward(model, batch)
-        loss_sum = task.loss_sum(outputs, batch)
+        loss_sum = task.training_loss_sum(outputs, batch)
         task.loss_count(outputs, batch)  # which takes memory, too
         return loss_sum
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from trainer.data.nested import part, with_part
 from trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from trainer.tasks.distillation import Teacher
 
 
 class Task(ABC):
@@ -58,6 +61,7 @@ class Task(ABC):
     """Samples of a batch of an evaluation, where neither that of training nor `eval.batch_size` is to decide."""
     class_names: Sequence[str] = ()
     """Names of labels, in their order: the task's own, or those that the data set knows."""
+    teacher: Teacher | None = None  # from which the model learns as well; whoever builds the run sets it
     tokens_per_sample: int | None = None  # where throughput is also told in tokens
     metric_names: tuple[str, ...] = ()  # of its own metrics, as far as they are known beforehand
     best_metric: str | None = None  # the evaluation metric that decides the best checkpoint
@@ -101,6 +105,11 @@ class Task(ABC):
     @abstractmethod
     def loss_sum(self, outputs: Any, data: Any) -> torch.Tensor:
         """Returns the loss summed over the samples of the batch, a scalar with gradient."""
+
+    def training_loss_sum(self, outputs: Any, data: Any) -> torch.Tensor:
+        """Returns `loss_sum` with the part of the teacher, where there is one: what training minimises."""
+        loss_sum = self.loss_sum(outputs, data)
+        return loss_sum if self.teacher is None else self.teacher.taught(loss_sum, outputs, self, data)
 
     def loss_count(self, outputs: Any, data: Any) -> torch.Tensor | None:
         """Returns what `loss_sum` counts in the batch, where the mean is not over samples: a scalar on the device.

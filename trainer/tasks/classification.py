@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer.data.augment import class_probabilities
 from trainer.errors import BadSample, UserError, one_line, place_at
+from trainer.memory.out_of_memory import is_out_of_memory
 from trainer.tasks.base import Task
 from trainer.tasks.confusion import confusion_matrix
 
@@ -43,11 +45,15 @@ class CrossEntropy(nn.CrossEntropyLoss):
         """
         if not targets.is_floating_point() or targets.ndim != 2:
             return super().forward(outputs, targets)
-        share = targets.sum(1, keepdim=True)
-        smoothed = targets * (1 - self.label_smoothing) + share * (self.label_smoothing / targets.shape[1])
+        smoothed = smooth(targets, self.label_smoothing)
         if self.weight is not None:
             smoothed = smoothed * self.weight
         return -(smoothed * torch.log_softmax(outputs.float(), 1)).sum(1)
+
+
+def smooth(probabilities: torch.Tensor, share: float) -> torch.Tensor:
+    """Returns class probabilities (B, classes) with a share of each sample's spread evenly over all classes."""
+    return probabilities * (1 - share) + probabilities.sum(1, keepdim=True) * (share / probabilities.shape[1])
 
 
 class Classification(Task):
@@ -61,6 +67,8 @@ class Classification(Task):
             first outputs.
         input_key: where the input is in samples that are dicts.
         target_key: where the target is in samples that are dicts.
+        label_smoothing: for losses of class probabilities, which then get these in place of labels, with this share
+            spread over all classes. 0 spreads nothing; None leaves targets as they are. `cross_entropy` has its own.
     """
 
     metric_names = ("loss", "accuracy")
@@ -72,8 +80,16 @@ class Classification(Task):
         num_classes: int | None = None,
         input_key: str = "input",
         target_key: str = "target",
+        label_smoothing: float | None = None,
     ) -> None:
         self.loss = loss or CrossEntropy()
+        path = "task.args.label_smoothing"
+        if label_smoothing is not None and isinstance(self.loss, CrossEntropy):
+            raise UserError("cross_entropy smooths by itself: task.loss.args.label_smoothing", path=path)
+        if label_smoothing is not None and not 0 <= label_smoothing <= 1:
+            raise UserError(f"must be between 0 and 1 (got {label_smoothing})", path=path)
+        self.label_smoothing = label_smoothing
+        self._has_labels = False
         weight = getattr(self.loss, "weight", None)
         if isinstance(self.loss, CrossEntropy) and weight is not None and num_classes not in (None, len(weight)):
             raise UserError(f"{len(weight)} class weights for {num_classes} classes", path="task.loss.args.weight")
@@ -102,6 +118,7 @@ class Classification(Task):
         """Returns the targets of a batch; labels as int64."""
         targets = super().targets(data)
         is_label = isinstance(targets, torch.Tensor) and not targets.is_floating_point()
+        self._has_labels |= is_label and targets.ndim == 1
         return targets.long() if is_label else targets
 
     def forward(self, model: nn.Module, data: Any) -> torch.Tensor:
@@ -116,11 +133,16 @@ class Classification(Task):
         targets = self.targets(data)
         if not self._outputs_checked:
             self._check_outputs(outputs, targets)
+            self._check_loss(outputs)
             self._outputs_checked = True
+        if self.label_smoothing is not None:
+            if targets.ndim == 1:
+                targets = class_probabilities(targets, outputs.shape[1])
+            targets = smooth(targets, self.label_smoothing)
         try:
             loss = self.loss(outputs, targets)
-        except (RuntimeError, TypeError, IndexError) as error:
-            if not targets.is_floating_point() or targets.ndim != 2:
+        except (RuntimeError, TypeError, IndexError, ValueError) as error:
+            if not targets.is_floating_point() or targets.ndim != 2 or is_out_of_memory(error):
                 raise
             message = f"with mixed samples the loss gets class probabilities (batch, classes): {one_line(error)}"
             raise UserError(message, path="task.loss", agreed=True) from error
@@ -150,6 +172,26 @@ class Classification(Task):
         elif known > self.num_classes:
             message = f"the model returns {self.num_classes} logits, the data has {known} classes"
             raise UserError(message, path="model", agreed=True)
+
+    def _check_loss(self, outputs: torch.Tensor) -> None:
+        """Refuses a loss that takes class probabilities alone, and would meet labels now or in an evaluation.
+
+        Tried on more samples than classes: labels of as many as there are classes would pass for one of each.
+        """
+        if not self._has_labels or self.label_smoothing is not None or isinstance(self.loss, CrossEntropy):
+            return
+        scores = torch.zeros(outputs.shape[1] + 1, outputs.shape[1], device=outputs.device)
+        labels = torch.zeros(len(scores), dtype=torch.int64, device=outputs.device)
+        if not self._takes(scores, labels) and self._takes(scores, class_probabilities(labels, scores.shape[1])):
+            message = "the loss takes class probabilities, not labels: task.args.label_smoothing: 0 makes them"
+            raise UserError(message, path="task.loss", agreed=True)
+
+    def _takes(self, scores: torch.Tensor, targets: torch.Tensor) -> bool:
+        try:
+            self.loss(scores, targets)
+        except Exception:  # whatever a loss of the user's raises
+            return False
+        return True
 
     def eval_sums(self, outputs: torch.Tensor, data: Any) -> dict[str, torch.Tensor]:
         targets = self.targets(data)

@@ -34,7 +34,7 @@ class FlopCounter:
 
     Args:
         model: as built, before it is sharded, compiled or recomputes anything. None is kept of it but shapes.
-        task: what a batch means.
+        task: what a batch means. The forward of its teacher counts, too.
         peak: FLOP/s of a device, from `peak_flops`; None on ranks that nobody asks.
     """
 
@@ -42,12 +42,14 @@ class FlopCounter:
         self._task = task
         self.peak = peak
         self._model: nn.Module | None = None
+        self._teacher: nn.Module | None = None
         self.per_sample: float | None = None
         """FLOPs, once they are counted and where they can be."""
         self.num_operations: int | None = None
         """Of torch, for forward and backward of a micro-batch, once they are counted and where they can be."""
         try:
-            self._model = _without_memory(model)
+            self._model = _without_memory(model).train()
+            self._teacher = _without_memory(task.teacher.model) if task.teacher is not None else None
         except Exception as error:  # of a user's model: it may hold what cannot be copied
             logger.info("no MFU: the model cannot be copied to count its FLOPs: %s", one_line(error))
 
@@ -68,7 +70,11 @@ class FlopCounter:
         try:
             flops, operations = FlopCounterMode(display=False), OperationCounter()
             with preserved_generators(), torch.enable_grad(), flops, operations:
-                outputs = self._task.forward(self._model, map_tensors(shape_of, data))
+                shapes = map_tensors(shape_of, data)
+                if self._teacher is not None:
+                    with torch.no_grad():
+                        self._task.forward(self._teacher, shapes)
+                outputs = self._task.forward(self._model, shapes)
                 totals = [t.sum() for t in _tensors_in(outputs) if t.requires_grad]
                 if totals:
                     torch.stack([total.float() for total in totals]).sum().backward()
@@ -76,7 +82,7 @@ class FlopCounter:
             self.per_sample = flops.get_total_flops() / num_samples
         except Exception as error:  # code of the user's that needs numbers, an operation without a shape function, ...
             logger.info("no MFU: FLOPs cannot be counted: %s", one_line(error))
-        self._model = None
+        self._model = self._teacher = None
 
     def utilisation(self, samples_per_second: float) -> float | None:
         """Returns the MFU of a device that trains so many samples per second; None where FLOPs are not known."""

@@ -190,3 +190,170 @@ def test_torchvisions_new_recipe(tmp_path: Path) -> None:
     losses, rates, model, averages = torchvisions(run, cosine_after_warm_up, 0.1, 1.0, 0.9)
     assert averages is not None
     assert_same(run, losses, rates, model, averages.module)
+
+
+# ---- timm -------------------------------------------------------------------------------------------------------
+
+timm = pytest.importorskip("timm")
+
+VIT = {"name": "timm:test_vit", "args": {"img_size": 32, "num_classes": NUM_CLASSES}}
+RESNET = {"name": "timm:test_resnet", "args": {"num_classes": NUM_CLASSES}}
+
+
+def timms(
+    run: Run,
+    model: nn.Module,
+    optimizer: dict[str, Any],
+    schedule: dict[str, Any],
+    smoothing: float,
+    is_mixed: bool,
+    clip_grad: float | None = None,
+    clip_mode: str = "norm",
+) -> tuple[list[float], list[float], nn.Module, nn.Module]:
+    """Trains as timm's train.py does, in float32 and without a prefetcher."""
+    from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import create_scheduler_v2
+    from timm.utils import ModelEmaV3, dispatch_clip_grad
+
+    peers(model, run)
+    groups = create_optimizer_v2(model, **optimizer)
+    averages = ModelEmaV3(model, decay=0.95, use_warmup=True)
+    criterion = SoftTargetCrossEntropy() if is_mixed else LabelSmoothingCrossEntropy(smoothing=smoothing)
+    scheduler, num_epochs = create_scheduler_v2(groups, updates_per_epoch=PER_EPOCH, **schedule)
+    assert num_epochs == EPOCHS
+    losses, rates, num_updates = [], [], 0
+    groups.zero_grad()
+    for epoch, batches in by_epoch(run):
+        for images, targets in batches:
+            if is_mixed:  # its Mixup smooths what it mixes
+                targets = targets * (1 - smoothing) + smoothing / NUM_CLASSES
+            loss = criterion(model(images), targets)
+            loss.backward()
+            if clip_grad is not None:
+                dispatch_clip_grad(model.parameters(), value=clip_grad, mode=clip_mode)
+            rates.append(groups.param_groups[0]["lr"])
+            groups.step()
+            num_updates += 1
+            groups.zero_grad()
+            averages.update(model, step=num_updates)
+            losses.append(loss.item())
+            scheduler.step_update(num_updates)
+        scheduler.step(epoch + 1)
+    return losses, rates, model, averages.module
+
+
+def test_timms_recipe_for_transformers(tmp_path: Path) -> None:
+    """DeiT's in small: AdamW, mixup and cutmix, smoothing, clipping, EMA with warm-up, cosine on updates."""
+    optim = {"name": "adamw", "lr": 2e-3, "clip_norm": 1.0, "ema": {"decay": 0.95, "warmup": "timm"}}
+    schedule = {
+        "name": "cosine",
+        "args": {"min_ratio": 1e-5 / 2e-3},
+        "warmup": "2 epochs",
+        "warmup_start": 1e-6 / 2e-3,
+        "warmup_prefix": False,
+    }
+    run = our_run(tmp_path, model=VIT, optim=optim, schedule=schedule, **SMOOTHED, **MIXED)
+    found = timms(
+        run,
+        timm.create_model("test_vit", img_size=32, num_classes=NUM_CLASSES),
+        {"opt": "adamw", "lr": 2e-3, "weight_decay": 0.0},
+        {
+            "sched": "cosine",
+            "num_epochs": EPOCHS,
+            "warmup_epochs": 2,
+            "warmup_lr": 1e-6,
+            "min_lr": 1e-5,
+            "step_on_epochs": False,
+        },
+        smoothing=0.1,
+        is_mixed=True,
+        clip_grad=1.0,
+    )
+    assert_same(run, *found)
+
+
+def test_timms_recipe_for_convolutions(tmp_path: Path) -> None:
+    """SGD with Nesterov's momentum, smoothed labels, steps per epoch after a warm-up of its own epochs."""
+    optim = {**SGD, "ema": {"decay": 0.95, "warmup": "timm"}}
+    schedule = {
+        "name": "step",
+        "args": {"every": "3 epochs", "gamma": 0.5},
+        "interval": "epoch",
+        "warmup": "2 epochs",
+        "warmup_start": 1e-4 / 0.05,
+    }
+    run = our_run(tmp_path, model=RESNET, optim=optim, schedule=schedule, **SMOOTHED)
+    found = timms(
+        run,
+        timm.create_model("test_resnet", num_classes=NUM_CLASSES),
+        {"opt": "sgd", "lr": 0.05, "weight_decay": 1e-3, "momentum": 0.9, "filter_bias_and_bn": False},
+        {
+            "sched": "step",
+            "num_epochs": EPOCHS - 2,
+            "decay_epochs": 3,
+            "decay_rate": 0.5,
+            "warmup_epochs": 2,
+            "warmup_lr": 1e-4,
+            "warmup_prefix": True,
+        },
+        smoothing=0.1,
+        is_mixed=False,
+    )
+    assert_same(run, *found)
+
+
+# ---- mixing -----------------------------------------------------------------------------------------------------
+
+
+def planned(mixup: float, cutmix: float) -> tuple[torch.Tensor, torch.Tensor, AugmentationPlan, DeviceAugmentation]:
+    """Returns float images in [0, 1], labels, and what is drawn for 8 of them."""
+    module = DeviceAugmentation(None, AugmentConfig(mixup=mixup, cutmix=cutmix))
+    images = torch.rand(8, 3, 12, 16, generator=torch.Generator().manual_seed(2))
+    keys = sample_keys(0, [(0, i) for i in range(8)])
+    return images, torch.arange(8) % NUM_CLASSES, module.plan(keys, tuple(images.shape)), module
+
+
+def test_mixing_is_torchvisions() -> None:
+    """For the same share or box, on each pair: torchvision rolls a batch by one, which swaps two."""
+    for transform, alphas in ((v2.MixUp, (0.8, 0.0)), (v2.CutMix, (0.0, 1.0))):
+        images, labels, plan, module = planned(*alphas)
+        assert plan.mix_share is not None and plan.mix_boxes is not None and plan.target_share is not None
+        ours = module(images, plan)
+        our_targets = mix_targets(labels, plan, NUM_CLASSES)
+        assert not torch.equal(ours, images)
+        theirs = transform(num_classes=NUM_CLASSES)
+        for i in range(0, 8, 2):
+            top, left, bottom, right = plan.mix_boxes[i].tolist()
+            share = float(plan.target_share[i])
+            pair = labels[i : i + 2]
+            params = {
+                "labels": pair,  # known by identity
+                "batch_size": 2,
+                "lam": share,
+                "box": (left, top, right, bottom),
+                "lam_adjusted": share,
+            }
+            assert torch.equal(ours[i : i + 2], theirs.transform(images[i : i + 2], params))
+            assert torch.equal(our_targets[i : i + 2], theirs.transform(pair, params))
+
+
+@pytest.mark.parametrize("use_cutmix", [False, True], ids=["mixup", "cutmix"])
+def test_mixing_is_timms(use_cutmix: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm flips a batch, which swaps two, and smooths before it mixes, which is the same as after."""
+    from timm.data import mixup as timms_mixup
+
+    images, labels, plan, module = planned(*((0.0, 1.0) if use_cutmix else (0.8, 0.0)))
+    assert plan.mix_boxes is not None and plan.target_share is not None
+    ours = module(images, plan)
+    smoothed = mix_targets(labels, plan, NUM_CLASSES) * 0.9 + 0.1 / NUM_CLASSES
+    theirs = timms_mixup.Mixup(mixup_alpha=1.0, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=NUM_CLASSES)
+    for i in range(0, 8, 2):
+        top, left, bottom, right = plan.mix_boxes[i].tolist()
+        share = float(plan.target_share[i])
+        monkeypatch.setattr(theirs, "_params_per_batch", lambda share=share: (share, use_cutmix))
+        box = (top, bottom, left, right)
+        monkeypatch.setattr(timms_mixup, "cutmix_bbox_and_lam", lambda *_, box=box, share=share, **__: (box, share))
+        mixed, targets = theirs(images[i : i + 2].clone(), labels[i : i + 2])
+        assert torch.equal(ours[i : i + 2], mixed)
+        assert torch.allclose(smoothed[i : i + 2], targets, rtol=1e-6, atol=1e-7)

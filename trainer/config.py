@@ -30,6 +30,7 @@ from trainer.config_values import (
     Bool,
     ComponentName,
     Duration,
+    EmaWarmup,
     Every,
     EveryOrMinutes,
     Interval,
@@ -314,7 +315,11 @@ class EmaConfig(Section):
     decay: Annotated[float, Field(strict=True, gt=0, lt=1)] = Field(
         description="Share of itself that the average keeps in an update, such as 0.9998."
     )
-    warmup: Bool = Field(True, description="Let the n-th update keep at most (1 + n) / (10 + n).")
+    warmup: EmaWarmup = Field(
+        True,
+        description="Let the n-th update keep at most (1 + n) / (10 + n), or with `timm` at most 1 - n^(-2/3), as timm's "
+        "--model-ema-warmup.",
+    )
     every: PositiveInt = Field(1, description="Update after every so many optimizer steps.")
 
 

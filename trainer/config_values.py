@@ -279,5 +279,12 @@ def _workers(value: object) -> object:
     raise ValueError(f"must be auto, or a whole number greater than or equal to 0 (got {value!r})")
 
 
+def _ema_warmup(value: object) -> object:
+    if isinstance(value, bool) or value == "timm":
+        return value
+    raise ValueError(f"must be true, false or timm (got {value!r})")
+
+
+EmaWarmup = Annotated[bool | Literal["timm"], BeforeValidator(_ema_warmup)]
 Workers = Annotated[int | Literal["auto"], BeforeValidator(_workers)]
 MicroBatchSize = Annotated[int | Literal["auto"] | None, BeforeValidator(_micro_batch_size)]

@@ -36,12 +36,17 @@ class Ema:
     def decay(self, step: int) -> float:
         """Returns the share that the average keeps in the update after `step` steps: a pure function of the step.
 
-        Warm-up is TensorFlow's: min(decay, (1 + n) / (10 + n)) for the n-th update.
+        For the n-th update TensorFlow's warm-up lets it be at most (1 + n) / (10 + n), and timm's 1 - n^(-2/3), of
+        which the first is 0. So it is without warm-up, as in torch's AveragedModel and timm: the first update takes
+        the weights as they are.
         """
-        if not self._config.warmup:
-            return self._config.decay
+        decay, warmup = self._config.decay, self._config.warmup
         num_updates = step // self._config.every
-        return min(self._config.decay, (1 + num_updates) / (10 + num_updates))
+        if warmup is True:
+            return min(decay, (1 + num_updates) / (10 + num_updates))
+        if warmup == "timm":
+            return min(decay, 1 - num_updates ** (-2 / 3))
+        return decay if num_updates > 1 else 0.0
 
     @torch.no_grad()
     def update(self, step: int) -> None:

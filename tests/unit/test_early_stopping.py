@@ -135,7 +135,8 @@ def test_a_rollback_counts_no_evaluation_twice(
 ) -> None:
     """Back to step 8 from step 11: the evaluation of step 10 is made again, and is the first of two all the same."""
     inject(Event("nan", step=11))
-    changes = {**EARLY, "checkpoint": {"every": 4}, "faults": {"non_finite": "rollback"}}
+    checkpoint_config = {"every": 4, "best": {"metric": "loss", "mode": "max"}}  # none after step 5 is the best
+    changes = {**EARLY, "checkpoint": checkpoint_config, "faults": {"non_finite": "rollback"}}
     done = train("--config", write_config(**changes))
     assert done.code == 0, done.err
     assert "going back to step 8" in done.out

@@ -81,7 +81,7 @@ def _check_onnx(weights: CheckpointWeights) -> None:
 
 
 def _model_and_inputs(config: Config, weights: CheckpointWeights) -> tuple[nn.Module, torch.Tensor]:
-    """Returns the model on the host, and a real batch of what it is called with.
+    """Returns the model on the host, or what makes its logits, and a real batch of what it is called with.
 
     Raises:
         UserError: it does not map one tensor to one tensor.
@@ -108,14 +108,28 @@ def _model_and_inputs(config: Config, weights: CheckpointWeights) -> tuple[nn.Mo
     if len(calls) != 1 or len(calls[0][0]) != 1 or calls[0][1] or not isinstance(calls[0][0][0], torch.Tensor):
         what = "other things" if len(calls) == 1 else f"{len(calls)} batches"
         raise UserError(f"{message}{what} by its task", path="task")
-    if len(results) != 1 or not isinstance(results[0], torch.Tensor):
+    outputs = getattr(results[0], "logits", results[0])
+    if len(results) != 1 or not isinstance(outputs, torch.Tensor):
         raise UserError(f"{message}one and returns a {type(results[0]).__name__}", path="model")
     inputs = calls[0][0][0].detach().cpu().contiguous().clone()
     # A task may hand the model more rows than there are samples; slices of them would not be batches.
-    if len(inputs) != _NUM_SAMPLES or len(results[0]) != _NUM_SAMPLES:
-        message = f"{_NUM_SAMPLES} samples become {len(inputs)} inputs and {len(results[0])} outputs"
+    if len(inputs) != _NUM_SAMPLES or len(outputs) != _NUM_SAMPLES:
+        message = f"{_NUM_SAMPLES} samples become {len(inputs)} inputs and {len(outputs)} outputs"
         raise UserError(f"only models with an output per sample can be exported: {message}", path="model")
-    return model.cpu().requires_grad_(False), inputs
+    exported = model if outputs is results[0] else _Logits(model)
+    return exported.cpu().requires_grad_(False).eval(), inputs
+
+
+class _Logits(nn.Module):
+    """Returns the logits of a model that returns more."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(inputs).logits
+        return logits
 
 
 def _exported(model: nn.Module, inputs: torch.Tensor) -> torch.export.ExportedProgram:

@@ -107,7 +107,10 @@ class Writer:
             self.num_bytes += len(document.encode()) + 1  # the end of a document counts as one
             self.num_tokens += len(ids)
         self._waiting = []
-        self._stream.flush()
+
+    def close(self) -> None:
+        self.flush()
+        self._stream.close()
 
 
 def write(documents: Iterable[str], folder: Path, tokenizer_name: str | None = None, eval_every: int = 10) -> None:
@@ -128,7 +131,7 @@ def write(documents: Iterable[str], folder: Path, tokenizer_name: str | None = N
         writers["eval.bin" if i % eval_every == eval_every - 1 else "train.bin"].add(document)
     known: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "dtype": tokenizer.dtype, "decoder": tokenizer.decoder}
     for writer in writers.values():
-        writer.flush()
+        writer.close()
     if not writers["eval.bin"].num_tokens:
         raise SystemExit(f"there are fewer than {eval_every} documents: give more, or a smaller --eval-every")
     known["num_bytes"] = {name: writer.num_bytes for name, writer in writers.items()}

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conftest import REPOSITORY, Outcome, Train
+from language_model import prepare
 from picture_trees import make_cifar10, make_class_folders
 from resuming import TrainServer
 from run_results import checkpoint, records, summary
@@ -60,11 +61,20 @@ RECIPES = {
     "imagenet_resnet50_v2": Recipe({"train.batch_size": 4, "pixels": PIXELS}),
     "imagenet_vit_b_16": Recipe({"train.batch_size": 4, **vision_transformer(16)}),
     "synthetic": Recipe({"train.batch_size": 4, "data.train.args.shape": [3, PIXELS, PIXELS]}),
+    "tinystories": Recipe(
+        {
+            "train.batch_size": 4,
+            "data.train.args.sequence_length": 16,
+            "data.eval.args.sequence_length": 16,
+            "model.args": {"vocab_size": 256, "width": 16, "depth": 2, "num_heads": 2, "max_length": 16},
+        }
+    ),
 }
 # What a test may change besides `model` of the transformers, whose number of layers is part of their name.
 SIZE = re.compile(
     r"train\.(steps|epochs|batch_size)|schedule\.warmup|optim\.ema\.every|log\.every|tracking\.trackers(\.0)?|data\.workers"
-    r"|data\.transforms\.(train|eval)\.\d+\.args\.size|data\.(train|eval)\.args\.shape\.\d"
+    r"|data\.transforms\.(train|eval)\.\d+\.args\.size|data\.(train|eval)\.args\.(shape\.\d|sequence_length)"
+    r"|model\.args\.(vocab_size|width|depth|num_heads|max_length)"
 )
 
 
@@ -108,6 +118,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_class_folders(folder / "data" / "imagenet", {"train": 1, "val": 1})
     make_class_folders(folder / "data" / "photos", {"train": 2, "eval": 1}, ("cat", "dog", "owl"))
     make_cifar10(folder / "data" / "cifar10", per_batch=4)
+    prepare.write([f"This is story {i}. It is a short one." for i in range(20)], folder / "data" / "tinystories")
     weights = models.ResNet50_Weights.IMAGENET1K_V2
     place = folder / "torch" / "hub" / "checkpoints"
     place.mkdir(parents=True)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, Outcome, Train
 from language_model import prepare
-from picture_trees import make_cifar10, make_class_folders
+from picture_trees import make_cifar10, make_class_folders, make_coco, make_voc
 from resuming import TrainServer
 from run_results import checkpoint, records, summary
 from torch import nn
@@ -26,12 +26,19 @@ from torchvision.datasets import cifar
 
 from trainer.config import load_config
 from trainer.model import build_model
+from trainer.telemetry.efficiency import FlopCounter
 
 CONFIGS = REPOSITORY / "configs"
 STEPS = 2
 PIXELS = 32
 NUM_CLASSES = 4
 TRANSFORMER = {"num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64, "num_classes": NUM_CLASSES}
+
+FEW_PROPOSALS = {
+    **{f"model.args.{side}_size": 64 for side in ("min", "max")},
+    "model.args.box_batch_size_per_image": 8,
+    **{f"model.args.rpn_{when}_nms_top_n_{mode}": 16 for when in ("pre", "post") for mode in ("train", "test")},
+}
 
 Sizes = Mapping[str, Any]
 
@@ -51,6 +58,7 @@ def vision_transformer(patch_size: int) -> dict[str, Any]:
 
 RECIPES = {
     "cifar10_fast": Recipe({"train.batch_size": 8}),
+    "coco_faster_rcnn": Recipe({"train.batch_size": 2, **FEW_PROPOSALS}),
     "cifar10_resnet18": Recipe({"train.batch_size": 2, "pixels": 16}),
     "digits": Recipe({"train.batch_size": 96}),
     "finetune_resnet50": Recipe({"train.batch_size": 4, "pixels": PIXELS}),
@@ -69,11 +77,13 @@ RECIPES = {
             "model.args": {"vocab_size": 256, "width": 16, "depth": 2, "num_heads": 2, "max_length": 16},
         }
     ),
+    "voc_deeplabv3": Recipe({"train.batch_size": 2, "pixels": PIXELS}),
 }
 # What a test may change besides `model` of the transformers, whose number of layers is part of their name.
 SIZE = re.compile(
     r"train\.(steps|epochs|batch_size)|schedule\.warmup|optim\.ema\.every|log\.every|tracking\.trackers(\.0)?|data\.workers"
-    r"|data\.transforms\.(train|eval)\.\d+\.args\.size|data\.(train|eval)\.args\.(shape\.\d|sequence_length)"
+    r"|data\.transforms\.(train|eval)\.\d+\.args\.(size|min_size|max_size)|data\.(train|eval)\.args\.(shape\.\d|sequence_length)"
+    r"|model\.args\.(min_size|max_size|box_batch_size_per_image|rpn_(pre|post)_nms_top_n_(train|test))"
     r"|model\.args\.(vocab_size|width|depth|num_heads|max_length)"
 )
 
@@ -89,10 +99,12 @@ def overrides(name: str) -> list[str]:
     if shipped.optim.ema is not None:
         sizes["optim.ema.every"] = 1
     if pixels is not None:
+        smaller = {"size": pixels, "min_size": pixels // 2, "max_size": 2 * pixels}
         for split in ("train", "eval"):
             listed = [t.model_dump() for t in getattr(shipped.data.transforms, split)]
-            smaller = [{**t, "args": {**t["args"], "size": pixels} if "size" in t["args"] else t["args"]} for t in listed]
-            sizes[f"data.transforms.{split}"] = smaller
+            for transform in listed:
+                transform["args"] |= {key: n for key, n in smaller.items() if key in transform["args"]}
+            sizes[f"data.transforms.{split}"] = listed
     return [f"{key}={json.dumps(value)}" for key, value in sizes.items()]
 
 
@@ -119,16 +131,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_class_folders(folder / "data" / "photos", {"train": 2, "eval": 1}, ("cat", "dog", "owl"))
     make_cifar10(folder / "data" / "cifar10", per_batch=4)
     prepare.write([f"This is story {i}. It is a short one." for i in range(20)], folder / "data" / "tinystories")
-    weights = models.ResNet50_Weights.IMAGENET1K_V2
+    make_coco(folder / "data" / "coco", {"train2017": 4, "val2017": 2})
+    make_voc(folder / "data" / "voc", {"train": 4, "val": 2})
     place = folder / "torch" / "hub" / "checkpoints"
     place.mkdir(parents=True)
-    torch.save(models.resnet50().state_dict(), place / Path(weights.url).name)
+    weights = models.resnet50().state_dict()
+    for version in models.ResNet50_Weights:
+        torch.save(weights, place / Path(version.url).name)
     return folder
 
 
 @pytest.fixture
 def place(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Returns a fresh current folder with the data in it, and nothing that is downloaded or compiled."""
+    """Returns a fresh current folder with the data in it, and nothing that takes long and is not the recipe's."""
     (tmp_path / "data").symlink_to(data / "data")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(data / "torch"))
@@ -137,6 +152,7 @@ def place(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     compiled = nn.Module.compile
     # Traced as shipped; code for the CPU would take minutes to compile.
     monkeypatch.setattr(nn.Module, "compile", lambda self, mode: compiled(self, backend="eager"))
+    monkeypatch.setattr(FlopCounter, "is_due", False)  # which takes longer than both steps, and has its own tests
     return tmp_path
 
 

@@ -97,8 +97,16 @@ def test_examples_show_the_token_that_surprises_most() -> None:
 @pytest.mark.parametrize(
     ("inputs", "targets", "message"),
     [
-        (torch.tensor([[0, 1], [2, 11]]), torch.zeros(2, 2, dtype=torch.int64), "sample 8 has at position 1 of its inp"),
-        (torch.zeros(2, 2, dtype=torch.int64), torch.tensor([[0, 1], [-7, 1]]), "sample 8 has at position 0 of its targ"),
+        (
+            torch.tensor([[0, 1], [2, 11]]),
+            torch.zeros(2, 2, dtype=torch.int64),
+            "sample 8 has at position 1 of its inp",
+        ),
+        (
+            torch.zeros(2, 2, dtype=torch.int64),
+            torch.tensor([[0, 1], [-7, 1]]),
+            "sample 8 has at position 0 of its targ",
+        ),
         (torch.full((2, 2), IGNORED), torch.zeros(2, 2, dtype=torch.int64), "the token -100; the model's are 0 to 10"),
         (torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.int64), "must be int64"),
         (torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), r"got \[2, 2\] and \[2\]"),
@@ -212,9 +220,7 @@ def test_loss_falls_on_real_text(train: Train, tmp_path: Path) -> None:
     steps = {"steps": 100, "batch_size": 16}
     file.write_text(
         yaml.safe_dump(
-            config(
-                tmp_path, train=steps, eval__every=100, checkpoint__every=100, optim__lr=1e-2, schedule__warmup=10
-            )
+            config(tmp_path, train=steps, eval__every=100, checkpoint__every=100, optim__lr=1e-2, schedule__warmup=10)
         )
     )
     assert train("--config", file).code == 0

@@ -61,6 +61,21 @@ def test_number_of_classes_comes_from_the_data_unless_set() -> None:
     assert build("small_cnn", num_classes=7).head.out_features == 7
 
 
+def test_models_for_32_pixels() -> None:
+    images = torch.randn(2, 3, 32, 32)
+    resnet = build("resnet18_cifar", num_classes=7)
+    assert resnet(images).shape == (2, 7)
+    assert resnet.maxpool(resnet.conv1(images)).shape == (2, 64, 32, 32)  # torchvision's own has 8x8 left here
+    fast = build("fast_cnn", num_classes=7, width=24)
+    assert fast(images).shape == (2, 7)
+    first = fast.groups[0][0]
+    assert first.weight.shape == (24, 24, 3, 3)
+    values = torch.randn(2, 24, 8, 8)
+    assert torch.equal(first(values), values)  # it begins as the identity
+    frozen = {name for name, p in fast.named_parameters() if not p.requires_grad}
+    assert frozen == {f"groups.{group}.{norm}.weight" for group in range(3) for norm in (2, 5)}
+
+
 def test_import_path_is_called_with_args_and_nothing_else() -> None:
     assert isinstance(build("torch.nn:Linear", num_classes=7, in_features=2, out_features=3), nn.Linear)
 

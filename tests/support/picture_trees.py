@@ -120,7 +120,7 @@ def make_coco(folder: Path, splits: dict[str, int], size: tuple[int, int] = (64,
 
 
 def _draw_shapes(pixels: np.ndarray, generator: np.random.Generator) -> list[tuple[tuple[int, ...], int, int]]:
-    """Draws one or two shapes into halves of a picture; returns their boxes (x, y, width, height), categories, crowds."""
+    """Draws one or two shapes; returns their boxes (x, y, width, height), category ids, and whether they are crowds."""
     height, width = pixels.shape[:2]
     found = []
     for half in range(int(generator.integers(1, 3))):

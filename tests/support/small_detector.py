@@ -20,7 +20,7 @@ class Backbone(nn.Sequential):
     def __init__(self) -> None:
         layers: list[nn.Module] = []
         for num_in, num_out in ((3, 16), (16, 32), (32, 32)):
-            layers += [nn.Conv2d(num_in, num_out, 3, 2, 1, bias=False), nn.BatchNorm2d(num_out), nn.ReLU()]
+            layers += [nn.Conv2d(num_in, num_out, 3, 2, 1), nn.GroupNorm(4, num_out), nn.ReLU()]
         super().__init__(*layers)
 
 

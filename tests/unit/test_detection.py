@@ -1,0 +1,155 @@
+"""What the detection task makes of targets, losses, predictions and category ids."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from picture_trees import make_coco
+from torch import nn
+from torchvision.datasets import CocoDetection
+
+from trainer.errors import UserError
+from trainer.eval_media import Collector
+from trainer.tasks.detection import Detection
+
+pytestmark = pytest.mark.unit
+
+IMAGE = torch.zeros(3, 20, 30)
+
+
+def target(boxes: Sequence[Sequence[float]], labels: Sequence[int], **more: Any) -> dict[str, torch.Tensor]:
+    return {"boxes": torch.tensor(boxes).reshape(-1, 4), "labels": torch.tensor(labels, dtype=torch.int64), **more}
+
+
+class Listening(nn.Module):
+    """Remembers what it is called with."""
+
+    def forward(self, images: list[torch.Tensor], targets: list[dict[str, torch.Tensor]] | None = None) -> Any:
+        self.images, self.targets = images, targets
+        return {"a": torch.tensor(1.0), "b": torch.tensor(0.5)} if self.training else [{} for _ in images]
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> CocoDetection:
+    folder = tmp_path_factory.mktemp("coco")
+    make_coco(folder, {"train": 3})
+    return CocoDetection(str(folder / "train"), str(folder / "annotations" / "instances_train.json"))
+
+
+def test_boxes_are_clipped_and_crowds_and_empty_ones_left_out() -> None:
+    boxes = [[-5.0, 2, 40, 10], [4, 4, 4, 9], [1, 1, 5, 5], [31, 0, 33, 5], [2, 2, 6, 6]]
+    model, task = Listening(), Detection(num_classes=9)
+    data = [[IMAGE], [target(boxes, [1, 2, 3, 4, 5], iscrowd=torch.tensor([0, 0, 1, 0, 0]))]]
+    losses = task.forward(model, data)
+    assert model.targets is not None
+    assert model.targets[0]["boxes"].tolist() == [[0, 2, 30, 10], [2, 2, 6, 6]]
+    assert model.targets[0]["labels"].tolist() == [1, 5]
+    assert task.loss_sum(losses, data) == 1.5
+    assert task.loss_sum(losses, [[IMAGE, IMAGE], data[1] * 2]) == 3.0
+
+
+def test_masks_go_with_their_boxes() -> None:
+    masks = torch.arange(3).view(3, 1, 1).expand(3, 20, 30)
+    model, task = Listening(), Detection(num_classes=3, masks=True)
+    boxes = [[0, 0, 5, 5.0], [3, 3, 3, 3], [1, 1, 9, 9]]
+    task.forward(model, [[IMAGE], [target(boxes, [1, 1, 2], masks=masks)]])
+    assert model.targets is not None
+    assert model.targets[0]["masks"][:, 0, 0].tolist() == [0, 2]
+
+
+def test_evaluation_gets_pictures_only_and_bytes_become_shares() -> None:
+    model, task = Listening().eval(), Detection()
+    task.forward(model, [[torch.full((3, 4, 4), 255, dtype=torch.uint8)], [target([], [])]])
+    assert model.targets is None
+    assert model.images[0].max() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "label", "classes"),
+    [(None, 2, 3), (3, 2, 3), (4, 2, 4), (8, 7, 8), (91, 7, 91)],
+)
+def test_category_ids_are_labels_where_they_fit_and_else_renumbered(
+    coco: CocoDetection, num_classes: int | None, label: int, classes: int
+) -> None:
+    model, task = Listening(), Detection(num_classes=num_classes)
+    task.look_at(coco, coco)
+    assert task.num_classes == classes
+    task.forward(model, [[IMAGE], [target([[0, 0, 5, 5.0]], [7])]])
+    assert model.targets is not None
+    assert model.targets[0]["labels"].tolist() == [label]
+    assert task.name_of(label) == "disc"
+    found = [{"boxes": torch.zeros(1, 4), "scores": torch.ones(1), "labels": torch.tensor([label])}]
+    (record,) = task.eval_records(found, [[IMAGE], [target([[0, 0, 5, 5.0]], [7])]])
+    assert record[0]["labels"].tolist() == record[1]["labels"].tolist() == [7]
+
+
+def test_too_few_classes_are_refused(coco: CocoDetection) -> None:
+    with pytest.raises(UserError, match=r"2 categories, which with the background need 3 classes, not 2"):
+        Detection(num_classes=2).look_at(coco, coco)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (target([[0, 0, 1, 1.0]], [3]), "sample 12 has label 3; known are 1 to 2"),
+        (target([[0, 0, 1, 1.0]], [0]), "sample 12 has label 0"),
+        ({"boxes": torch.zeros(2, 5), "labels": torch.ones(2)}, r"sample 12 has boxes of shape \[2, 5\]"),
+        (target([[0, 0, 1, 1.0]], [1], iscrowd=torch.zeros(2)), "1 boxes and 2 iscrowd; leave SanitizeBoundingBoxes"),
+        (torch.tensor(1), "no target with boxes and labels"),
+    ],
+)
+def test_a_wrong_target_is_named(wrong: Any, message: str) -> None:
+    task = Detection(num_classes=3)
+    good = target([], [])
+    task.check([[IMAGE], [good]], torch.tensor([11]))
+    with pytest.raises(UserError, match=message):
+        task.check([[IMAGE, IMAGE], [good, wrong]], torch.tensor([11, 12]))
+
+
+def test_average_precision() -> None:
+    """One of two objects is found, the second of a class that nothing else has, in a picture with one wrong box."""
+    task = Detection(num_classes=3)
+    there = [target([[0, 0, 10, 10.0], [10, 10, 20, 20]], [1, 2]), target([], [])]
+    found = [
+        {"boxes": torch.tensor([[0, 0, 10, 10.0]]), "scores": torch.tensor([0.9]), "labels": torch.tensor([1])},
+        {"boxes": torch.tensor([[0, 0, 10, 10.0]]), "scores": torch.tensor([0.3]), "labels": torch.tensor([1])},
+    ]
+    metrics = task.metrics_of_records(task.eval_records(found, [[IMAGE, IMAGE], there]))
+    assert metrics["ap"] == metrics["ap50"] == metrics["ap_small"] == pytest.approx(0.5)
+    assert math.isnan(metrics["ap_large"])
+    assert tuple(metrics) == task.metric_names
+
+
+def test_crowds_count_neither_for_nor_against() -> None:
+    task = Detection(num_classes=2)
+    there = [target([[0, 0, 10, 10.0], [0, 0, 20, 20]], [1, 1], iscrowd=torch.tensor([0, 1]))]
+    boxes = torch.tensor([[0, 0, 10, 10.0], [10, 10, 18, 18]])
+    found = [{"boxes": boxes, "scores": torch.tensor([0.5, 0.9]), "labels": torch.tensor([1, 1])}]
+    assert task.metrics_of_records(task.eval_records(found, [[IMAGE], there]))["ap"] == pytest.approx(1.0)
+
+
+def test_boxes_are_drawn_on_a_copy_of_the_picture() -> None:
+    task = Detection(num_classes=3)
+    task.class_names = ["background", "square", "disc"]
+    found = [
+        {
+            "boxes": torch.tensor([[3, 3, 9, 9.0], [0, 0, 2, 2]]),
+            "scores": torch.tensor([0.75, 0.1]),
+            "labels": torch.tensor([2, 1]),
+        }
+    ]
+    collector = Collector(task, 1)
+    collector.add(found, [[IMAGE], [target([[2, 2, 8, 8.0], [9, 9, 12, 12]], [1, 1])]])
+    media = collector.media({}, task.class_names, None)
+    assert media is not None
+    (example,) = media.examples
+    assert (example.target, example.prediction, example.confidence) == ("2 square", "1 disc", 0.75)
+    assert example.image is not None
+    assert example.image.shape == (20, 60, 3)
+    assert example.image[:, :30].any()
+    assert not (example.image[:, :30] == example.image[:, 30:]).all()

@@ -286,14 +286,14 @@ def build_eval_dataset(config: DataConfig, train: SizedDataset, order: RankOrder
 
 
 def class_names(dataset: SizedDataset) -> list[str] | None:
-    """Returns the names of the classes in label order, where the data set knows them."""
+    """Returns the names of the classes in label order, where the data set knows them.
+
+    COCO's category ids become labels in the task only.
+    """
     if isinstance(dataset, _VOC):
         from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights
 
         return list(DeepLabV3_ResNet50_Weights.DEFAULT.meta["categories"])
-    if isinstance(dataset, torchvision_datasets.CocoDetection):
-        names = {number: str(category["name"]) for number, category in dataset.coco.cats.items()}
-        return [names.get(number, f"no {number}") for number in range(max(names, default=-1) + 1)]
     classes = getattr(dataset, "classes", None)
     return [str(name) for name in classes] if isinstance(classes, list | tuple) else None
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WriteConfig
+from conftest import WriteConfig, nightly
 from picture_trees import make_voc
 from resuming import TrainServer, assert_same_end
 from run_results import losses, summary, weights
@@ -50,12 +50,12 @@ def reference() -> tuple[dict[str, torch.Tensor], list[float]]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        found.append(float(loss))
+        found.append(float(loss.detach()))
     feed.close()
     return {name: value.detach() for name, value in model.state_dict().items()}, found
 
 
-@pytest.mark.parametrize(("ranks", "micro_batch_size"), [(1, 5), (2, 2)])
+@pytest.mark.parametrize(("ranks", "micro_batch_size"), [pytest.param(1, 4, marks=nightly), (2, 2)])
 def test_weights_are_those_of_torchvisions_loop(
     ranks: int, micro_batch_size: int, server: TrainServer, write_config: WriteConfig, tmp_path: Path
 ) -> None:

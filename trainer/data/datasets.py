@@ -295,7 +295,9 @@ def class_names(dataset: SizedDataset) -> list[str] | None:
         names = {number: str(category["name"]) for number, category in dataset.coco.cats.items()}
         return [names.get(number, f"no {number}") for number in range(max(names, default=-1) + 1)]
     classes = getattr(dataset, "classes", None)
-    return [str(name) for name in classes] if isinstance(classes, list | tuple) else None
+    if not isinstance(classes, list | tuple):
+        return None
+    return [str(getattr(found, "name", found)) for found in classes]  # Cityscapes describes its classes
 
 
 _VOC = (torchvision_datasets.VOCSegmentation, torchvision_datasets.VOCDetection)

@@ -351,6 +351,7 @@ def test_needless_recomputation() -> None:
     assert found.settings == {"memory.checkpointing": "auto"}
     assert found.gain is None
     assert said("recomputation", memory=replace(memory, num_blocks=48, checkpointing="auto")) is None
+    assert said("recomputation", memory=replace(memory, num_blocks=48, is_planned=False)) is None
     found = heard("recomputation", memory=replace(memory, checkpointing="selective", recomputed=None))
     assert found.gain is None
     assert said("recomputation", memory=replace(memory, peak=40 * GIB)) is None

@@ -244,7 +244,8 @@ def test_it_learns_boxes_and_discs_in_a_voc_tree(train: Train, write_config: Wri
     }
     assert summary(tmp_path / "run")["best"]["metric"] == "mean_iou"
     (shown,) = (tmp_path / "run" / "eval").iterdir()
-    assert Image.open(shown / "0.png").size == (3 * 48, 40)
+    with Image.open(shown / "0.png") as image:
+        assert image.size == (3 * 48, 40)
     assert "aeroplane" in json.loads((shown / "samples.json").read_text())[0]["target"]
 
 

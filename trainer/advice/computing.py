@@ -75,8 +75,8 @@ def recomputation(measured: Measured) -> Advice | None:
     # Each block keeps at most what one block holds while it is computed again.
     kept = memory.fixed + max(memory.num_blocks, 1) * (memory.peak - memory.fixed)
     fits = kept <= _FULL * memory.target
-    if not fits and memory.checkpointing == "auto":
-        return None  # which has found what is best already
+    if not fits and (memory.checkpointing == "auto" or not memory.is_planned):
+        return None  # it has found what is best already, or is not to be had
     settings: dict[str, Setting] = {"memory.checkpointing": "none" if fits else "auto"}
     begin = (
         f"A step takes {percent(memory.peak / memory.target)} of the memory that it may take, and computes "

@@ -99,6 +99,7 @@ class Memory:
         checkpointing: `memory.checkpointing`.
         recomputed: share of the blocks that backward computes again; None where only parts of blocks.
         num_blocks: repeated blocks of the model.
+        is_planned: whether `auto` can be: the planner knows such steps.
     """
 
     peak: int = 0
@@ -107,6 +108,7 @@ class Memory:
     checkpointing: str = "none"
     recomputed: float | None = 0.0
     num_blocks: int = 0
+    is_planned: bool = True
 
 
 @dataclass(frozen=True)

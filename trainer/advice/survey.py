@@ -111,6 +111,7 @@ class Survey:
         self._config = config
         self._runtime = runtime
         self._plan = run.plan
+        self._is_planned = run.task.stacks and config.task.teacher is None  # what `plan_job` refuses
         self._total_steps = run.total_steps
         self._feed = feed
         self._saver = run.saver
@@ -250,6 +251,7 @@ class Survey:
             self._config.memory.checkpointing,
             self._recomputed,
             self._num_blocks,
+            self._is_planned,
         )
 
     def _exchange(self, stretch: _Stretch, seen: Sequence[Observation], straggler: Straggler | None) -> Exchange:
@@ -428,17 +430,9 @@ def cheaper_ways(config: Config, feed: DeviceFeed, runtime: Runtime) -> tuple[tu
             with suppress(UserError):
                 if mode != feed.mode:
                     asked = config.data.model_copy(update={"feed": mode})
-                    memory, ranks = runtime.device_memory, runtime.num_ranks
-                    route = choose_route(
-                        feed.dataset,
-                        asked,
-                        "train",
-                        transforms,
-                        runtime.device,
-                        ranks,
-                        memory,
-                        why_host_only(feed.task),
-                    )
+                    memory, ranks, reason = runtime.device_memory, runtime.num_ranks, why_host_only(feed.task)
+                    data, device = feed.dataset, runtime.device
+                    route = choose_route(data, asked, "train", transforms, device, ranks, memory, reason)
                     if mode == "resident":
                         resident_bytes = estimate_bytes(route.dataset) // (ranks if route.is_sharded else 1)
                     found.append(mode)

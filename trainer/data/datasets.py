@@ -295,7 +295,9 @@ def class_names(dataset: SizedDataset) -> list[str] | None:
 
         return list(DeepLabV3_ResNet50_Weights.DEFAULT.meta["categories"])
     classes = getattr(dataset, "classes", None)
-    return [str(name) for name in classes] if isinstance(classes, list | tuple) else None
+    if not isinstance(classes, list | tuple):
+        return None
+    return [str(getattr(found, "name", found)) for found in classes]  # Cityscapes describes its classes
 
 
 _VOC = (torchvision_datasets.VOCSegmentation, torchvision_datasets.VOCDetection)

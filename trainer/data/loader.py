@@ -346,8 +346,10 @@ class SampleLoader:
         for key, value in zip(keys, inputs, strict=True):
             first = inputs[0]
             if isinstance(value, torch.Tensor) and isinstance(first, torch.Tensor) and value.shape != first.shape:
+                one_by_one = ", or set eval.batch_size: 1" if self.name == "data.eval" else ""
                 return (
                     f"samples {keys[0].sample} and {key.sample} differ in shape ({list(first.shape)} and "
                     f"{list(value.shape)}); make them equal, for images with a resize or crop in data.transforms"
+                    f"{one_by_one}"
                 )
         return f"samples {[key.sample for key in keys][:4]}... do not make a batch: {one_line(error)}"

@@ -79,11 +79,14 @@ def choose_treatments(config: OptimConfig, model: nn.Module, blocks: Sequence[st
 
 
 def parameters_named(model: nn.Module, patterns: Sequence[str], path: str) -> set[nn.Parameter]:
-    """Returns the parameters that shell-style patterns name: each by its own name, or by that of a module around it.
+    """Returns the parameters that shell-style patterns name.
+
+    A parameter is known by its whole name, by the last part of it, as in torchvision's references, and by the whole
+    name of each module around it.
 
     Args:
         model: the model; `*` in a pattern matches dots too, and a tied parameter has several names.
-        patterns: such as `layer1`, `layer1.*` or `*.bias`.
+        patterns: such as `layer1`, `layer1.*`, `encoder.pos_embedding` or `pos_embedding`.
         path: where the patterns stand in the config.
 
     Raises:
@@ -94,7 +97,8 @@ def parameters_named(model: nn.Module, patterns: Sequence[str], path: str) -> se
     names: set[str] = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parts = name.split(".")
-        known_as = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]  # modules around it, and itself
+        known_as = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+        known_as.append(parts[-1])
         names.update(known_as)
         matching = [p for p in patterns if any(fnmatch.fnmatchcase(known, p) for known in known_as)]
         if matching:

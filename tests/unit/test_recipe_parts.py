@@ -398,6 +398,11 @@ class TestTeacher:
         ):
             build_teacher(self.config(tmp_path, args), 3, torch.float32)
 
+    def test_pretrained_weights_of_other_classes_are_refused(self) -> None:
+        config = TeacherConfig(name="test_recipe_parts:Pretrained", args={"pretrained": True})
+        with pytest.raises(UserError, match=r"task.teacher: its weights are of 1000 classes, and it has 3"):
+            build_teacher(config, 3, torch.float32)
+
     @staticmethod
     def config(folder: Path, args: dict[str, Any], **more: Any) -> TeacherConfig:
         state = torch.load(folder / "t.pt", weights_only=True)
@@ -425,6 +430,16 @@ class TestTeacher:
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
         with pytest.raises(UserError, match=message):
             load_config(str(tmp_path / "config.yaml"))
+
+
+class Pretrained(nn.Linear):
+    """Says of itself what timm's models do."""
+
+    pretrained_cfg, num_classes = {"num_classes": 1000}, 3
+
+    def __init__(self, pretrained: bool) -> None:
+        assert pretrained
+        super().__init__(8, 3)
 
 
 class TestTeachersRuns:

@@ -128,12 +128,26 @@ def build_teacher(config: TeacherConfig, num_classes: int | None, step_dtype: to
         model = build_model(settings.model_copy(update={"weights": None}), num_classes)
         if settings.weights is not None:
             start_from_weights(model, settings, new_head=False)
+        elif config.args.get("pretrained"):
+            _check_head(model)
     except UserError as error:
         problems = (replace(p, path=f"task.teacher{p.path.removeprefix('model')}") for p in error.problems)
         raise UserError(*problems) from None
     if uses_channels_last(settings, model):
         model.to(memory_format=torch.channels_last)
     return Teacher(model, config, step_dtype)
+
+
+def _check_head(model: nn.Module) -> None:
+    """Refuses a model of timm whose own weights are of other classes: its last layer has learned nothing."""
+    trained, built = (
+        (getattr(model, "pretrained_cfg", None) or {}).get("num_classes"),
+        getattr(model, "num_classes", None),
+    )
+    if trained is not None and trained != built:
+        raise UserError(
+            f"its weights are of {trained} classes, and it has {built}: give it weights of these", path="model"
+        )
 
 
 def _checksum(state: Mapping[str, Any]) -> str:

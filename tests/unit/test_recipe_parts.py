@@ -388,6 +388,16 @@ class TestTeacher:
         with pytest.raises(UserError, match=r"task.teacher: the model returns \[12, 3\] and its teacher \[12, 5\]"):
             task.training_loss_sum(LOGITS[:, :3], (self.DATA[0], LABELS % 3))
 
+    def test_a_loss_that_is_no_sum_over_samples_is_refused(self) -> None:
+        class Counting(Classification):
+            def loss_count(self, outputs: Any, data: Any) -> torch.Tensor:
+                return torch.tensor(3)
+
+        task = Counting()
+        task.teacher = self.teacher()
+        with pytest.raises(UserError, match=r"task.teacher: distillation is per sample"):
+            task.training_loss_sum(LOGITS, self.DATA)
+
     def test_a_last_layer_of_another_size_is_refused(self, tmp_path: Path) -> None:
         torch.save(nn.Sequential(nn.Flatten(), nn.Linear(8, 7)).state_dict(), tmp_path / "t.pt")
         args = {"in_features": 8, "hidden": []}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import nightly
 from resuming import TrainServer
 
 RUNS = (("host", 3), ("replicated", 2), ("sharded", 2), ("sharded", 3))  # besides host on one process
@@ -33,7 +34,7 @@ def train(server: TrainServer, folder: Path, way: str, world: int, **settings: A
             "normalize": {"mean": [0.5], "std": [0.25]},
             "augment": {"mixup": 0.3, "cutmix": 1.0, "erase": 0.25, "erase_with": "noise"},
             **WAYS[way],
-            **{key: value for key, value in settings.items() if key == "augment"},
+            **{key: value for key, value in settings.items() if key.startswith("augment")},
         },
         "model": {"name": "small_cnn", "args": {"width": 8, "in_channels": 1, "num_classes": 3}},
         "task": {"name": "hashing:Hashing", "args": {"folder": str(hashes), "num_classes": 3}},
@@ -57,6 +58,16 @@ def test_every_way_and_every_world_gives_the_same_bytes(server: TrainServer, tmp
     assert len({h for step in reference for h in step}) == 60
     for way, world in RUNS:
         assert train(server, tmp_path, way, world) == reference, (way, world)
+
+
+@nightly
+def test_repeats_are_the_same_from_every_way(server: TrainServer, tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (30, 1, 16, 16), dtype=torch.uint8)
+    torch.save((images, torch.arange(30) % 3), tmp_path / "data.pt")
+    reference = train(server, tmp_path, "host", 1, augment_repeats=3)
+    assert len({h for step in reference for h in step}) == 60
+    for way, world in RUNS:
+        assert train(server, tmp_path, way, world, augment_repeats=3) == reference, (way, world)
 
 
 @pytest.mark.parametrize("way", ["sharded"])

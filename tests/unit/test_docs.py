@@ -10,6 +10,7 @@ import pytest
 from conftest import REPOSITORY
 
 from benchmarks import checkpoint, digits, faults, feed, memory, soak, startup, switches, telemetry
+from trainer.config import load_config
 
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
 TABLES = [
@@ -29,6 +30,18 @@ MAKERS = {
     "switches-cpu": switches.table,
     "telemetry-cpu": telemetry.table,
 }
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_configs_load(page: Path, tmp_path: Path) -> None:
+    """Each a whole config, or parts of the README's first."""
+    whole = re.findall(r"```yaml\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)[0]
+    (tmp_path / "whole.yaml").write_text(whole)
+    for text in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL):
+        is_part = "run:" not in text and "base:" not in text
+        text = text.replace("base: configs", f"base: {REPOSITORY}/configs")
+        (tmp_path / "part.yaml").write_text("base: whole.yaml\n" * is_part + text)
+        load_config(str(tmp_path / "part.yaml"))
 
 
 @pytest.mark.parametrize(("file", "text"), TABLES)

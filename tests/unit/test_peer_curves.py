@@ -29,6 +29,7 @@ from trainer.config import AugmentConfig, load_config
 from trainer.data.augment import AugmentationPlan, DeviceAugmentation, mix_targets
 from trainer.data.draws import sample_keys
 from trainer.data.feed import MicroBatch
+from trainer.data.sampler import SampleKey
 from trainer.loop import Trainer
 
 pytestmark = pytest.mark.unit
@@ -310,7 +311,7 @@ def planned(mixup: float, cutmix: float) -> tuple[torch.Tensor, torch.Tensor, Au
     """Returns float images in [0, 1], labels, and what is drawn for 8 of them."""
     module = DeviceAugmentation(None, AugmentConfig(mixup=mixup, cutmix=cutmix))
     images = torch.rand(8, 3, 12, 16, generator=torch.Generator().manual_seed(2))
-    keys = sample_keys(0, [(0, i) for i in range(8)])
+    keys = sample_keys(0, [SampleKey(0, i) for i in range(8)])
     return images, torch.arange(8) % NUM_CLASSES, module.plan(keys, tuple(images.shape)), module
 
 

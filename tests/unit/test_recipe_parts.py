@@ -388,6 +388,16 @@ class TestTeacher:
         with pytest.raises(UserError, match=r"task.teacher: the model returns \[12, 3\] and its teacher \[12, 5\]"):
             task.training_loss_sum(LOGITS[:, :3], (self.DATA[0], LABELS % 3))
 
+    def test_a_loss_that_is_no_sum_over_samples_is_refused(self) -> None:
+        class Counting(Classification):
+            def loss_count(self, outputs: Any, data: Any) -> torch.Tensor:
+                return torch.tensor(3)
+
+        task = Counting()
+        task.teacher = self.teacher()
+        with pytest.raises(UserError, match=r"task.teacher: distillation is per sample"):
+            task.training_loss_sum(LOGITS, self.DATA)
+
     def test_a_last_layer_of_another_size_is_refused(self, tmp_path: Path) -> None:
         torch.save(nn.Sequential(nn.Flatten(), nn.Linear(8, 7)).state_dict(), tmp_path / "t.pt")
         args = {"in_features": 8, "hidden": []}
@@ -397,6 +407,11 @@ class TestTeacher:
             UserError, match=r"task.teacher.weights: .*layers.1.weight is \[7, 8\], the model has \[3, 8\]"
         ):
             build_teacher(self.config(tmp_path, args), 3, torch.float32)
+
+    def test_pretrained_weights_of_other_classes_are_refused(self) -> None:
+        config = TeacherConfig(name="test_recipe_parts:Pretrained", args={"pretrained": True})
+        with pytest.raises(UserError, match=r"task.teacher: its weights are of 1000 classes, and it has 3"):
+            build_teacher(config, 3, torch.float32)
 
     @staticmethod
     def config(folder: Path, args: dict[str, Any], **more: Any) -> TeacherConfig:
@@ -425,6 +440,16 @@ class TestTeacher:
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
         with pytest.raises(UserError, match=message):
             load_config(str(tmp_path / "config.yaml"))
+
+
+class Pretrained(nn.Linear):
+    """Says of itself what timm's models do."""
+
+    pretrained_cfg, num_classes = {"num_classes": 1000}, 3
+
+    def __init__(self, pretrained: bool) -> None:
+        assert pretrained
+        super().__init__(8, 3)
 
 
 class TestTeachersRuns:

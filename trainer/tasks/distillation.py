@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,14 +20,11 @@ from trainer.errors import UserError
 from trainer.model import build_model, uses_channels_last
 from trainer.weights import settled_weights, start_from_weights
 
+if TYPE_CHECKING:
+    from trainer.tasks.base import Task
+
 _CHECKSUM = "teacher"  # among the values of a checkpoint's manifest
 _SETTINGS = ("task", "task.teacher", "task.teacher.weights")  # allowing one of these to change allows other weights
-
-
-class Forward(Protocol):
-    """Runs a model on a batch and returns what the loss takes, as a task does."""
-
-    def forward(self, model: nn.Module, data: Any) -> Any: ...
 
 
 class Teacher(nn.Module):
@@ -44,17 +41,18 @@ class Teacher(nn.Module):
         self.model = model.requires_grad_(False).eval()
         self._config = config
         self._step_dtype = step_dtype
+        self._is_checked = False
         self.checksum = _checksum(model.state_dict())
         """Of all weights and buffers."""
 
     @torch.no_grad()
-    def logits(self, task: Forward, data: Any) -> Any:
+    def logits(self, task: Task, data: Any) -> Any:
         """Returns what the teacher makes of a batch, which it sees as the model does: augmented, and mixed."""
         device = next(self.model.parameters()).device.type
         with torch.autocast(device, self._step_dtype, enabled=self._step_dtype != torch.float32):
             return task.forward(self.model, data)
 
-    def taught(self, loss_sum: torch.Tensor, outputs: Any, task: Forward, data: Any) -> torch.Tensor:
+    def taught(self, loss_sum: torch.Tensor, outputs: Any, task: Task, data: Any) -> torch.Tensor:
         """Returns (1 - alpha) of the loss of the targets, and alpha of the distance from the teacher.
 
         The distance is temperature^2 KL(teacher || model) of probabilities at this temperature (Hinton, Vinyals and
@@ -71,8 +69,13 @@ class Teacher(nn.Module):
             A scalar: a sum over the batch.
 
         Raises:
-            UserError: the two models' outputs are no logits, or not of the same classes.
+            UserError: the two models' outputs are no logits, or not of the same classes, or the task divides its loss
+                by something else than samples.
         """
+        if not self._is_checked and task.loss_count(outputs, data) is not None:
+            message = "distillation is per sample, and this task divides its loss by a count of its own"
+            raise UserError(message, path="task.teacher", agreed=True)
+        self._is_checked = True
         logits = self.logits(task, data)
         shapes = [list(found.shape) if isinstance(found, torch.Tensor) else None for found in (outputs, logits)]
         if shapes[0] != shapes[1] or shapes[0] is None or len(shapes[0]) != 2:
@@ -128,12 +131,23 @@ def build_teacher(config: TeacherConfig, num_classes: int | None, step_dtype: to
         model = build_model(settings.model_copy(update={"weights": None}), num_classes)
         if settings.weights is not None:
             start_from_weights(model, settings, new_head=False)
+        elif config.args.get("pretrained"):
+            _check_head(model)
     except UserError as error:
         problems = (replace(p, path=f"task.teacher{p.path.removeprefix('model')}") for p in error.problems)
         raise UserError(*problems) from None
     if uses_channels_last(settings, model):
         model.to(memory_format=torch.channels_last)
     return Teacher(model, config, step_dtype)
+
+
+def _check_head(model: nn.Module) -> None:
+    """Refuses a model of timm whose own weights are of other classes: its last layer has learned nothing."""
+    trained = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+    built = getattr(model, "num_classes", None)
+    if trained is not None and trained != built:
+        message = f"its weights are of {trained} classes, and it has {built}: set weights that are of these"
+        raise UserError(message, path="model")
 
 
 def _checksum(state: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ import itertools
 import logging
 import types
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from trainer.config import ParallelConfig
 from trainer.data.feed import MicroBatch
 from trainer.data.nested import map_tensors
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line_text
 from trainer.memory.sharding import shard
 
 logger = logging.getLogger("lockstep")
@@ -252,6 +252,22 @@ def gradient_norm(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     """Returns the norm of all gradients together, whole or in shares. Nobody waits for it."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm  # of all shares; a collective
+
+
+@contextmanager
+def explained_optimizer_errors() -> Iterator[None]:
+    """Turns what torch says of an optimizer that needs whole matrices, and so cannot work on shares, into one line.
+
+    As with torch's Muon, and matrices of fewer rows than processes.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "placement" not in str(error):
+            raise
+        message = f"the optimizer cannot work on shares of parameters, such as {one_line_text(error)[:150]}...; let"
+        message += " optim.rest take them, or use strategy: ddp"
+        raise UserError(message, path="parallel.strategy", agreed=True) from error
 
 
 # ---- around a forward ------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from trainer.memory.sharding import local_part
 from trainer.parallel import (
     broadcast,
     choose_shard_size,
+    explained_optimizer_errors,
     gradient_norm,
     prepare_sharded,
     reshard,
@@ -215,7 +216,7 @@ class Runtime:
             unless: a boolean scalar on the device, the same on all ranks: no step is taken where it is true. The host
                 waits for it only where the optimizer cannot leave a step out on the device, as fused ones can.
         """
-        with self._explained_optimizer_errors():
+        with explained_optimizer_errors() if self.is_sharded else nullcontext():
             return self._step(optimizer, unless)
 
     def _step(self, optimizer: torch.optim.Optimizer, unless: torch.Tensor | None) -> bool:

@@ -317,8 +317,8 @@ class EmaConfig(Section):
     )
     warmup: EmaWarmup = Field(
         True,
-        description="Let the n-th update keep at most (1 + n) / (10 + n), or with `timm` at most 1 - n^(-2/3), as timm's "
-        "--model-ema-warmup.",
+        description="Let the n-th update keep at most (1 + n) / (10 + n), or with `timm` at most 1 - n^(-2/3), as "
+        "timm's --model-ema-warmup.",
     )
     every: PositiveInt = Field(1, description="Update after every so many optimizer steps.")
 

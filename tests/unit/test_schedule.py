@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from conftest import Train, WriteConfig
+import yaml
+from conftest import REPOSITORY, Train, WriteConfig
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
@@ -278,6 +280,15 @@ def test_transformers(name: str) -> None:
 def test_every_schedule_is_compared() -> None:
     compared = {ours.get("name", "constant") for ours, *_ in (*TORCH.values(), *TIMM.values(), *TRANSFORMERS.values())}
     assert compared == set(BUILT_INS["schedule"])
+
+
+PAGE = (REPOSITORY / "docs" / "recipes.md").read_text().partition("## Schedule")[2].partition("\n## ")[0]
+
+
+@pytest.mark.parametrize("text", re.findall(r"`(\{name: [^`]*\})`", PAGE))
+def test_what_the_page_says_can_be_written(text: str) -> None:
+    optim = OptimConfig(name="sgd", lr=1e-3)
+    build_learning_rate(optim, ScheduleConfig.model_validate(yaml.safe_load(text)), 10_000, 100)
 
 
 def counting(total_steps: int, steps_per_epoch: int) -> Callable[[int], float]:

@@ -102,14 +102,18 @@ def test_examples_show_the_token_that_surprises_most() -> None:
         (
             torch.tensor([[0, 1], [2, 11]]),
             torch.zeros(2, 2, dtype=torch.int64),
-            "sample 8 has at position 1 of its inp",
+            "sample 8 has the input 11 at position 1",
         ),
         (
             torch.zeros(2, 2, dtype=torch.int64),
             torch.tensor([[0, 1], [-7, 1]]),
-            "sample 8 has at position 0 of its targ",
+            "sample 8 has the target -7 at position 0",
         ),
-        (torch.full((2, 2), IGNORED), torch.zeros(2, 2, dtype=torch.int64), "the token -100; the model's are 0 to 10"),
+        (
+            torch.full((2, 2), IGNORED),
+            torch.zeros(2, 2, dtype=torch.int64),
+            "sample 5 has the input -100 at position 0; the model's tokens are 0 to 10",
+        ),
         (torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.int64), "must be int64"),
         (torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), r"got \[2, 2\] and \[2\]"),
     ],
@@ -141,7 +145,7 @@ def test_a_model_with_too_few_tokens_is_refused(tmp_path: Path) -> None:
     class Data:
         vocab_size = 256
 
-    with pytest.raises(UserError, match="the model has 100 different tokens, data.train has 256"):
+    with pytest.raises(UserError, match=r"the model has 100 different tokens, data\.train has 256"):
         class_count(load_config(str(file)), Data())  # type: ignore[arg-type]
 
 

@@ -95,7 +95,7 @@ def test_a_tokenizer_of_transformers(tmp_path: Path) -> None:
     assert tokens.decode([1, 2]) == "one two"
     assert tokens.bytes_per_token == 16 / 6
     known(tmp_path, decoder="nowhere")
-    with pytest.raises(UserError, match="cannot read the tokenizer '.*nowhere'"):
+    with pytest.raises(UserError, match=r"cannot read the tokenizer '.*nowhere'"):
         TokenFile(str(tmp_path / "train.bin"), 4).decode([1])
 
 

@@ -37,7 +37,7 @@ def timm_model(name: str, path: str) -> Callable[..., nn.Module]:
 
 
 def is_of_transformers(target: Callable[..., Any]) -> bool:
-    """Tells whether `target` is a model class of transformers, or of a user's on one, or the `from_pretrained` of it."""
+    """Tells whether `target` is a model class of transformers, or one derived from such, or its `from_pretrained`."""
     is_class = inspect.isclass(target)
     if not is_class and getattr(target, "__name__", "") != _FROM_PRETRAINED:
         return False

@@ -2,6 +2,8 @@
 
     python prepare.py --stdlib --output data/stdlib
     python prepare.py stories.txt --separator '<|endoftext|>' --tokenizer gpt2 --output data/stories
+
+A token is a byte unless a tokenizer is named.
 """
 
 from __future__ import annotations

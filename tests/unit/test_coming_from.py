@@ -77,6 +77,10 @@ def assert_holds(resolved: Any, given: Any, path: str = "") -> None:
     if isinstance(given, Mapping):
         for key, value in given.items():
             assert_holds(resolved[key], value, f"{path}.{key}")
+    elif isinstance(given, list):
+        assert len(resolved) == len(given), path
+        for i, value in enumerate(given):
+            assert_holds(resolved[i], value, f"{path}.{i}")
     else:
         assert resolved == given or str(resolved) == str(given), path
 

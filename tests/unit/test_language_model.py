@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
+import language_runs
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, Train
+from conftest import Train
 from language_model import prepare
 from language_model.model import Transformer
 from run_results import summary
@@ -100,14 +102,18 @@ def test_examples_show_the_token_that_surprises_most() -> None:
         (
             torch.tensor([[0, 1], [2, 11]]),
             torch.zeros(2, 2, dtype=torch.int64),
-            "sample 8 has at position 1 of its inp",
+            "sample 8 has the input 11 at position 1",
         ),
         (
             torch.zeros(2, 2, dtype=torch.int64),
             torch.tensor([[0, 1], [-7, 1]]),
-            "sample 8 has at position 0 of its targ",
+            "sample 8 has the target -7 at position 0",
         ),
-        (torch.full((2, 2), IGNORED), torch.zeros(2, 2, dtype=torch.int64), "the token -100; the model's are 0 to 10"),
+        (
+            torch.full((2, 2), IGNORED),
+            torch.zeros(2, 2, dtype=torch.int64),
+            "sample 5 has the input -100 at position 0; the model's tokens are 0 to 10",
+        ),
         (torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.int64), "must be int64"),
         (torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), r"got \[2, 2\] and \[2\]"),
     ],
@@ -134,12 +140,12 @@ def test_outputs_that_are_no_logits(shape: tuple[int, ...]) -> None:
 
 def test_a_model_with_too_few_tokens_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(config(tmp_path, model__args={"vocab_size": 100})))
+    file.write_text(yaml.safe_dump(language_runs.config(tmp_path, model__args={"vocab_size": 100})))
 
     class Data:
         vocab_size = 256
 
-    with pytest.raises(UserError, match="the model has 100 different tokens, data.train has 256"):
+    with pytest.raises(UserError, match=r"the model has 100 different tokens, data\.train has 256"):
         class_count(load_config(str(file)), Data())  # type: ignore[arg-type]
 
 
@@ -190,38 +196,17 @@ def test_a_single_text_is_cut(tmp_path: Path) -> None:
     assert bytes(np.fromfile(tmp_path / "eval.bin", "uint16").astype("uint8")) == b"89\0"
 
 
-def config(folder: Path, **changes: Any) -> dict[str, Any]:
-    """The example's config with a smaller model; its text is in the folder."""
-    run: dict[str, Any] = yaml.safe_load((REPOSITORY / "examples" / "language_model" / "stdlib.yaml").read_text())
-    run["run"]["dir"] = str(folder / "run")
-    for split in ("train", "eval"):
-        run["data"][split]["args"] = {"path": str(folder / f"{split}.bin"), "sequence_length": 64}
-    run["model"]["args"] |= {"width": 64, "depth": 2}
-    for dotted, value in changes.items():
-        section = run
-        *parents, last = dotted.split("__")
-        for parent in parents:
-            section = section[parent]
-        section[last] = section[last] | value if isinstance(value, dict) else value
-    return run
-
-
-def documentation(folder: Path, num_modules: int = 60) -> None:
-    """Writes what the largest of Python's modules say of themselves."""
-    library = Path(json.__file__).parent.parent
-    files = sorted(library.glob("*.py"), key=lambda file: (-file.stat().st_size, file.name))[:num_modules]
-    prepare.write(map(prepare.docstrings, files), folder)
-
-
 def test_loss_falls_on_real_text(train: Train, tmp_path: Path) -> None:
-    """Chance is ln 256 = 5.5; the frequencies of the bytes alone give 3.1."""
-    documentation(tmp_path)
+    """It is 5.5 by chance (256 bytes), and 3.1 for who knows how often each byte comes."""
+    language_runs.documentation(tmp_path)
     file = tmp_path / "run.yaml"
-    steps = {"steps": 100, "batch_size": 16}
-    file.write_text(
-        yaml.safe_dump(
-            config(tmp_path, train=steps, eval__every=100, checkpoint__every=100, optim__lr=1e-2, schedule__warmup=10)
-        )
-    )
+    file.write_text(yaml.safe_dump(language_runs.config(tmp_path)))
     assert train("--config", file).code == 0
-    assert summary(tmp_path / "run")["eval/loss"] < 2.6
+    counts = np.bincount(np.fromfile(tmp_path / "train.bin", "uint16"), minlength=256) + 1
+    tokens = np.fromfile(tmp_path / "eval.bin", "uint16")
+    by_frequency = -np.log(counts / counts.sum())[tokens].mean()
+    found = summary(tmp_path / "run")["metrics"]
+    assert found["eval/loss"] < 2.85 < by_frequency
+    assert found["eval/bits_per_byte"] == pytest.approx(found["eval/loss"] / math.log(2))
+    (samples,) = (tmp_path / "run" / "eval").glob("*/samples.json")
+    assert re.search(r"\w\[.*\]$", json.loads(samples.read_text())[0]["target"], re.DOTALL)

@@ -59,18 +59,14 @@ class LanguageModel(Task):
                 what = [list(t.shape) if isinstance(t, torch.Tensor) else type(t).__name__ for t in (inputs, targets)]
                 message = "inputs and targets must be int64 (batch, tokens), the same for both"
                 raise UserError(f"{message} (got {what[0]} and {what[1]})")
-        for tokens, ignored in ((inputs, None), (targets, IGNORED)):
-            low, high = map(int, tokens.aminmax())
-            if low >= 0 and high < self.num_classes:
-                continue
+        for what, tokens in (("input", inputs), ("target", targets)):
             wrong = (tokens < 0) | (tokens >= self.num_classes)
-            if ignored is not None:
-                wrong &= tokens != ignored
+            if tokens is targets:
+                wrong &= tokens != IGNORED
             if wrong.any():
                 i, position = map(int, wrong.nonzero()[0])
-                place = f"sample {int(sample_ids[i])} has at position {position} of its {'inputs' if ignored is None else 'targets'}"
-                token = int(tokens[i, position])
-                raise UserError(f"{place} the token {token}; the model's are 0 to {self.num_classes - 1}")
+                found = f"sample {int(sample_ids[i])} has the {what} {int(tokens[i, position])} at position {position}"
+                raise UserError(f"{found}; the model's tokens are 0 to {self.num_classes - 1}")
 
     def forward(self, model: torch.nn.Module, data: Any) -> torch.Tensor:
         outputs = super().forward(model, data)

@@ -119,7 +119,7 @@ def test_shipped_config(file: Path) -> None:
 
 
 def test_number_of_shipped_configs() -> None:
-    assert len(SHIPPED) == 2
+    assert len(SHIPPED) == 16
 
 
 def test_committed_schema_is_current() -> None:

@@ -763,8 +763,9 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
     if config.model.dtype == "bfloat16" and config.precision != "bf16":
         problem = Problem("bfloat16 parameters need precision: bf16", "model.dtype")
         raise UserError(config.locate(problem))
-    if config.task.teacher is not None and (problem := _teacher_problem(config)) is not None:
-        raise UserError(config.locate(problem))
+    unteachable = _teacher_problem(config) if config.task.teacher is not None else None
+    if unteachable is not None:
+        raise UserError(config.locate(unteachable))
     may_accumulate = config.train.micro_batch_size == "auto" or config.memory.on_oom == "shrink"
     if config.parallel.static_graph and may_accumulate:
         message = (

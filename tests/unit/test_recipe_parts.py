@@ -6,7 +6,8 @@ On several ranks, and stopped and resumed: `tests/dist/test_recipe_parts_dist.py
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,12 +19,14 @@ from torch import nn
 from torch.nn import functional
 from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
 
+from trainer.assembly import Assembly
 from trainer.config import Component, DataConfig, TaskConfig, TeacherConfig, load_config
 from trainer.data.datasets import ImageFolder, TorchFile
 from trainer.data.feed import DeviceFeed
 from trainer.data.sampler import BatchPlan, MicroBatchSampler, SampleKey, StepSampler
 from trainer.data.transforms import build_transforms
 from trainer.errors import UserError
+from trainer.memory.jobs import plan_job
 from trainer.tasks import build_task
 from trainer.tasks.classification import Classification
 from trainer.tasks.distillation import Teacher, build_teacher
@@ -368,11 +371,11 @@ class TestTeacher:
 
     def test_it_computes_in_the_precision_of_the_step(self) -> None:
         task = classification()
-        assert self.teacher().logits(task, self.DATA).dtype == torch.float32
-        assert self.teacher(torch.bfloat16).logits(task, self.DATA).dtype == torch.bfloat16
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert self.teacher(dtype).logits(task, self.DATA).dtype == dtype
 
     def test_its_forward_counts_among_the_flops(self) -> None:
-        model, task = nn.Linear(8, 5), classification()
+        model, task = nn.Linear(8, 5, dtype=torch.bfloat16), classification()
         counted = []
         for teacher in (None, self.teacher()):
             task.teacher = teacher
@@ -440,6 +443,15 @@ class TestTeacher:
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
         with pytest.raises(UserError, match=message):
             load_config(str(tmp_path / "config.yaml"))
+
+    def test_its_memory_is_not_planned(self, tmp_path: Path) -> None:
+        teacher = {"name": "mlp", "args": {"in_features": 8}, "weights": "x.pt"}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(tiny_config(tmp_path, task={"teacher": teacher})))
+        config, nobody = load_config(str(tmp_path / "config.yaml")), cast("Any", None)
+        with pytest.raises(UserError, match=r"task.teacher: a teacher's memory is not planned"):
+            plan_job(config, nn.Linear(8, 5), Classification(), nobody, nobody, "cpu")
+        run: Any = SimpleNamespace(task=SimpleNamespace(teacher=self.teacher()))
+        assert Assembly.memory_table(run) is None  # so a report of running out of memory has no table
 
 
 class Pretrained(nn.Linear):

@@ -116,7 +116,9 @@ class ResidentPictures:
         self.targets = self.targets.to(device)
         # Pictures of one size are indexed by one gather.
         self._is_uniform = bool((self.sizes == self.sizes[0]).all())
-        crops = geometry(self.sizes, sample_keys(seed, [SampleKey(0, index) for index in indices.tolist()]))
+        keys = np.zeros((len(indices), len(SampleKey._fields)), dtype=np.int64)
+        keys[:, 1] = indices
+        crops = geometry(self.sizes, sample_keys(seed, keys))
         if (crops.sizes != crops.sizes[0]).any():
             message = "its pictures differ in size; make them equal with a resize or crop"
             raise UserError(message, path="data.transforms")

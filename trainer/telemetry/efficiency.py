@@ -61,20 +61,13 @@ class FlopCounter:
     def count(self, data: Any, num_samples: int) -> None:
         """Counts with the shapes of a micro-batch. Where that fails, nothing is known of MFU and all else goes on."""
         assert self._model is not None
-        # The step casts as it goes; counting needs one type only, and FLOPs are the same in all.
-        dtype = next((p.dtype for p in self._model.parameters() if p.is_floating_point()), torch.float32)
-
-        def shape_of(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to("meta", dtype if tensor.is_floating_point() else tensor.dtype)
-
         try:
             flops, operations = FlopCounterMode(display=False), OperationCounter()
             with preserved_generators(), torch.enable_grad(), flops, operations:
-                shapes = map_tensors(shape_of, data)
                 if self._teacher is not None:
                     with torch.no_grad():
-                        self._task.forward(self._teacher, shapes)
-                outputs = self._task.forward(self._model, shapes)
+                        self._task.forward(self._teacher, _shapes_for(self._teacher, data))
+                outputs = self._task.forward(self._model, _shapes_for(self._model, data))
                 totals = [t.sum() for t in _tensors_in(outputs) if t.requires_grad]
                 if totals:
                     torch.stack([total.float() for total in totals]).sum().backward()
@@ -101,6 +94,15 @@ class OperationCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.num_operations += 1
         return func(*args, **(kwargs or {}))
+
+
+def _shapes_for(model: nn.Module, data: Any) -> Any:
+    """Returns a batch without memory, in the type of a model's parameters.
+
+    The step casts as it goes; counting needs one type only, and FLOPs are the same in all.
+    """
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return map_tensors(lambda t: t.to("meta", dtype if t.is_floating_point() else t.dtype), data)
 
 
 def _without_memory(model: nn.Module) -> nn.Module:

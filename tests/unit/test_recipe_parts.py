@@ -223,7 +223,12 @@ class TestRepeats:
             pixels = torch.randint(0, 256, (40, 50, 3), generator=torch.Generator().manual_seed(i)).to(torch.uint8)
             Image.fromarray(pixels.numpy()).save(tmp_path / f"{i % 3}" / f"{i}.jpg")
         crops = {"train": [{"name": "RandomResizedCrop", "args": {"size": 16}}]}
-        settings = {"augment_repeats": 3, "transforms": crops, "train": {"name": "image_folder"}, "stop": 2}
+        settings: dict[str, Any] = {
+            "augment_repeats": 3,
+            "transforms": crops,
+            "train": {"name": "image_folder"},
+            "stop": 2,
+        }
         found = appearances(ImageFolder(str(tmp_path)), **settings, feed="device_decode")
         assert [i for i, _ in found[0]][::2] == [found[0][0][0]] * 3
         assert len(set(found[0])) == 6

@@ -24,7 +24,8 @@ def test_it_learns_and_ranks_agree(server: TrainServer, write_config: WriteConfi
             "data": {"train": coco(tmp_path, "train"), "eval": coco(tmp_path, "val"), "workers": 0},
             "model": {"name": "small_detector:faster_rcnn"},
             "task": {"name": "detection"},
-            "optim": {"name": "adamw", "lr": 0.003},
+            "optim": {"name": "adamw", "lr": 0.004},
+            "schedule": {"name": "cosine"},
             "train": {"epochs": 10, "batch_size": 6},
             "eval": {"every": "10 epochs"},
             "log": {"every": 1000},
@@ -39,8 +40,9 @@ def test_it_learns_and_ranks_agree(server: TrainServer, write_config: WriteConfi
     assert learnt["eval/ap"] == learnt["eval/ap_small"]
     assert learnt["eval/ap_large"] is None  # there is nothing large
     still: dict[str, Any] = {
-        "model": {"name": "small_detector:faster_rcnn", "weights": str(tmp_path / "learnt")},
+        "model": {"name": "small_detector:faster_rcnn", "args": {"momentum": 0.0}, "weights": str(tmp_path / "learnt")},
         "optim": {"name": "sgd", "lr": 1e-30},  # which changes no weight
+        "schedule": {"name": "constant"},
         "train": {"steps": 1, "batch_size": 6},
     }
     assert metrics("one", 1, **still) == metrics("two", 2, **still) == learnt

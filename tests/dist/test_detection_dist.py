@@ -17,15 +17,19 @@ def coco(folder: Path, split: str) -> dict[str, Any]:
 
 
 def test_it_learns_and_ranks_agree(server: TrainServer, write_config: WriteConfig, tmp_path: Path) -> None:
-    make_coco(tmp_path, {"train": 48, "val": 15})
+    make_coco(tmp_path, {"train": 60, "val": 20})
 
     def metrics(name: str, ranks: int, **changes: Any) -> dict[str, float]:
         settings = {
-            "data": {"train": coco(tmp_path, "train"), "eval": coco(tmp_path, "val"), "workers": 0},
+            "data": {
+                "train": coco(tmp_path, "train"),
+                "eval": coco(tmp_path, "val"),
+                "transforms": {"train": [{"name": "RandomHorizontalFlip"}]},
+                "workers": 0,
+            },
             "model": {"name": "small_detector:faster_rcnn"},
             "task": {"name": "detection"},
-            "optim": {"name": "adamw", "lr": 0.004},
-            "schedule": {"name": "cosine"},
+            "optim": {"name": "adamw", "lr": 0.002},
             "train": {"epochs": 10, "batch_size": 6},
             "eval": {"every": "10 epochs"},
             "log": {"every": 1000},
@@ -42,7 +46,6 @@ def test_it_learns_and_ranks_agree(server: TrainServer, write_config: WriteConfi
     still: dict[str, Any] = {
         "model": {"name": "small_detector:faster_rcnn", "args": {"momentum": 0.0}, "weights": str(tmp_path / "learnt")},
         "optim": {"name": "sgd", "lr": 1e-30},  # which changes no weight
-        "schedule": {"name": "constant"},
         "train": {"steps": 1, "batch_size": 6},
     }
     assert metrics("one", 1, **still) == metrics("two", 2, **still) == learnt

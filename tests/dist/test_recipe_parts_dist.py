@@ -57,6 +57,8 @@ PARTS: dict[str, dict[str, Any]] = {
     "teacher": {"task__teacher": {**TEACHER, "temperature": 2.0}},
     "hard_teacher": {"task__teacher": {**TEACHER, "hard": True}},
     "fsdp": {"parallel__strategy": "fsdp"},
+    "counts": {"task__name": "counted:Counted"},
+    "metrics": {"task__metrics": {"f1": {"name": "torchmetrics.classification:MulticlassF1Score", "args": {"num_classes": 3}}}},
 }
 TOGETHER: dict[str, tuple[str, ...]] = {
     "augmented": (
@@ -72,8 +74,9 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     ),
     "trivial": ("trivial_augment", "cutmix", "soft_targets"),
     "automatic": ("auto_augment", "hard_teacher", "fsdp"),
+    "counted": ("counts", "metrics", "clip_norm"),
 }
-IN_CI = ("augmented",)  # the others, which differ in little from these, run nightly
+IN_CI = ("augmented", "counted")  # the others, which differ in little from these, run nightly
 
 
 def merged(parts: tuple[str, ...]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -78,6 +79,7 @@ def make_voc(root: Path, splits: dict[str, int], size: tuple[int, int] = (48, 40
             mask.save(place / "SegmentationClass" / f"{name}.png")
 
 
+Drawn = tuple[tuple[int, ...], int, int]  # box (x, y, width, height), category id, whether it is a crowd
 SHAPES = {3: "square", 7: "disc"}  # COCO's category ids have gaps, too
 
 
@@ -90,7 +92,8 @@ def make_coco(folder: Path, splits: dict[str, int], size: tuple[int, int] = (64,
     for split, num_pictures in splits.items():
         (folder / split).mkdir()
         generator = np.random.default_rng(len(split))
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for number in range(1, num_pictures + 1):
             width, height = size[0], size[1] + 8 * (number % 3)
             pixels = generator.integers(0, 80, (height, width, 3)).astype(np.uint8)
@@ -119,10 +122,10 @@ def make_coco(folder: Path, splits: dict[str, int], size: tuple[int, int] = (64,
         (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-def _draw_shapes(pixels: np.ndarray, generator: np.random.Generator) -> list[tuple[tuple[int, ...], int, int]]:
+def _draw_shapes(pixels: np.ndarray, generator: np.random.Generator) -> list[Drawn]:
     """Draws one or two shapes; returns their boxes (x, y, width, height), category ids, and whether they are crowds."""
     height, width = pixels.shape[:2]
-    found = []
+    found: list[Drawn] = []
     for half in range(int(generator.integers(1, 3))):
         side = int(generator.integers(18, 28))
         x = int(generator.integers(half * width // 2, (half + 1) * width // 2 - side + 1))

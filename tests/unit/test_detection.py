@@ -41,9 +41,15 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> CocoDetection:
 
 
 def test_boxes_are_clipped_and_crowds_and_empty_ones_left_out() -> None:
-    boxes = [[-5.0, 2, 40, 10], [4, 4, 4, 9], [1, 1, 5, 5], [31, 0, 33, 5], [2, 2, 6, 6]]
+    boxes = [
+        [-5.0, 2.0, 40.0, 10.0],
+        [4.0, 4.0, 4.0, 9.0],
+        [1.0, 1.0, 5.0, 5.0],
+        [31.0, 0.0, 33.0, 5.0],
+        [2.0, 2.0, 6.0, 6.0],
+    ]
     model, task = Listening(), Detection(num_classes=9)
-    data = [[IMAGE], [target(boxes, [1, 2, 3, 4, 5], iscrowd=torch.tensor([0, 0, 1, 0, 0]))]]
+    data: list[list[Any]] = [[IMAGE], [target(boxes, [1, 2, 3, 4, 5], iscrowd=torch.tensor([0, 0, 1, 0, 0]))]]
     losses = task.forward(model, data)
     assert model.targets is not None
     assert model.targets[0]["boxes"].tolist() == [[0, 2, 30, 10], [2, 2, 6, 6]]
@@ -55,7 +61,7 @@ def test_boxes_are_clipped_and_crowds_and_empty_ones_left_out() -> None:
 def test_masks_go_with_their_boxes() -> None:
     masks = torch.arange(3).view(3, 1, 1).expand(3, 20, 30)
     model, task = Listening(), Detection(num_classes=3, masks=True)
-    boxes = [[0, 0, 5, 5.0], [3, 3, 3, 3], [1, 1, 9, 9]]
+    boxes = [[0.0, 0.0, 5.0, 5.0], [3.0, 3.0, 3.0, 3.0], [1.0, 1.0, 9.0, 9.0]]
     task.forward(model, [[IMAGE], [target(boxes, [1, 1, 2], masks=masks)]])
     assert model.targets is not None
     assert model.targets[0]["masks"][:, 0, 0].tolist() == [0, 2]

@@ -71,7 +71,7 @@ class Classification(Task):
             spread over all classes. 0 spreads nothing; None leaves targets as they are. `cross_entropy` has its own.
     """
 
-    metric_names = ("loss", "accuracy")
+    metric_names: tuple[str, ...] = ("loss", "accuracy")
     best_metric = "accuracy"
 
     def __init__(

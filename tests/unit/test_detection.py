@@ -88,7 +88,8 @@ def test_category_ids_are_labels_where_they_fit_and_else_renumbered(
     assert model.targets is not None
     assert model.targets[0]["labels"].tolist() == [label]
     assert task.name_of(label) == "disc"
-    found = [{"boxes": torch.zeros(1, 4), "scores": torch.ones(1), "labels": torch.tensor([label])}]
+    half = torch.zeros(1, 4, dtype=torch.bfloat16)
+    found = [{"boxes": half, "scores": half[0, :1], "labels": torch.tensor([label])}]
     (record,) = task.eval_records(found, [[IMAGE], [target([[0, 0, 5, 5.0]], [7])]])
     assert record[0]["labels"].tolist() == record[1]["labels"].tolist() == [7]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from torch import nn
 from trainer.config import Component
 from trainer.data.sampler import BatchPlan
 from trainer.errors import UserError
+from trainer.faults.judging import EVALUATION, METRICS
+from trainer.faults.lookout import Lookout
 from trainer.normalising import Normaliser
 from trainer.tasks.base import Task
 from trainer.tasks.classification import Classification
@@ -133,3 +136,12 @@ def test_some_counts_are_none_is_refused() -> None:
     assert normaliser.scale(None) == 1 / 6
     with pytest.raises(UserError, match="for every batch, or None for every batch"):
         normaliser.scale(torch.tensor(1))
+
+
+def test_metrics_may_take_any_time() -> None:
+    """Others wait for rank 0 meanwhile, which is no hang."""
+    lookout = Lookout.__new__(Lookout)
+    lookout.watch, lookout.injector = mock.Mock(), None
+    for place, allowance in ((EVALUATION, 1.0), (METRICS, 0.0)):
+        lookout.at(place, 5)
+        assert lookout.watch.at.call_args.args == (place, 5, (), allowance)

@@ -145,8 +145,9 @@ class Detection(Task):
         """Returns per picture what was found and what is there, by the data set's own ids, as numpy arrays."""
         records = []
         for found, there in zip(outputs, self.targets(data), strict=True):
-            found = {key: found[key] for key in ("boxes", "labels", "scores")}
-            found["labels"] = self._translated(found["labels"], "id")
+            labels = self._translated(found["labels"], "id")
+            # numpy has no bfloat16
+            found = {"boxes": found["boxes"].float(), "labels": labels, "scores": found["scores"].float()}
             there = {key: there[key] for key in ("boxes", "labels", "iscrowd", "area") if key in there}
             records.append(tuple({k: v.cpu().numpy() for k, v in part.items()} for part in (found, there)))
         return records
@@ -165,7 +166,7 @@ class Detection(Task):
     def examples(self, outputs: Any, data: Any, num: int) -> dict[str, torch.Tensor]:
         """Returns the first picture of a batch, and its boxes: what is there, then what was found."""
         found, there, image = outputs[0], self.targets(data)[0], self.inputs(data)[0]
-        scores = found["scores"]
+        scores = found["scores"].float()
         labels = torch.where(scores >= _LEAST_SCORE, found["labels"], -1)  # nobody waits to know how many
         true_labels = self._translated(there["labels"].long(), "label")
         picture = image if image.dtype == torch.uint8 else (image.float().clamp(0, 1) * 255).round().byte()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from picture_trees import make_voc
 from PIL import Image
 from segments import Segments
 from torchvision import datasets, tv_tensors
+from torchvision.datasets import voc as voc_of_torchvision
 from torchvision.transforms import v2
 
 from trainer.config import Component, DataConfig
@@ -106,7 +108,7 @@ def test_a_mask_of_another_size_is_refused() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_pictures_and_masks_of_voc_become_one_batch(voc: Path, workers: int) -> None:
-    data = build_dataset(Component(name="VOCSegmentation", args={"root": str(voc)}), "data.train", _Alone())
+    data = build_dataset(Component(name="VOCSegmentation", args={"root": str(voc)}), "data.train", Alone())
     names = class_names(data)
     assert names is not None
     assert (len(names), names[0], names[15]) == (21, "__background__", "person")
@@ -223,10 +225,20 @@ def test_ways_that_pass_over_targets_are_refused(mode: str) -> None:
         feed(Segments(4), Segmentation(num_classes=3), feed=mode, normalize={"mean": [0.5] * 3, "std": [0.25] * 3})
 
 
-def _Alone() -> Any:
-    from contextlib import nullcontext
+class Alone:
+    """A job of one process: nobody goes first."""
 
-    class Alone:
-        main_first = staticmethod(nullcontext)
+    main_first = staticmethod(nullcontext)
 
-    return Alone()
+
+def test_voc_is_downloaded_only_where_it_is_not(voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(url: str, *args: Any, **kwargs: Any) -> None:
+        raise OSError(f"no route to {url.split('/')[2]}")
+
+    monkeypatch.setattr(voc_of_torchvision, "download_and_extract_archive", download)
+    assert len(build_dataset(Component(name="VOCSegmentation", args={"root": str(voc)}), "data.train", Alone())) == 8
+    missing = {"root": str(tmp_path)}
+    with pytest.raises(UserError, match=r"^data\.train: 'VOCSegmentation' raised OSError: no route to [a-z.]+ \("):
+        build_dataset(Component(name="VOCSegmentation", args=missing), "data.train", Alone())
+    with pytest.raises(UserError, match="Dataset not found or corrupted"):
+        build_dataset(Component(name="VOCSegmentation", args={**missing, "download": False}), "data.train", Alone())

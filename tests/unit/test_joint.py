@@ -156,7 +156,7 @@ def test_samples_of_any_size_travel_in_lists(workers: int) -> None:
 
 
 def test_lists_hold_copies_of_what_samples_are() -> None:
-    sample = {"input": torch.ones(2), "target": {"labels": torch.ones(1), "name": "a"}}
+    sample: dict[str, Any] = {"input": torch.ones(2), "target": {"labels": torch.ones(1), "name": "a"}}
     found = in_lists([sample], lambda shape, dtype: torch.empty(shape, dtype=dtype))
     sample["input"].zero_()
     assert found["input"][0].tolist() == [1, 1]

@@ -88,10 +88,10 @@ def test_the_mean_is_torchs_however_the_batch_is_split(weight: list[float] | Non
         logits, data[1].squeeze(1).long(), weights, ignore_index=255, label_smoothing=smoothing
     )
     parts = [(Logits(logits[i:j]), [data[0][i:j], data[1][i:j]]) for i, j in ((0, 1), (1, 4))]
-    counts = [task.loss_count(*part) for part in parts]
-    assert None not in counts
-    whole = sum(task.loss_sum(*part) for part in parts) / sum(counts)  # type: ignore[arg-type]
-    assert torch.allclose(torch.as_tensor(whole), expected, rtol=1e-6)
+    counts = [count for part in parts if (count := task.loss_count(*part)) is not None]
+    assert len(counts) == 2
+    whole = torch.stack([task.loss_sum(*part) for part in parts]).sum() / torch.stack(counts).sum()
+    assert torch.allclose(whole, expected, rtol=1e-6)
 
 
 def test_losses_by_name_are_told_what_to_ignore() -> None:
@@ -236,7 +236,7 @@ def test_it_learns_boxes_and_discs_in_a_voc_tree(train: Train, write_config: Wri
     done = train("--config", write_config(**voc_changes(tmp_path)))
     assert done.code == 0, done.err
     found = [r for r in records(tmp_path / "run") if "eval/mean_iou" in r][-1]
-    assert found["eval/mean_iou"] > 0.85
+    assert found["eval/mean_iou"] > 0.95
     assert {key for key in found if key.startswith("eval/iou/")} >= {
         "eval/iou/__background__",
         "eval/iou/aeroplane",

@@ -184,8 +184,9 @@ def test_masks_are_checked() -> None:
     masks[2, 0, 4, 4] = 7
     with pytest.raises(BadSample, match="sample 102 has label 7 in its mask; the model's are 0 to 2, 255 is ignored"):
         task.check([images, masks], IDS)
+    Segmentation(num_classes=300).check([images, masks.fill_(200)], IDS)  # which in bytes is more than 300 - 256
     with pytest.raises(UserError, match=r"model: the model returns 2 logits per pixel, the data has 3 classes"):
-        task.loss_sum(Logits(torch.ones(4, 2, 12, 10)), [images, masks])
+        task.loss_sum(Logits(torch.ones(4, 2, 12, 10)), [images, batch()[1]])
     with pytest.raises(UserError, match=r"task\.loss\.args\.weight: 2 class weights for 3 classes"):
         of({"name": "cross_entropy", "args": {"weight": [1, 2]}})
 

@@ -299,7 +299,7 @@ class TaskConfig(Component):
 
     name: ComponentName = Field(
         "classification",
-        description="`classification`, `segmentation`, `detection`, `language_model`, or an import path to a task class.",
+        description="`classification`, `segmentation`, `detection`, `language_model`, or the import path of a class.",
     )
     loss: Component | None = Field(
         None,

@@ -247,7 +247,9 @@ def test_it_learns_boxes_and_discs_in_a_voc_tree(train: Train, write_config: Wri
     (shown,) = (tmp_path / "run" / "eval").iterdir()
     with Image.open(shown / "0.png") as image:
         assert image.size == (3 * 48, 40)
-    assert "aeroplane" in json.loads((shown / "samples.json").read_text())[0]["target"]
+    samples = json.loads((shown / "samples.json").read_text())
+    assert "aeroplane" in samples[0]["target"]
+    assert samples[0]["num_views"] == 3
 
 
 def test_deeplab_on_one_sample_is_one_clear_line() -> None:

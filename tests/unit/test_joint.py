@@ -204,6 +204,12 @@ def test_bad_samples_are_named_by_their_file(voc: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             batches(f, 2, 1)
         f.close()
+    crop = {"train": [{"name": "RandomCrop", "args": {"size": 99}}]}
+    message = (
+        r"data\.train: sample \d \('.*jpg'\) does not go through RandomCrop: Required crop size \(99, 99\) is larger"
+    )
+    with pytest.raises(UserError, match=message):
+        batches(feed(datasets.VOCSegmentation(str(voc)), Segmentation(num_classes=21), transforms=crop), 2, 1)
     (masks / "train_000001.png").write_bytes(b"no picture")
     f = feed(datasets.VOCSegmentation(str(tmp_path)), Segmentation(num_classes=21), on_error="skip", max_skipped=1.0)
     assert [len(images) for images, _ in batches(f, 2, 1)] == [1, 1]

@@ -77,7 +77,8 @@ class TransformsConfig(Section):
     """Transforms of a sample's input, in order; random ones differ per sample and epoch.
 
     torchvision's crops and resizes at the start, and flips at the end, run where they are cheapest: only what a
-    crop keeps is decoded, and flips run on the device.
+    crop keeps is decoded, and flips run on the device. Where masks or boxes belong to the input (segmentation,
+    detection), all transforms change them, too, and run on the host.
     """
 
     train: tuple[Component, ...] = Field(
@@ -296,11 +297,14 @@ class TeacherConfig(Component):
 class TaskConfig(Component):
     """What a batch means, how it is scored, and the loss."""
 
-    name: ComponentName = Field("classification", description="`classification` or an import path to a task class.")
+    name: ComponentName = Field(
+        "classification",
+        description="`classification`, `segmentation`, `detection`, `language_model`, or the import path of a class.",
+    )
     loss: Component | None = Field(
         None,
         description="The loss: `cross_entropy` (the task's default), or an import path to a function of "
-        "(outputs, targets), or to a class of such, that returns a mean or one value per sample.",
+        "(outputs, targets), or to a class of such, that returns a mean or one value per sample (or pixel).",
     )
     metrics: dict[MetricName, Component] = Field(
         default_factory=dict,

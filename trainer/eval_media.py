@@ -31,6 +31,7 @@ from trainer.tasks.base import Task
 logger = logging.getLogger("lockstep")
 
 _LONGEST_SIDE = 256  # of a picture that is kept
+_LONGEST_IN_ALL = 480  # of several beside each other
 _FAILED = ""  # name of a table of a rank that collects no more, so that all hear of it
 
 _failing_tasks: weakref.WeakSet[Task] = weakref.WeakSet()
@@ -46,6 +47,7 @@ class Example:
         target: what it is.
         prediction: what the model says.
         confidence: how sure it is, from 0 to 1, where it says that.
+        num_views: pictures beside each other in `image`, such as one with the target and one with the prediction.
     """
 
     number: int
@@ -53,6 +55,7 @@ class Example:
     target: str
     prediction: str
     confidence: float | None
+    num_views: int = 1
 
     @property
     def caption(self) -> str:
@@ -149,7 +152,11 @@ class Collector:
         names = [*(classes or ()), *(str(label) for label in range(len(classes or ()), num))]
         examples: list[Example] = []
         for part in self._examples:
-            pictures = _pictures(part["image"], normalize) if "image" in part else None
+            num_views = (
+                1 + part["masks"].shape[1] if "masks" in part else part["boxes"].shape[1] if "boxes" in part else 1
+            )
+            longest = min(_LONGEST_SIDE, _LONGEST_IN_ALL // num_views)
+            pictures = _pictures(part["image"], normalize, longest) if "image" in part else None
             rest = {k: v.cpu() for k, v in part.items() if k != "image"}
             if pictures is not None and "masks" in rest:
                 pictures = _with_masks(pictures, rest["masks"])
@@ -159,12 +166,15 @@ class Collector:
             for i, (target, prediction, confidence) in enumerate(told):
                 image = pictures[i] if pictures is not None else None
                 sure = float(confidence) if confidence is not None and math.isfinite(confidence) else None
-                examples.append(Example(len(examples), image, str(target), str(prediction), sure))
+                examples.append(Example(len(examples), image, str(target), str(prediction), sure, num_views))
         return EvalMedia(examples, counts, names)
 
 
-def _pictures(inputs: torch.Tensor, normalize: NormalizeConfig | None) -> NDArray[np.uint8] | None:
-    """Turns inputs of a model back into pictures (B, height, width, 3); None where they are none."""
+def _pictures(inputs: torch.Tensor, normalize: NormalizeConfig | None, most: int) -> NDArray[np.uint8] | None:
+    """Turns inputs of a model back into pictures (B, height, width, 3) of so many pixels a side at most.
+
+    None where they are no pictures.
+    """
     if inputs.ndim != 4 or inputs.shape[1] not in (1, 3):
         return None
     images = inputs.detach()
@@ -179,8 +189,8 @@ def _pictures(inputs: torch.Tensor, normalize: NormalizeConfig | None) -> NDArra
             images = (images - low) / (high - low).clamp(min=1e-12)
         images = images.nan_to_num(0.0).clamp(0, 1) * 255
     longest = max(images.shape[2:])
-    if longest > _LONGEST_SIDE:
-        size = [max(side * _LONGEST_SIDE // longest, 1) for side in images.shape[2:]]
+    if longest > most:
+        size = [max(side * most // longest, 1) for side in images.shape[2:]]
         images = functional.interpolate(images.float(), size, mode="area")
     found: NDArray[np.uint8] = images.round().to(torch.uint8).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
     return found
@@ -271,6 +281,7 @@ def _write(folder: Path, media: EvalMedia) -> None:
                 "target": example.target,
                 "prediction": example.prediction,
                 "confidence": round(confidence, 4) if confidence is not None else None,
+                "num_views": example.num_views,
             }
         )
     (folder / "samples.json").write_text(json.dumps(samples, indent=1), encoding="utf-8")

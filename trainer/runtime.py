@@ -430,7 +430,8 @@ def explained_model_errors() -> Iterator[None]:
         if "Expected more than 1 value per channel when training" not in str(error):
             raise
         message = (
-            "BatchNorm needs more than one sample: leave the last, small batch of the epoch out, or train larger ones"
+            "BatchNorm needs more than one sample: leave the last, small batch of the epoch out, or train larger "
+            "micro-batches (train.micro_batch_size)"
         )
         raise UserError(message, path="data.drop_last") from error
     except RuntimeError as error:

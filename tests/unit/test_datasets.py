@@ -112,17 +112,21 @@ def test_torchvision_by_name() -> None:
     assert isinstance(data[0][0], Image.Image)
 
 
-def test_torchvision_data_is_downloaded_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
+def test_torchvision_data_is_downloaded_where_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, bool]] = []
 
     def init(self: Any, root: str, train: bool = True, download: bool = False) -> None:
-        asked.append(download)
+        asked.append((root, download))
+        if root == "missing" and not download:
+            raise RuntimeError("Dataset not found or corrupted.")
         self.data, self.targets, self.transforms = np.zeros((3, 4, 4), np.uint8), [0, 1, 2], None
 
     monkeypatch.setattr(torchvision_datasets.CIFAR10, "__init__", init)
-    build("CIFAR10", root="x")
-    build("CIFAR10", root="x", download=False)
-    assert asked == [True, False]
+    build("CIFAR10", root="there")
+    build("CIFAR10", root="missing")
+    with pytest.raises(UserError, match="not found"):
+        build("CIFAR10", root="missing", download=False)
+    assert asked == [("there", False), ("missing", False), ("missing", True), ("missing", False)]
 
 
 def test_download_without_a_network_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from picture_trees import make_voc
 from PIL import Image
 from segments import Segments
 from torchvision import datasets, tv_tensors
+from torchvision.datasets import voc as voc_of_torchvision
 from torchvision.transforms import v2
 
 from trainer.config import Component, DataConfig
@@ -106,7 +108,7 @@ def test_a_mask_of_another_size_is_refused() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_pictures_and_masks_of_voc_become_one_batch(voc: Path, workers: int) -> None:
-    data = build_dataset(Component(name="VOCSegmentation", args={"root": str(voc)}), "data.train", _Alone())
+    data = build_dataset(Component(name="VOCSegmentation", args={"root": str(voc)}), "data.train", Alone())
     names = class_names(data)
     assert names is not None
     assert (len(names), names[0], names[15]) == (21, "__background__", "person")
@@ -154,7 +156,7 @@ def test_samples_of_any_size_travel_in_lists(workers: int) -> None:
 
 
 def test_lists_hold_copies_of_what_samples_are() -> None:
-    sample = {"input": torch.ones(2), "target": {"labels": torch.ones(1), "name": "a"}}
+    sample: dict[str, Any] = {"input": torch.ones(2), "target": {"labels": torch.ones(1), "name": "a"}}
     found = in_lists([sample], lambda shape, dtype: torch.empty(shape, dtype=dtype))
     sample["input"].zero_()
     assert found["input"][0].tolist() == [1, 1]
@@ -202,6 +204,12 @@ def test_bad_samples_are_named_by_their_file(voc: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             batches(f, 2, 1)
         f.close()
+    crop = {"train": [{"name": "RandomCrop", "args": {"size": 99}}]}
+    message = (
+        r"data\.train: sample \d \('.*jpg'\) does not go through RandomCrop: Required crop size \(99, 99\) is larger"
+    )
+    with pytest.raises(UserError, match=message):
+        batches(feed(datasets.VOCSegmentation(str(voc)), Segmentation(num_classes=21), transforms=crop), 2, 1)
     (masks / "train_000001.png").write_bytes(b"no picture")
     f = feed(datasets.VOCSegmentation(str(tmp_path)), Segmentation(num_classes=21), on_error="skip", max_skipped=1.0)
     assert [len(images) for images, _ in batches(f, 2, 1)] == [1, 1]
@@ -223,10 +231,20 @@ def test_ways_that_pass_over_targets_are_refused(mode: str) -> None:
         feed(Segments(4), Segmentation(num_classes=3), feed=mode, normalize={"mean": [0.5] * 3, "std": [0.25] * 3})
 
 
-def _Alone() -> Any:
-    from contextlib import nullcontext
+class Alone:
+    """A job of one process: nobody goes first."""
 
-    class Alone:
-        main_first = staticmethod(nullcontext)
+    main_first = staticmethod(nullcontext)
 
-    return Alone()
+
+def test_voc_is_downloaded_only_where_it_is_not(voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(url: str, *args: Any, **kwargs: Any) -> None:
+        raise OSError(f"no route to {url.split('/')[2]}")
+
+    monkeypatch.setattr(voc_of_torchvision, "download_and_extract_archive", download)
+    assert len(build_dataset(Component(name="VOCSegmentation", args={"root": str(voc)}), "data.train", Alone())) == 8
+    missing = {"root": str(tmp_path)}
+    with pytest.raises(UserError, match=r"^data\.train: 'VOCSegmentation' raised OSError: no route to [a-z.]+ \("):
+        build_dataset(Component(name="VOCSegmentation", args=missing), "data.train", Alone())
+    with pytest.raises(UserError, match="Dataset not found or corrupted"):
+        build_dataset(Component(name="VOCSegmentation", args={**missing, "download": False}), "data.train", Alone())

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from picture_trees import make_class_folders
 from torchvision.transforms import v2
 from vectors import Vectors
 
-from trainer.config import load_config
-from trainer.data.datasets import Synthetic
+from trainer.config import DataConfig, load_config
+from trainer.data.datasets import ImageFolder, Synthetic
 from trainer.data.feed import DeviceFeed
 from trainer.data.loader import preserved_generators, sample_seed, seed_global_generators
 from trainer.data.sampler import BatchPlan, SampleKey, StepSampler
 from trainer.data.transforms import HostTransform
+from trainer.errors import UserError
 from trainer.tasks.classification import Classification
 
 CPU = torch.device("cpu")
@@ -137,3 +140,17 @@ def test_pil_images_travel_as_bytes() -> None:
     image, label = HostTransform([v2.Resize((4, 6))], "input")((Image.new("RGB", (20, 10), (9, 8, 7)), 1))
     assert (image.dtype, tuple(image.shape), label) == (torch.uint8, (3, 4, 6), 1)
     assert image[:, 0, 0].tolist() == [9, 8, 7]
+
+
+def test_an_image_that_does_not_go_through_a_transform_is_named(tmp_path: Path) -> None:
+    make_class_folders(tmp_path, {"train": 1})
+    crop = {"name": "RandomCrop", "args": {"size": 99}}
+    for transforms in ([crop], [{"name": "Resize", "args": {"size": 20}}, crop]):  # as the data set gives it, and cut
+        section = {"train": {"name": "x:y"}, "workers": 0, "transforms": {"train": transforms}}
+        data = ImageFolder(str(tmp_path / "train"))
+        f = DeviceFeed(data, DataConfig.model_validate(section), "train", CPU, 0, Classification())
+        f.start(StepSampler(BatchPlan.split(len(data), 2, None, 1, False), 0, 0), 0, 1)
+        with pytest.raises(
+            UserError, match=r"^data\.train: sample \d \('.*JPEG'\) does not go through RandomCrop: Req"
+        ):
+            list(f.step_batches(0))

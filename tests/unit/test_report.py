@@ -310,6 +310,17 @@ def test_pictures_come_from_the_folder_of_the_evaluation_only(tmp_path: Path) ->
     assert page.count("no picture") == len(names)
 
 
+def test_pictures_beside_each_other_are_wide_and_neither_right_nor_wrong(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=100)
+    folder = run / "eval" / "step-00000100"
+    sample = {"image": "0.png", "target": "sky 60%", "prediction": "sky 58%", "num_views": 3}
+    (folder / "samples.json").write_text(json.dumps([sample]))
+    page = page_of(run)
+    (shown,) = re.findall(r'<li class="wide">(.*?)</li>', page)
+    assert "is sky 60%" in shown
+    assert "<b" not in shown
+
+
 def test_many_classes_are_a_table_of_what_is_confused_most(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=100)
     counts = [[10 if i == j else 0 for j in range(60)] for i in range(60)]

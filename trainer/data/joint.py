@@ -118,8 +118,7 @@ class JointTransform(HostTransform):
             raise UserError(message) from None
         pair = _typed(*given)
         for transform in self.transforms:
-            self._check(transform, pair[0])
-            pair = transform(*pair)
+            pair = self._call(transform, *pair)
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 name = getattr(transform, "__name__", type(transform).__name__)
                 raise UserError(f"{name} must return (input, target), as it gets them", path="data.transforms")

@@ -251,7 +251,10 @@ class SampleLoader:
                 target[len(read)] = pixels
             else:
                 seed_global_generators(sample_seed(self.seed, key))
-                inputs.append(self.transform.apply_to_pixels(pixels))
+                try:
+                    inputs.append(self.transform.apply_to_pixels(pixels))
+                except BadSample as error:
+                    raise error.named(self.describe(key.sample), self.name) from None
             read.append(key)
             targets.append(label)
         if not read:

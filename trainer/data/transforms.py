@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as image_functional
 
 from trainer.components import call, resolve
 from trainer.config import Component, read_section
-from trainer.errors import UserError, nearest
+from trainer.errors import BadSample, UserError, nearest, one_line_text
 
 Item = Any
 
@@ -54,17 +54,22 @@ class HostTransform:
 
     def _apply(self, value: Any) -> Any:
         for transform in self.transforms:
-            self._check(transform, value)
-            value = transform(value)
+            value = self._call(transform, value)
         if not isinstance(value, Image.Image):
             return value
         return self._to_tensor(value)
 
     @staticmethod
-    def _check(transform: Callable[..., Any], value: Any) -> None:
-        if isinstance(value, np.ndarray) and type(transform).__module__.startswith("torchvision."):
-            name = type(transform).__name__
+    def _call(transform: Callable[..., Any], *values: Any) -> Any:
+        if not type(transform).__module__.startswith("torchvision."):
+            return transform(*values)
+        name = type(transform).__name__
+        if isinstance(values[0], np.ndarray):
             raise UserError(f"{name} passes over numpy arrays; let the data set return tensors or PIL images")
+        try:
+            return transform(*values)
+        except ValueError as error:  # such as a crop that is larger than this image
+            raise BadSample(f"does not go through {name}: {one_line_text(error)}") from error
 
     def apply_to_pixels(self, pixels: NDArray[np.uint8]) -> Any:
         """Applies the transforms to decoded pixels (H, W, 1 or 3), which they get as a PIL image."""

@@ -48,18 +48,19 @@ def _picture(folder: Path, name: object) -> bytes | None:
 def _sample(entry: dict[str, Any], picture: bytes | None) -> Html:
     target, prediction = entry.get("target"), entry.get("prediction")
     confidence = as_number(entry.get("confidence"))
-    is_wrong = target is not None and prediction != target
+    has_views = entry.get("num_views") not in (1, None)  # of which nobody says whether they agree
+    is_wrong = target is not None and prediction != target and not has_views
     image = tag("span", "no picture", class_="blank")
     if picture is not None:
         source = "data:image/png;base64," + base64.b64encode(picture).decode()
         image = Html(f'<img src="{source}" alt="{safe(f"sample of {target}")}">')
     mark = tag("b", "✗ ", class_="bad") if is_wrong else tag("b", "✓ ", class_="good")
-    lines = [tag("span", mark, prediction, class_="prediction")]
-    if is_wrong:
+    lines = [tag("span", "" if has_views else mark, prediction, class_="prediction")]
+    if is_wrong or has_views:
         lines.append(tag("span", f"is {target}", class_="target"))
     if confidence is not None:
         lines.append(tag("span", percent(confidence), class_="confidence"))
-    return tag("li", image, *lines, class_="wrong" if is_wrong else None)
+    return tag("li", image, *lines, class_="wrong" if is_wrong else "wide" if has_views else None)
 
 
 def confusion(folder: Path) -> tuple[Html, list[Chart]]:

@@ -95,9 +95,9 @@ class Segmentation(Task):
     def _check_labels(self, masks: torch.Tensor, sample_ids: torch.Tensor | None) -> None:
         if self.num_classes is None:
             return
-        wrong = (masks >= self.num_classes) & (masks != self.ignore_index)
-        if masks.dtype.is_signed:
-            wrong |= (masks < 0) & (masks != self.ignore_index)
+        if not masks.dtype.is_signed:  # in bytes, 300 would be taken for 44
+            masks = masks.to(torch.int16 if masks.dtype == torch.uint8 else torch.int64)
+        wrong = ((masks < 0) | (masks >= self.num_classes)) & (masks != self.ignore_index)
         if wrong.any():
             i = int(wrong.flatten(1).any(1).nonzero()[0])
             label = int(masks[i][wrong[i]][0])

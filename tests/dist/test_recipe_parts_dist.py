@@ -57,6 +57,12 @@ PARTS: dict[str, dict[str, Any]] = {
     "teacher": {"task__teacher": {**TEACHER, "temperature": 2.0}},
     "hard_teacher": {"task__teacher": {**TEACHER, "hard": True}},
     "fsdp": {"parallel__strategy": "fsdp"},
+    "no_weight_decay": {"optim__weight_decay": 0.1, "optim__no_weight_decay": ["norm", "bias"]},
+    "layer_decay": {"optim__layer_decay": 0.7},
+    "freeze": {"model": {**BASE["model"], "freeze": ["features.0"]}},
+    "clip_value": {"optim__clip_value": 0.01},
+    "muon": {"optim__name": "Muon", "optim__rest": {"name": "adamw", "lr": 0.003, "match": ["not_matrix"]}},
+    "lamb": {"optim__name": "timm.optim:Lamb"},
 }
 TOGETHER: dict[str, tuple[str, ...]] = {
     "augmented": (
@@ -72,8 +78,10 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     ),
     "trivial": ("trivial_augment", "cutmix", "soft_targets"),
     "automatic": ("auto_augment", "hard_teacher", "fsdp"),
+    "tuned": ("muon", "no_weight_decay", "layer_decay", "freeze", "clip_value"),
+    "foreign": ("lamb", "no_weight_decay", "layer_decay", "ema"),
 }
-IN_CI = ("augmented",)  # the others, which differ in little from these, run nightly
+IN_CI = ("augmented", "tuned")  # the others, which differ in little from these, run nightly
 
 
 def merged(parts: tuple[str, ...]) -> dict[str, Any]:

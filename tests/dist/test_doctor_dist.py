@@ -86,7 +86,9 @@ def test_a_machine_with_faults(write_config: WriteConfig, tmp_path: Path) -> Non
 
 
 def test_a_slow_rank_and_one_that_stops_are_named(tmp_path: Path) -> None:
-    done = run([sys.executable, str(SUPPORT / "slowed_doctor.py")], tmp_path)  # which gives it 150 s, and it ends itself
+    done = run(
+        [sys.executable, str(SUPPORT / "slowed_doctor.py")], tmp_path
+    )  # which gives it 150 s, and it ends itself
     assert done.returncode == 1, done.stderr
     data = report(tmp_path / "doctor.json")
     (host,) = {rank["host"] for rank in data["checks"]["versions"]["ranks"]}

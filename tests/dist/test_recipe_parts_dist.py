@@ -59,6 +59,12 @@ PARTS: dict[str, dict[str, Any]] = {
     "fsdp": {"parallel__strategy": "fsdp"},
     "counts": {"task__name": "counted:Counted"},
     "metrics": {"task__metrics": {"f1": {"name": "torchmetrics.classification:MulticlassF1Score", "args": {"num_classes": 3}}}},
+    "no_weight_decay": {"optim__weight_decay": 0.1, "optim__no_weight_decay": ["norm", "bias"]},
+    "layer_decay": {"optim__layer_decay": 0.7},
+    "freeze": {"model": {**BASE["model"], "freeze": ["features.0"]}},
+    "clip_value": {"optim__clip_value": 0.01},
+    "muon": {"optim__name": "Muon", "optim__rest": {"name": "adamw", "lr": 0.003, "match": ["not_matrix"]}},
+    "lamb": {"optim__name": "timm.optim:Lamb"},
 }
 TOGETHER: dict[str, tuple[str, ...]] = {
     "augmented": (
@@ -75,8 +81,10 @@ TOGETHER: dict[str, tuple[str, ...]] = {
     "trivial": ("trivial_augment", "cutmix", "soft_targets"),
     "automatic": ("auto_augment", "hard_teacher", "fsdp"),
     "counted": ("counts", "metrics", "clip_norm"),
+    "tuned": ("muon", "no_weight_decay", "layer_decay", "freeze", "clip_value"),
+    "foreign": ("lamb", "no_weight_decay", "layer_decay", "ema"),
 }
-IN_CI = ("augmented", "counted")  # the others, which differ in little from these, run nightly
+IN_CI = ("augmented", "counted", "tuned")  # the others, which differ in little from these, run nightly
 
 
 def merged(parts: tuple[str, ...]) -> dict[str, Any]:

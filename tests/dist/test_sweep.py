@@ -64,8 +64,10 @@ def test_the_shipped_sweep_fits_its_config() -> None:
     """Its command reads the shipped config with its parameters, and its metric is one that is logged."""
     assert "${args_no_hyphens}" in SWEEP["command"]
     file = SWEEP["command"][SWEEP["command"].index("--config") + 1]
-    values = [f"{key}={parameter.get('min', parameter.get('values', [0])[0])}" for key, parameter in
-              SWEEP["parameters"].items()]
+    values = [
+        f"{key}={parameter.get('min', parameter.get('values', [0])[0])}"
+        for key, parameter in SWEEP["parameters"].items()
+    ]
     load_config(str(REPOSITORY / file), values)
     assert SWEEP["metric"]["name"] == "eval/accuracy"
 

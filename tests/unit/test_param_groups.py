@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import Train, WriteConfig, nightly
+import yaml
+from conftest import REPOSITORY, Train, WriteConfig, nightly
 from resuming import assert_same_end, interrupted
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
@@ -242,6 +244,18 @@ def test_patterns_name_tied_parameters_by_each_of_their_names() -> None:
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     model["b"].weight = model["a"].weight
     assert parameters_named(model, ["b"], "") == {model["a"].weight, model["b"].bias}
+
+
+BLOCKS_IN_DOCS = re.findall(
+    r"```yaml\n(.*?)```", (REPOSITORY / "docs" / "recipes.md").read_text().partition("## Optimizer")[2], re.DOTALL
+)
+
+
+@pytest.mark.parametrize("text", BLOCKS_IN_DOCS)
+def test_settings_in_the_docs_load(text: str, write_config: WriteConfig) -> None:
+    file = write_config()
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | yaml.safe_load(text)))
+    load_config(str(file))
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------

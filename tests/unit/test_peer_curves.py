@@ -209,7 +209,6 @@ def timms(
     smoothing: float,
     is_mixed: bool,
     clip_grad: float | None = None,
-    clip_mode: str = "norm",
 ) -> tuple[list[float], list[float], nn.Module, dict[str, torch.Tensor]]:
     """Trains as timm's train.py does, in float32 and without a prefetcher."""
     from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -223,6 +222,8 @@ def timms(
     criterion = SoftTargetCrossEntropy() if is_mixed else LabelSmoothingCrossEntropy(smoothing=smoothing)
     scheduler, num_epochs = create_scheduler_v2(groups, updates_per_epoch=PER_EPOCH, **schedule)
     assert num_epochs == EPOCHS
+    # train.py clips model.parameters(). The norm is a sum over them, and another order changes its last bits.
+    in_groups = [p for group in groups.param_groups for p in group["params"]]
     losses, rates, num_updates = [], [], 0
     groups.zero_grad()
     for epoch, batches in by_epoch(run):
@@ -232,7 +233,7 @@ def timms(
             loss = criterion(model(images), targets)
             loss.backward()
             if clip_grad is not None:
-                dispatch_clip_grad(model.parameters(), value=clip_grad, mode=clip_mode)
+                dispatch_clip_grad(in_groups, value=clip_grad)
             rates.append(groups.param_groups[0]["lr"] / groups.param_groups[0].get("lr_scale", 1.0))
             groups.step()
             num_updates += 1

@@ -17,6 +17,7 @@ from trainer.checkpoint.manifest import Progress
 from trainer.config import EarlyStoppingConfig
 from trainer.early_stopping import EarlyStopping
 from trainer.faults.plan import VARIABLE, Event, write_plan
+from trainer.tracking import Trackers
 
 pytestmark = pytest.mark.unit
 
@@ -157,11 +158,17 @@ def inject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return plan
 
 
-def test_the_mode_is_the_tasks(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
+def test_the_mode_is_the_tasks(
+    train: Train, write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(Trackers, "summarise", lambda _, values, step: told.update(values, step=step))
     rule = {"metric": "accuracy", "patience": 1, "min_delta": 2.0}  # more than accuracy can ever gain
     assert train("--config", write_config(train={"epochs": 4, "batch_size": 12, "early_stopping": rule})).code == 0
     assert summary(tmp_path / "run")["step"] == 10
-    assert "by more than 2 in 1 evaluation" in summary(tmp_path / "run")["stopped_early"]["reason"]
+    reason = summary(tmp_path / "run")["stopped_early"]["reason"]
+    assert "by more than 2 in 1 evaluation" in reason
+    assert (told["step"], told["status"], told["stopped_early"]) == (10, "finished", reason)
     assert checkpoint(tmp_path / "run", 10).manifest.progress.better_of == "max accuracy"
 
 

@@ -13,10 +13,12 @@ from conftest import Train, WriteConfig, nightly
 from resuming import assert_same_end, reported
 from run_results import checkpoint, identical, records, summary, tensors
 
+from launch.slurm_watch import _run as how_far
 from trainer.checkpoint.manifest import Progress
 from trainer.config import EarlyStoppingConfig
 from trainer.early_stopping import EarlyStopping
 from trainer.faults.plan import VARIABLE, Event, write_plan
+from trainer.report import write_report
 from trainer.tracking import Trackers
 
 pytestmark = pytest.mark.unit
@@ -104,6 +106,9 @@ def test_a_run_ends_early(train: Train, write_config: WriteConfig, tmp_path: Pat
     assert summary(tmp_path / "whole")["stopped_early"] is None
     assert identical(tensors(run, END, ""), tensors(tmp_path / "whole", END, ""))
     assert reported(run) == [record for record in reported(tmp_path / "whole") if record["step"] <= END]
+    comparison = write_report([run, tmp_path / "whole"], tmp_path / "two.html").read_text()
+    assert comparison.count("stopped early") == 1
+    assert how_far(None, run) == [f"{run}: finished at step {END} of 30, early"]
 
     patient = {"train": {**PLAIN["train"], "early_stopping": {**RULE, "patience": 99}}}
     assert train("--config", write_config(**patient)).code == 0

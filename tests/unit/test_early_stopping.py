@@ -13,10 +13,13 @@ from conftest import Train, WriteConfig, nightly
 from resuming import assert_same_end, reported
 from run_results import checkpoint, identical, records, summary, tensors
 
+from launch.slurm_watch import _run as how_far
 from trainer.checkpoint.manifest import Progress
 from trainer.config import EarlyStoppingConfig
 from trainer.early_stopping import EarlyStopping
 from trainer.faults.plan import VARIABLE, Event, write_plan
+from trainer.report import write_report
+from trainer.tracking import Trackers
 
 pytestmark = pytest.mark.unit
 
@@ -103,6 +106,9 @@ def test_a_run_ends_early(train: Train, write_config: WriteConfig, tmp_path: Pat
     assert summary(tmp_path / "whole")["stopped_early"] is None
     assert identical(tensors(run, END, ""), tensors(tmp_path / "whole", END, ""))
     assert reported(run) == [record for record in reported(tmp_path / "whole") if record["step"] <= END]
+    comparison = write_report([run, tmp_path / "whole"], tmp_path / "two.html").read_text()
+    assert comparison.count("stopped early") == 1
+    assert how_far(None, run) == [f"{run}: finished at step {END} of 30, early"]
 
     patient = {"train": {**PLAIN["train"], "early_stopping": {**RULE, "patience": 99}}}
     assert train("--config", write_config(**patient)).code == 0
@@ -157,11 +163,17 @@ def inject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return plan
 
 
-def test_the_mode_is_the_tasks(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
+def test_the_mode_is_the_tasks(
+    train: Train, write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(Trackers, "summarise", lambda _, values, step: told.update(values, step=step))
     rule = {"metric": "accuracy", "patience": 1, "min_delta": 2.0}  # more than accuracy can ever gain
     assert train("--config", write_config(train={"epochs": 4, "batch_size": 12, "early_stopping": rule})).code == 0
     assert summary(tmp_path / "run")["step"] == 10
-    assert "by more than 2 in 1 evaluation" in summary(tmp_path / "run")["stopped_early"]["reason"]
+    reason = summary(tmp_path / "run")["stopped_early"]["reason"]
+    assert "by more than 2 in 1 evaluation" in reason
+    assert (told["step"], told["status"], told["stopped_early"]) == (10, "finished", reason)
     assert checkpoint(tmp_path / "run", 10).manifest.progress.better_of == "max accuracy"
 
 

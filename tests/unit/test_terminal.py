@@ -58,6 +58,18 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Log
     assert [record.getMessage() for record in caplog.records] == ["step 60/100  epoch 1.50  eval/accuracy 0.5"]
 
 
+def test_a_bar_of_a_run_that_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = _Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    display = ProgressDisplay(total_steps=100, first_step=20)
+    display.show(60, 1.5, REPORT)
+    display.ends_at(60)
+    display.close()
+    last = terminal.getvalue().split("\r")[-1]
+    assert "100%|" in last
+    assert "60/60" in last
+
+
 def test_lines_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "lockstep")
     display = ProgressDisplay(total_steps=100, first_step=20)

@@ -296,7 +296,9 @@ class TeacherConfig(Component):
 class TaskConfig(Component):
     """What a batch means, how it is scored, and the loss."""
 
-    name: ComponentName = Field("classification", description="A built-in task by name, or an import path to a task class.")
+    name: ComponentName = Field(
+        "classification", description="A built-in task by name, or an import path to a task class."
+    )
     loss: Component | None = Field(
         None,
         description="The loss: `cross_entropy` (the task's default), or an import path to a function of "

@@ -18,7 +18,6 @@ TABLES = [
     for page in DOCS
     for found in re.findall(r"<!-- table: (\S+) -->\n(.*?)<!-- end -->", page.read_text(), re.DOTALL)
 ]
-YAML = r"```yaml\n(.*?)```"
 MAKERS = {
     "chaos-cpu": faults.chaos_table,
     "checkpoint-cpu": checkpoint.table,
@@ -54,16 +53,6 @@ def test_every_result_has_a_table() -> None:
     results = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "benchmarks" / "results").glob("*.json")}
     assert {file for file, _ in TABLES} == results
     assert {Path(file).stem for file in results} == set(MAKERS)
-
-
-@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
-def test_configs_load(page: Path, tmp_path: Path) -> None:
-    """What is a part of a config is put on the README's first one."""
-    (tmp_path / "whole.yaml").write_text(re.findall(YAML, (REPOSITORY / "README.md").read_text(), re.DOTALL)[0])
-    for text in re.findall(YAML, page.read_text(), re.DOTALL):
-        if not re.search(r"(?m)^base:", text):  # which is not here
-            (tmp_path / "docs.yaml").write_text("base: whole.yaml\n" * ("run:" not in text) + text)
-            load_config(str(tmp_path / "docs.yaml"))
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)

@@ -78,6 +78,9 @@ class Transformer(nn.Module):
         rope_base: of the slowest rotation.
     """
 
+    cos: torch.Tensor
+    sin: torch.Tensor
+
     def __init__(
         self,
         vocab_size: int,

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import REPOSITORY, Outcome, Train
+from conftest import REPOSITORY, Outcome, Train, nightly
 from language_model import prepare
 from picture_trees import make_cifar10, make_class_folders, make_coco, make_voc
 from resuming import TrainServer
@@ -76,6 +76,7 @@ RECIPES = {
     ),
     "voc_deeplabv3": Recipe({"train.batch_size": 2, "pixels": PIXELS}),
 }
+BASES = ("imagenet_resnet50",)  # of four others, which run always
 # What a test may change besides `model` of the transformers, whose number of layers is part of their name.
 SIZE = re.compile(
     r"train\.(steps|epochs|batch_size)|schedule\.warmup|optim\.ema\.every|log\.every|tracking\.trackers(\.0)?"
@@ -172,7 +173,7 @@ def test_only_sizes_differ_from_what_is_shipped(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # which dynamo reads
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[nightly] * (name in BASES)) for name in RECIPES])
 def test_recipe_runs(name: str, train: Train, server: TrainServer, place: Path) -> None:
     done = run(name, train, server, place)
     assert done.code == 0, done.err

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import REPOSITORY, Outcome, Train
+from conftest import REPOSITORY, Outcome, Train, nightly
 from language_model import prepare
 from picture_trees import make_cifar10, make_class_folders, make_coco, make_voc
 from resuming import TrainServer
@@ -76,11 +76,12 @@ RECIPES = {
     ),
     "voc_deeplabv3": Recipe({"train.batch_size": 2, "pixels": PIXELS}),
 }
+ALIKE = ("imagenet_resnet50", "synthetic")  # the base of five others; ResNet-50 compiled, as cifar10_fast's net is
 # What a test may change besides `model` of the transformers, whose number of layers is part of their name.
 SIZE = re.compile(
     r"train\.(steps|epochs|batch_size)|schedule\.warmup|optim\.ema\.every|log\.every|tracking\.trackers(\.0)?"
     r"|data\.workers|data\.transforms\.(train|eval)\.\d+\.args\.(size|min_size|max_size)"
-    r"|data\.(train|eval)\.args\.(shape\.\d|sequence_length)"
+    r"|data\.(train|eval)\.args\.(shape\.\d|sequence_length)|task\.metrics\.top5\.args\.(num_classes|top_k)"
     r"|model\.args\.(min_size|max_size|box_batch_size_per_image|rpn_(pre|post)_nms_top_n_(train|test))"
     r"|model\.args\.(vocab_size|width|depth|num_heads|max_length)"
 )
@@ -96,6 +97,8 @@ def overrides(name: str) -> list[str]:
         sizes["schedule.warmup"] = "1 epoch" if shipped.schedule.interval == "epoch" else 1
     if shipped.optim.ema is not None:
         sizes["optim.ema.every"] = 1
+    if "top5" in shipped.task.metrics:
+        sizes |= {"task.metrics.top5.args.num_classes": NUM_CLASSES, "task.metrics.top5.args.top_k": 2}
     if pixels is not None:
         smaller = {"size": pixels, "min_size": pixels // 2, "max_size": 2 * pixels}
         for split in ("train", "eval"):
@@ -172,7 +175,7 @@ def test_only_sizes_differ_from_what_is_shipped(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # which dynamo reads
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[nightly] * (name in ALIKE)) for name in RECIPES])
 def test_recipe_runs(name: str, train: Train, server: TrainServer, place: Path) -> None:
     done = run(name, train, server, place)
     assert done.code == 0, done.err

@@ -15,7 +15,7 @@ from conftest import REPOSITORY
 from launching import run
 from PIL import Image
 
-from benchmarks import feed
+from benchmarks import digits, feed
 from benchmarks.feed import MOST_FOREIGN_CORES, Problem, add_ratios, summarize, table
 from benchmarks.measure import Measurement, measure
 from benchmarks.peers import ENTRIES, Batches, Entry, random_crop
@@ -183,3 +183,8 @@ def test_a_run_measures_and_prints_the_same_table_again(
     assert feed.main() == 0
     assert capsys.readouterr().out == ended.stdout
     assert "| `ours` |" in ended.stdout
+
+
+def test_digits_are_measured_once_per_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digits, "accuracy", lambda seed, run_dir: 99 + seed / 2)
+    assert digits.measure(2) == {"accuracy": [99.0, 99.5], "mean": 99.25}

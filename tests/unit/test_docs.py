@@ -32,6 +32,15 @@ MAKERS = {
 }
 
 
+def test_the_digits_accuracy_is_told_as_measured() -> None:
+    result = json.loads((REPOSITORY / "benchmarks" / "results" / "digits-accuracy.json").read_text())
+    header = (REPOSITORY / "configs" / "digits.yaml").read_text()
+    assert result["mean"] >= 99.4
+    assert f"{result['mean']:.2f}% eval accuracy" in header
+    assert f"({', '.join(f'{value:.2f}' for value in result['accuracy'])})" in header
+    assert f"| {result['mean']:.2f}%, mean of 5 seeds |" in (REPOSITORY / "docs" / "recipes.md").read_text()
+
+
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 def test_configs_load(page: Path, tmp_path: Path) -> None:
     """Each a whole config, or parts of the README's first."""

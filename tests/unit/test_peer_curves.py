@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import tiny_config
+from conftest import nightly, tiny_config
 from run_results import identical, records, tensors, weights
 from torch import nn
 from torch.optim import lr_scheduler
@@ -160,6 +160,7 @@ def torchvisions(
     return losses, rates, model, averages
 
 
+@nightly
 def test_torchvisions_plain_recipe(tmp_path: Path) -> None:
     """ResNet-50's first recipe in small: SGD, labels, StepLR per epoch."""
     run = our_run(tmp_path, model=MODEL, optim=SGD, **STEP_LR)
@@ -283,6 +284,7 @@ def test_timms_recipe_for_transformers(tmp_path: Path) -> None:
     assert_same(run, *found)
 
 
+@nightly
 def test_timms_recipe_for_convolutions(tmp_path: Path) -> None:
     """SGD with Nesterov's momentum, smoothed labels, steps per epoch after a warm-up of its own epochs."""
     optim = {**SGD, "no_weight_decay": ["vector"], "ema": {"decay": 0.95, "warmup": "timm"}}

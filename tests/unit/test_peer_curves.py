@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ def test_torchvisions_new_recipe(tmp_path: Path) -> None:
 
 # ---- timm -------------------------------------------------------------------------------------------------------
 
-timm = pytest.importorskip("timm")
+needs_timm = pytest.mark.skipif(find_spec("timm") is None, reason="needs pip install 'lockstep-trainer[timm]'")
 
 VIT = {"name": "timm:test_vit", "args": {"img_size": 32, "num_classes": NUM_CLASSES}}
 RESNET = {"name": "timm:test_resnet", "args": {"num_classes": NUM_CLASSES}}
@@ -204,7 +205,8 @@ RESNET = {"name": "timm:test_resnet", "args": {"num_classes": NUM_CLASSES}}
 
 def timms(
     run: Run,
-    model: nn.Module,
+    name: str,
+    args: dict[str, Any],
     optimizer: dict[str, Any],
     schedule: dict[str, Any],
     smoothing: float,
@@ -212,12 +214,13 @@ def timms(
     clip_grad: float | None = None,
 ) -> tuple[list[float], list[float], nn.Module, dict[str, torch.Tensor]]:
     """Trains as timm's train.py does, in float32 and without a prefetcher."""
+    from timm import create_model
     from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
     from timm.optim import create_optimizer_v2
     from timm.scheduler import create_scheduler_v2
     from timm.utils import ModelEmaV3, dispatch_clip_grad
 
-    peers(model, run)
+    model = peers(create_model(name, num_classes=NUM_CLASSES, **args), run)
     groups = create_optimizer_v2(model, **optimizer)
     averages = ModelEmaV3(model, decay=0.95, use_warmup=True)
     criterion = SoftTargetCrossEntropy() if is_mixed else LabelSmoothingCrossEntropy(smoothing=smoothing)
@@ -246,6 +249,7 @@ def timms(
     return losses, rates, model, dict(averages.module.named_parameters())
 
 
+@needs_timm
 def test_timms_recipe_for_transformers(tmp_path: Path) -> None:
     """DeiT's in small: AdamW, layer decay, mixup, cutmix, smoothing, clipping, EMA with warm-up, cosine on updates."""
     optim = {
@@ -267,7 +271,8 @@ def test_timms_recipe_for_transformers(tmp_path: Path) -> None:
     run = our_run(tmp_path, model=VIT, optim=optim, schedule=schedule, **SMOOTHED, **MIXED)
     found = timms(
         run,
-        timm.create_model("test_vit", img_size=32, num_classes=NUM_CLASSES),
+        "test_vit",
+        {"img_size": 32},
         {"opt": "adamw", "lr": 2e-3, "weight_decay": 0.05, "layer_decay": 0.75},
         {
             "sched": "cosine",
@@ -284,6 +289,7 @@ def test_timms_recipe_for_transformers(tmp_path: Path) -> None:
     assert_same(run, *found)
 
 
+@needs_timm
 @nightly
 def test_timms_recipe_for_convolutions(tmp_path: Path) -> None:
     """SGD with Nesterov's momentum, smoothed labels, steps per epoch after a warm-up of its own epochs."""
@@ -298,7 +304,8 @@ def test_timms_recipe_for_convolutions(tmp_path: Path) -> None:
     run = our_run(tmp_path, model=RESNET, optim=optim, schedule=schedule, **SMOOTHED)
     found = timms(
         run,
-        timm.create_model("test_resnet", num_classes=NUM_CLASSES),
+        "test_resnet",
+        {},
         {"opt": "sgd", "lr": 0.05, "weight_decay": 1e-3, "momentum": 0.9},
         {
             "sched": "step",
@@ -351,6 +358,7 @@ def test_mixing_is_torchvisions() -> None:
             assert torch.equal(our_targets[i : i + 2], theirs.transform(pair, params))
 
 
+@needs_timm
 @pytest.mark.parametrize("use_cutmix", [False, True], ids=["mixup", "cutmix"])
 def test_mixing_is_timms(use_cutmix: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """timm flips a batch, which swaps two, and smooths before it mixes, which is the same as after."""

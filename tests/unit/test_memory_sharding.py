@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from memory_models import loss_of
+from torch import nn
 from torchvision import models
 
 from trainer.memory.devices import find_device
 from trainer.memory.planner import Job, Planner
+from trainer.memory.sharding import simulate_sharded_step
 
 
 def planner_of(**settings: Any) -> Planner:
@@ -58,3 +60,19 @@ def test_gradients_are_whole_while_they_accumulate() -> None:
 def test_more_processes_take_less_each() -> None:
     peaks = [(p := planner_of(num_ranks=n)).sharded(p.uniform(16, "none")).peak_bytes for n in (1, 2, 8)]
     assert peaks == sorted(peaks, reverse=True)
+
+
+def test_an_optimizer_that_gathers_whole_matrices() -> None:
+    """Twice: torch remembers from the first time how it gathered them, and from which processes."""
+
+    def muon(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.Muon([p for p in model.parameters() if p.ndim == 2])
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return model(batch).sum()
+
+    settings: dict[str, Any] = {"device_type": "cpu", "granularity": 1}
+    for size in (2, 4):
+        batch = torch.randn(size, 8)
+        step = simulate_sharded_step(nn.Linear(8, 6), loss, muon, batch, 2, lambda model: {}, **settings)
+        assert step.persistent["optimizer"] == 3 * 8 * 4

@@ -247,7 +247,9 @@ def test_patterns_name_tied_parameters_by_each_of_their_names() -> None:
 
 
 BLOCKS_IN_DOCS = re.findall(
-    r"```yaml\n(.*?)```", (REPOSITORY / "docs" / "recipes.md").read_text().partition("## Optimizer")[2], re.DOTALL
+    r"```yaml\n(.*?)```",
+    (REPOSITORY / "docs" / "recipes.md").read_text().partition("\n## Optimizer\n")[2].partition("\n## ")[0],
+    re.DOTALL,
 )
 
 

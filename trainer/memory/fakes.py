@@ -15,7 +15,6 @@ Kernels' workspaces are not known to fake tensors, and neither is cuDNN's choice
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -42,7 +41,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainer.data.nested import map_tensors
 
 _ATEN = torch.ops.aten
-_NUM_GROUPS = itertools.count()
 _LOW = (torch.bfloat16, torch.float16)
 _AUTOCAST_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
@@ -239,7 +237,8 @@ def fake_mesh(num_ranks: int) -> Iterator[DeviceMesh]:
     group._set_default_backend(backend)
     create: Any = FakeProcessGroup._create_internal  # whose signature depends on torch's version
     group._register_backend(torch.device("cpu"), backend, create(0, num_ranks, None))
-    name: Any = f"lockstep-fake-{next(_NUM_GROUPS)}"
+    # torch remembers how it sharded an operation on a mesh like this one, and with it the name of that one's group.
+    name: Any = f"lockstep-fake-{num_ranks}"
     group._set_group_name(name)
     _register_process_group(name, group)
     try:

@@ -65,6 +65,8 @@ def test_masks_go_with_their_boxes() -> None:
     task.forward(model, [[IMAGE], [target(boxes, [1, 1, 2], masks=masks)]])
     assert model.targets is not None
     assert model.targets[0]["masks"][:, 0, 0].tolist() == [0, 2]
+    task.forward(model, [[IMAGE], [target([], [], masks=torch.zeros(0, dtype=torch.int64))]])
+    assert model.targets[0]["masks"].shape == (0, 20, 30)
 
 
 def test_evaluation_gets_pictures_only_and_bytes_become_shares() -> None:

@@ -124,7 +124,9 @@ class Detection(Task):
             is_kept &= target["iscrowd"] == 0
         kept = is_kept.nonzero().squeeze(1)
         learnt = {"boxes": boxes[kept], "labels": self._translated(target["labels"].long()[kept], "label")}
-        return {**learnt, "masks": target["masks"][kept]} if self.masks else learnt
+        if self.masks:  # of a picture without objects nobody knew the size
+            learnt["masks"] = target["masks"].reshape(len(boxes), height, width)[kept]
+        return learnt
 
     def _translated(self, labels: torch.Tensor, to: str) -> torch.Tensor:
         """Returns the model's labels of the data set's ids, or with `to="id"` the other way round."""

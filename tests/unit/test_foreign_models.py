@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from conftest import Train, WriteConfig, nightly
 from torch import nn
 
-from trainer.config import ModelConfig
+from launch import plan
+from trainer.config import ModelConfig, load_config
 from trainer.errors import UserError
 from trainer.memory.blocks import repeated_blocks
 from trainer.model import build_model
@@ -124,17 +126,29 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+DIGITS = {
+    "train": {"name": "digits", "args": {"split": "eval"}},
+    "eval": {"name": "digits", "args": {"split": "eval"}},
+    "workers": 0,
+}
+
+
+@nightly
+@pytest.mark.parametrize("name", MODELS)
+def test_they_are_planned(name: str, write_config: WriteConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    memory = {"checkpointing": "full"}
+    file = write_config(data=DIGITS, model={"name": name, **MODELS[name]}, memory=memory)
+    assert plan.run(load_config(str(file)), "h100-80g", 2) == plan.FITS
+    assert re.search(r"[1-9]\d* repeated blocks", capsys.readouterr().out)
+
+
 @nightly
 @pytest.mark.parametrize("name", MODELS)
 def test_they_train_resume_and_are_exported(name: str, train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
     from trainer.results import evaluate, export
 
     file = write_config(
-        data={
-            "train": {"name": "digits", "args": {"split": "eval"}},
-            "eval": {"name": "digits", "args": {"split": "eval"}},
-            "workers": 0,
-        },
+        data=DIGITS,
         model={"name": name, **MODELS[name]},
         memory={"checkpointing": "full"},
         train={"steps": 4, "batch_size": 8},

@@ -89,7 +89,7 @@ def reads_weights(name: str, args: dict[str, Any]) -> bool:
     return bool(args.get("pretrained")) or name.endswith(f".{_FROM_PRETRAINED}")
 
 
-def _class_argument(model_class: type[nn.Module]) -> str:
+def _class_argument(model_class: type) -> str:
     from transformers.models.auto import modeling_auto
 
     of_tokens = {

@@ -20,7 +20,7 @@ from trainer.model import build_model
 
 pytest.importorskip("timm")
 
-VIT = {
+VIT: dict[str, Any] = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
@@ -29,7 +29,7 @@ VIT = {
     "patch_size": 4,
     "num_channels": 1,
 }
-GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+GPT2: dict[str, Any] = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
 
 
 def build(name: str, num_classes: int | None = None, is_fresh: bool = False, **args: Any) -> Any:
@@ -105,7 +105,7 @@ def test_from_pretrained_is_called_as_it_is(transformers: Any, tmp_path: Path, m
     saved = build("transformers:ViTForImageClassification", num_labels=5, **VIT)
     saved.bfloat16().save_pretrained(tmp_path)
     name = "transformers:AutoModelForImageClassification.from_pretrained"
-    where = {"pretrained_model_name_or_path": str(tmp_path)}
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(tmp_path)}
     model = build(name, **where)
     assert model.classifier.weight.dtype == torch.float32
     assert torch.equal(model.classifier.weight, saved.classifier.weight.float())

@@ -59,13 +59,13 @@ class LanguageModel(Task):
                 what = [list(t.shape) if isinstance(t, torch.Tensor) else type(t).__name__ for t in (inputs, targets)]
                 message = "inputs and targets must be int64 (batch, tokens), the same for both"
                 raise UserError(f"{message} (got {what[0]} and {what[1]})")
-        for what, tokens in (("input", inputs), ("target", targets)):
+        for name, tokens in (("input", inputs), ("target", targets)):
             wrong = (tokens < 0) | (tokens >= self.num_classes)
             if tokens is targets:
                 wrong &= tokens != IGNORED
             if wrong.any():
                 i, position = map(int, wrong.nonzero()[0])
-                found = f"sample {int(sample_ids[i])} has the {what} {int(tokens[i, position])} at position {position}"
+                found = f"sample {int(sample_ids[i])} has the {name} {int(tokens[i, position])} at position {position}"
                 raise UserError(f"{found}; the model's tokens are 0 to {self.num_classes - 1}")
 
     def forward(self, model: torch.nn.Module, data: Any) -> torch.Tensor:

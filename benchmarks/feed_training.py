@@ -36,7 +36,8 @@ from PIL import Image
 from benchmarks.feed import TIMEOUT, Problem, _show_progress, _spread, describe_environment
 from benchmarks.peers import AREA, ASPECT, ENTRIES, MEAN, SIZE, STD, open_timm_loader
 from benchmarks.pictures import DEFAULT_FOLDER, NUM_CLASSES, Shape, describe, make_picture, make_pictures
-from trainer.config import DataConfig, ModelConfig
+from trainer.config_data import DataConfig
+from trainer.config_model import ModelConfig
 from trainer.data.datasets import ImageFolder
 from trainer.data.feed import DeviceFeed
 from trainer.data.sampler import BatchPlan, StepSampler

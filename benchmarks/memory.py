@@ -34,7 +34,7 @@ from torch import nn
 
 from benchmarks.feed import MOST_FOREIGN_CORES, _spread, describe_environment
 from benchmarks.measure import _Clocks
-from trainer.config import ModelConfig
+from trainer.config_model import ModelConfig
 from trainer.data.tuning import cores_of_a_rank
 from trainer.errors import one_line
 from trainer.memory.blocks import repeated_blocks

@@ -359,7 +359,7 @@ def open_our_feed(folder: Path, batch_size: int, seed: int, pack: dict[str, Any]
     """
     import torch
 
-    from trainer.config import CacheConfig, DataConfig
+    from trainer.config_data import CacheConfig, DataConfig
     from trainer.data.datasets import build_dataset
     from trainer.data.feed import DeviceFeed
     from trainer.data.packed import PackedImages

@@ -41,7 +41,9 @@ from benchmarks.memory import (
     show_times,
     waiting_for,
 )
-from trainer.config import BackendsConfig, Config, ModelConfig, OptimConfig
+from trainer.config import Config
+from trainer.config_devices import BackendsConfig
+from trainer.config_model import ModelConfig, OptimConfig
 from trainer.data.tuning import cores_of_a_rank
 from trainer.errors import one_line
 from trainer.memory.blocks import repeated_blocks

@@ -15,7 +15,8 @@ from typing import TypeVar
 import torch
 
 from trainer.assembly import class_count
-from trainer.config import Component, Config
+from trainer.config import Config
+from trainer.config_values import Component
 from trainer.data.build import build_data
 from trainer.data.datasets import SizedDataset
 from trainer.data.feed import DeviceFeed

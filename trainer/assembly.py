@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
-from trainer.config import Config, DataConfig, ModelConfig, TeacherConfig
+from trainer.config import Config
+from trainer.config_data import DataConfig
+from trainer.config_model import ModelConfig, TeacherConfig
 from trainer.data.build import build_data, packed
 from trainer.data.datasets import SizedDataset, class_names
 from trainer.data.feed import DeviceFeed

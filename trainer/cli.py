@@ -17,7 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from trainer.config import CacheConfig, Config, load_config, read_section, schema_text
+from trainer.config import Config, load_config, read_section, schema_text
+from trainer.config_data import CacheConfig
 from trainer.errors import UserError, one_line, one_line_text
 from trainer.faults.fault import is_lost_peer
 from trainer.faults.stopping import STOP_SIGNALS

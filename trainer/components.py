@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from trainer.config import Component
+from trainer.config_values import Component
 from trainer.errors import UserError, nearest, one_line, place_at
 from trainer.foreign_models import TIMM, timm_model
 from trainer.memory.out_of_memory import is_out_of_memory

@@ -1,13 +1,13 @@
 """What sections of a config are made of: their base, and the types of single values (intervals, amounts, numbers).
 
-Imports no torch. The sections themselves are `trainer.config` and `trainer.config_launch`.
+Imports no torch. The sections are `trainer.config` and the `config_*` files beside this one.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
@@ -288,3 +288,10 @@ def _ema_warmup(value: object) -> object:
 EmaWarmup = Annotated[bool | Literal["timm"], BeforeValidator(_ema_warmup)]
 Workers = Annotated[int | Literal["auto"], BeforeValidator(_workers)]
 MicroBatchSize = Annotated[int | Literal["auto"] | None, BeforeValidator(_micro_batch_size)]
+
+
+class Component(Section):
+    """Something built by name: a built-in's short name, or `package.module:attribute` of the user's own."""
+
+    name: ComponentName = Field(description="A built-in's short name or an import path `package.module:attribute`.")
+    args: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments that it is called with.")

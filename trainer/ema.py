@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from trainer.config import EmaConfig
+from trainer.config_model import EmaConfig
 from trainer.memory.sharding import local_part
 
 

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from trainer.config import NormalizeConfig
+from trainer.config_data import NormalizeConfig
 from trainer.errors import one_line
 from trainer.tasks.base import Task
 

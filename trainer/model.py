@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from trainer.components import accepts, call, is_import_path, resolve
-from trainer.config import Config, ModelConfig
+from trainer.config import Config
+from trainer.config_model import ModelConfig
 from trainer.errors import UserError
 from trainer.foreign_models import (
     TIMM,

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from trainer.components import accepts, call, resolve
-from trainer.config import Component, OptimConfig
+from trainer.config_model import OptimConfig
+from trainer.config_values import Component
 from trainer.errors import UserError
 from trainer.param_groups import Treatment, choose_treatments
 from trainer.two_optimizers import TwoOptimizers

@@ -24,7 +24,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
-from trainer.config import ParallelConfig
+from trainer.config_devices import ParallelConfig
 from trainer.data.feed import MicroBatch
 from trainer.data.nested import map_tensors
 from trainer.errors import UserError, one_line_text

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.config import OptimConfig
+from trainer.config_model import OptimConfig
 from trainer.errors import Problem, UserError, nearest
 from trainer.memory.blocks import repeated_blocks
 from trainer.two_optimizers import TwoOptimizers

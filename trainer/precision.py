@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from accelerate.utils import is_torchao_available, is_transformer_engine_available
 from torch import nn
 
-from trainer.config import BackendsConfig, Precision
+from trainer.config import Precision
+from trainer.config_devices import BackendsConfig
 from trainer.errors import UserError
 
 STEP_DTYPES: dict[Precision, torch.dtype] = {

@@ -28,7 +28,8 @@ from accelerate.utils import DDPCommunicationHookType, patch_environment
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.config import Config, ParallelConfig
+from trainer.config import Config
+from trainer.config_devices import ParallelConfig
 from trainer.data.modes import device_memory
 from trainer.data.tuning import cores_of_a_rank
 from trainer.errors import Problem, UserError, one_line

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from trainer.components import accepts, call, resolve
-from trainer.config import Interval, OptimConfig, ScheduleConfig
+from trainer.config_model import OptimConfig, ScheduleConfig
+from trainer.config_values import Interval
 from trainer.errors import UserError, one_line, place_at
 
 Factor = Callable[[int], float]

@@ -20,7 +20,7 @@ from trainer.checkpoint.manifest import Damaged
 from trainer.checkpoint.reading import Checkpoint
 from trainer.checkpoint.storage import MANIFEST, LocalStorage, open_storage
 from trainer.components import is_import_path
-from trainer.config import ModelConfig
+from trainer.config_model import ModelConfig
 from trainer.errors import UserError, nearest, one_line, one_line_text
 
 logger = logging.getLogger("lockstep")

@@ -14,7 +14,7 @@ from run_results import losses, summary, weights
 from segments import Segments, SmallSegmenter
 from torch.nn import functional
 
-from trainer.config import DataConfig
+from trainer.config_data import DataConfig
 from trainer.data.feed import DeviceFeed
 from trainer.data.sampler import BatchPlan, StepSampler
 from trainer.faults.plan import VARIABLE, Event, write_plan

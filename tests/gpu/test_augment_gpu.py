@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainer.config import AugmentConfig, NormalizeConfig
+from trainer.config_data import AugmentConfig, NormalizeConfig
 from trainer.data.augment import DeviceAugmentation, mix_targets
 from trainer.data.draws import sample_keys
 from trainer.data.sampler import SampleKey

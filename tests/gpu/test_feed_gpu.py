@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from benchmarks.feed_training import count_overlapping_copies
-from trainer.config import DataConfig
+from trainer.config_data import DataConfig
 from trainer.data.arrays import ArrayPictures, as_array_pictures
 from trainer.data.datasets import ImageFolder, TorchFile
 from trainer.data.decode import codec, decodes_on_gpu

@@ -12,7 +12,8 @@ from run_results import losses, summary
 from torch import nn
 from torchvision import models
 
-from trainer.config import OptimConfig, load_config
+from trainer.config import load_config
+from trainer.config_model import OptimConfig
 from trainer.loop import Trainer
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.checkpointing import Setting, apply_checkpointing, uniform_policies

@@ -11,7 +11,7 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as image_functional
 
-from trainer.config import AugmentConfig, NormalizeConfig
+from trainer.config_data import AugmentConfig, NormalizeConfig
 from trainer.data.augment import AugmentationPlan, DeviceAugmentation, SymmetricBeta, mix_targets
 from trainer.data.draws import Keys, sample_keys
 from trainer.data.sampler import SampleKey

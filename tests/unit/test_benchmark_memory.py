@@ -78,7 +78,8 @@ def test_the_switches_benchmark_measures_every_switch_or_says_why_not(tmp_path: 
 
 
 def test_all_switches_are_settings_with_these_values() -> None:
-    from trainer.config import BackendsConfig, ModelConfig, OptimConfig, ParallelConfig
+    from trainer.config_devices import BackendsConfig, ParallelConfig
+    from trainer.config_model import ModelConfig, OptimConfig
 
     sections: dict[str, Any] = {
         "model": ModelConfig,

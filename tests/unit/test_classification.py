@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from trainer.config import TaskConfig
+from trainer.config_model import TaskConfig
 from trainer.errors import UserError
 from trainer.tasks import build_task
 from trainer.tasks.classification import Classification, CrossEntropy

@@ -14,7 +14,8 @@ from conftest import REPOSITORY, Train, WriteConfig
 from pydantic import ValidationError
 
 from trainer import yaml_source
-from trainer.config import Config, Interval, Section, load_config, schema_text
+from trainer.config import Config, load_config, schema_text
+from trainer.config_values import Interval, Section
 from trainer.errors import UserError
 
 SHIPPED = sorted(

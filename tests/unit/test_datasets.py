@@ -14,7 +14,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision import datasets as torchvision_datasets
 
-from trainer.config import Component, DataConfig
+from trainer.config_data import DataConfig
+from trainer.config_values import Component
 from trainer.data.datasets import (
     Digits,
     ImageFolder,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from trainer import results
-from trainer.config import EmaConfig
+from trainer.config_model import EmaConfig
 from trainer.ema import Ema
 
 EMA = {"name": "adamw", "lr": 0.01, "ema": {"decay": 0.9}}

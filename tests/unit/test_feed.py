@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.config import DataConfig
+from trainer.config_data import DataConfig
 from trainer.data.arrays import as_array_pictures
 from trainer.data.datasets import ImageFolder, TorchFile
 from trainer.data.feed import DeviceFeed

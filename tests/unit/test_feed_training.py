@@ -272,7 +272,7 @@ class Relabelled(ImageFolder):
 
 
 def test_a_subclass_that_changes_items_is_read_through_them(photos: Path) -> None:
-    from trainer.config import DataConfig
+    from trainer.config_data import DataConfig
     from trainer.data.feed import DeviceFeed
     from trainer.tasks.classification import Classification
 

@@ -13,7 +13,8 @@ from conftest import Train, WriteConfig, nightly
 from torch import nn
 
 from launch import plan
-from trainer.config import ModelConfig, load_config
+from trainer.config import load_config
+from trainer.config_model import ModelConfig
 from trainer.errors import UserError
 from trainer.memory.blocks import repeated_blocks
 from trainer.model import build_model

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from trainer import results
-from trainer.config import ModelConfig, load_config
+from trainer.config import load_config
+from trainer.config_model import ModelConfig
 from trainer.loop import Trainer
 from trainer.memory.trace import simulate_step
 from trainer.model import build_model

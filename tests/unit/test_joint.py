@@ -17,7 +17,8 @@ from torchvision import datasets, tv_tensors
 from torchvision.datasets import voc as voc_of_torchvision
 from torchvision.transforms import v2
 
-from trainer.config import Component, DataConfig
+from trainer.config_data import DataConfig
+from trainer.config_values import Component
 from trainer.data.datasets import build_dataset, class_names
 from trainer.data.feed import DeviceFeed
 from trainer.data.joint import JointTransform, with_typed_samples

@@ -20,7 +20,8 @@ from run_results import summary
 from torch.nn import functional
 
 from trainer.assembly import class_count
-from trainer.config import TaskConfig, load_config
+from trainer.config import load_config
+from trainer.config_model import TaskConfig
 from trainer.errors import UserError
 from trainer.memory.blocks import repeated_blocks
 from trainer.tasks import build_task

@@ -13,7 +13,8 @@ from picture_trees import make_class_folders
 from torchvision.transforms import v2
 from vectors import Vectors
 
-from trainer.config import DataConfig, load_config
+from trainer.config import load_config
+from trainer.config_data import DataConfig
 from trainer.data.datasets import ImageFolder, Synthetic
 from trainer.data.feed import DeviceFeed
 from trainer.data.loader import preserved_generators, sample_seed, seed_global_generators

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from torchvision import models
 from torchvision.models.regnet import BlockParams
 
-from trainer.config import ModelConfig
+from trainer.config_model import ModelConfig
 from trainer.errors import UserError
 from trainer.model import build_model
 from trainer.weights import load_weights

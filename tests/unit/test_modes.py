@@ -10,7 +10,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from trainer.config import DataConfig
+from trainer.config_data import DataConfig
 from trainer.data import modes, tuning
 from trainer.data.datasets import TorchFile
 from trainer.data.tuning import WorkerTuner

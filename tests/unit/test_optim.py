@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from trainer.components import _library_names
-from trainer.config import OptimConfig
+from trainer.config_model import OptimConfig
 from trainer.errors import UserError
 from trainer.optim import build_optimizer
 

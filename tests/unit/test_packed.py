@@ -24,7 +24,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.config import CacheConfig
+from trainer.config_data import CacheConfig
 from trainer.data import packed, packing
 from trainer.data.datasets import ImageFolder, class_names, is_image_data
 from trainer.data.packed import MANIFEST, PackedImages
@@ -337,7 +337,7 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 from types import SimpleNamespace
-from trainer.config import CacheConfig
+from trainer.config_data import CacheConfig
 from trainer.data import packing
 from trainer.errors import UserError
 root, cache = sys.argv[1:]

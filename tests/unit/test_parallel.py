@@ -16,7 +16,8 @@ from torch import nn
 from torchvision import models
 
 from launch.cli import main as launch
-from trainer.config import ParallelConfig, load_config
+from trainer.config import load_config
+from trainer.config_devices import ParallelConfig
 from trainer.data.feed import MicroBatch
 from trainer.data.sampler import BatchPlan, EvalSampler, MicroBatchSampler, StepSampler
 from trainer.errors import UserError

@@ -18,7 +18,8 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 from vectors_model import Blocks
 
-from trainer.config import OptimConfig, load_config
+from trainer.config import load_config
+from trainer.config_model import OptimConfig
 from trainer.errors import UserError
 from trainer.loop import Trainer
 from trainer.optim import build_optimizer

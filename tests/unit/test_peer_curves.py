@@ -26,7 +26,8 @@ from torchvision.models import DenseNet
 from torchvision.ops._utils import split_normalization_params
 from torchvision.transforms import v2
 
-from trainer.config import AugmentConfig, load_config
+from trainer.config import load_config
+from trainer.config_data import AugmentConfig
 from trainer.data.augment import AugmentationPlan, DeviceAugmentation, mix_targets
 from trainer.data.draws import sample_keys
 from trainer.data.feed import MicroBatch

@@ -20,7 +20,10 @@ from torch.nn import functional
 from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
 
 from trainer.assembly import Assembly
-from trainer.config import Component, DataConfig, TaskConfig, TeacherConfig, load_config
+from trainer.config import load_config
+from trainer.config_data import DataConfig
+from trainer.config_model import TaskConfig, TeacherConfig
+from trainer.config_values import Component
 from trainer.data.datasets import ImageFolder, TorchFile
 from trainer.data.feed import DeviceFeed
 from trainer.data.sampler import BatchPlan, MicroBatchSampler, SampleKey, StepSampler

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
 from trainer.components import BUILT_INS
-from trainer.config import OptimConfig, ScheduleConfig
+from trainer.config_model import OptimConfig, ScheduleConfig
 from trainer.errors import UserError
 from trainer.schedule import build_learning_rate
 
@@ -278,7 +278,8 @@ def test_transformers(name: str) -> None:
 
 
 def test_every_schedule_is_compared() -> None:
-    compared = {ours.get("name", "constant") for ours, *_ in (*TORCH.values(), *TIMM.values(), *TRANSFORMERS.values())}
+    settings = [case[0] for cases in (TORCH, TIMM, TRANSFORMERS) for case in cases.values()]
+    compared = {ours.get("name", "constant") for ours in settings}
     assert compared == set(BUILT_INS["schedule"])
 
 

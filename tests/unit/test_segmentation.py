@@ -18,7 +18,8 @@ from segments import Segments, SmallSegmenter
 from torch import nn
 from torchvision.models import segmentation as models
 
-from trainer.config import Component, TaskConfig
+from trainer.config_model import TaskConfig
+from trainer.config_values import Component
 from trainer.errors import BadSample, UserError
 from trainer.eval_media import Collector
 from trainer.runtime import explained_model_errors

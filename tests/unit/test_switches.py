@@ -12,7 +12,8 @@ from conftest import Train, WriteConfig
 from run_results import losses, weights
 from torch import nn
 
-from trainer.config import OptimConfig, load_config
+from trainer.config import load_config
+from trainer.config_model import OptimConfig
 from trainer.errors import UserError
 from trainer.loop import Trainer
 from trainer.optim import build_optimizer

@@ -37,7 +37,8 @@ from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.manifest import Manifest, Progress
 from trainer.checkpoint.storage import LocalStorage
 from trainer.cli import main
-from trainer.config import NormalizeConfig, load_config
+from trainer.config import load_config
+from trainer.config_data import NormalizeConfig
 from trainer.config_reporting import TrackingConfig, WandbConfig
 from trainer.data.augment import DeviceAugmentation
 from trainer.data.datasets import Digits

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.config import DataConfig
+from trainer.config_data import DataConfig
 from trainer.data.datasets import ImageFolder
 from trainer.data.feed import DeviceFeed
 from trainer.data.sampler import BatchPlan, StepSampler

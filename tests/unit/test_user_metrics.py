@@ -13,7 +13,7 @@ from counted import Counted
 from run_results import summary
 from torch import nn
 
-from trainer.config import Component
+from trainer.config_values import Component
 from trainer.data.sampler import BatchPlan
 from trainer.errors import UserError
 from trainer.faults.judging import EVALUATION, METRICS

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torchvision.transforms.v2 import functional as image_functional
 
-from trainer.config import AugmentConfig, NormalizeConfig
+from trainer.config_data import AugmentConfig, NormalizeConfig
 from trainer.data.draws import Keys, Stream, uniforms
 from trainer.errors import UserError
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from trainer.config import DataConfig
+from trainer.config_data import DataConfig
 from trainer.data.datasets import (
     ImageFolder,
     RankOrder,

@@ -22,7 +22,8 @@ from torch.utils.data import IterableDataset
 from torchvision import datasets as torchvision_datasets
 
 from trainer.components import accepts, call, is_import_path, resolve
-from trainer.config import Component, DataConfig
+from trainer.config_data import DataConfig
+from trainer.config_values import Component
 from trainer.data.decode import to_rgb
 from trainer.errors import UserError, one_line
 

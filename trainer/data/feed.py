@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from trainer.config import AugmentConfig, DataConfig
+from trainer.config_data import AugmentConfig, DataConfig
 from trainer.data.augment import AugmentationPlan, DeviceAugmentation, mix_targets
 from trainer.data.datasets import SizedDataset
 from trainer.data.device_decode import DeviceDecoder

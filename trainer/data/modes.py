@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import psutil
 import torch
 
-from trainer.config import DataConfig
+from trainer.config_data import DataConfig
 from trainer.data.arrays import ArrayPictures, as_array_pictures
 from trainer.data.datasets import SizedDataset, gives_encoded, is_image_data
 from trainer.data.decode import codec, decodes_on_gpu

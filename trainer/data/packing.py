@@ -37,7 +37,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from trainer.config import CacheConfig
+from trainer.config_data import CacheConfig
 from trainer.data.packed import (
     BROKEN,
     FOOTER,

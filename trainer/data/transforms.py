@@ -20,7 +20,8 @@ from torchvision.transforms import AutoAugmentPolicy, InterpolationMode
 from torchvision.transforms.v2 import functional as image_functional
 
 from trainer.components import call, resolve
-from trainer.config import Component, read_section
+from trainer.config import read_section
+from trainer.config_values import Component
 from trainer.errors import BadSample, UserError, nearest, one_line_text
 
 Item = Any

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from trainer.components import accepts, call, check_args, is_import_path, resolve
-from trainer.config import Component, TaskConfig
+from trainer.config_model import TaskConfig
+from trainer.config_values import Component
 from trainer.errors import UserError
 from trainer.tasks.base import Task
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from trainer.checkpoint.manifest import new_checksum
-from trainer.config import TeacherConfig
+from trainer.config_model import TeacherConfig
 from trainer.errors import UserError
 from trainer.model import build_model, uses_channels_last
 from trainer.weights import settled_weights, start_from_weights

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.components import build
-from trainer.config import Component
+from trainer.config_values import Component
 from trainer.errors import UserError, one_line
 from trainer.tasks.base import Task
 

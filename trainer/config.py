@@ -1,9 +1,8 @@
 """A whole run as a typed, frozen model, `Config`, and the strict way to it from a file.
 
 Owns the sections of a run's length and safety, and the checks between sections; the other sections are the `config_*`
-files beside this one. Reading YAML is `trainer.yaml_source`;
-turning component names into objects is `trainer.components`. Imports no torch: `--help` and config errors
-answer at once.
+files beside this one. Reading YAML is `trainer.yaml_source`; turning component names into objects is
+`trainer.components`. Imports no torch: `--help` and config errors answer at once.
 """
 
 from __future__ import annotations

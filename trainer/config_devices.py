@@ -1,4 +1,4 @@
-"""The sections that say how a model fits and runs on its devices: `backends`, `memory`, `parallel`. Imports no torch."""
+"""The sections of how a model fits and runs on its devices: `backends`, `memory`, `parallel`. Imports no torch."""
 
 from __future__ import annotations
 

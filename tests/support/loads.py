@@ -30,7 +30,7 @@ def rows_of(samples: Any) -> torch.Tensor:
 
 def rows(keys: Keys, slot: Slot, reading: Reading) -> Any:
     """Loads rows of numbers; the epoch of a key is how long to sleep for it, in ms, or -1."""
-    for delay, sample in keys.tolist():
+    for delay, sample, _ in keys.tolist():
         if delay >= 0:
             reading(sample)
             time.sleep(delay / 1000)

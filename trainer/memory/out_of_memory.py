@@ -54,7 +54,7 @@ _PHASES = {
     "prepare": "startup",
     "restore": "restoring a checkpoint",
     "step_batches": "loading a batch",
-    "loss_sum": "forward",
+    "loss_and_count": "forward",
     "backward": "backward",
     "evaluate": "evaluation",
     "save": "saving a checkpoint",

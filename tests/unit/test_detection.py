@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from picture_trees import make_coco
 from torch import nn
 from torchvision.datasets import CocoDetection
+from torchvision.transforms import v2
 
+from trainer.data.joint import JointTransform, with_typed_samples
 from trainer.errors import UserError
 from trainer.eval_media import Collector
 from trainer.tasks.detection import Detection
@@ -67,6 +70,25 @@ def test_masks_go_with_their_boxes() -> None:
     assert model.targets[0]["masks"][:, 0, 0].tolist() == [0, 2]
     task.forward(model, [[IMAGE], [target([], [], masks=torch.zeros(0, dtype=torch.int64))]])
     assert model.targets[0]["masks"].shape == (0, 20, 30)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools decodes masks
+def test_mask_r_cnn_takes_a_coco_picture_without_an_object(tmp_path: Path) -> None:
+    make_coco(tmp_path, {"train": 5})  # the fifth has none
+    data = CocoDetection(str(tmp_path / "train"), str(tmp_path / "annotations" / "instances_train.json"))
+    task = Detection(masks=True)
+    task.look_at(data, None)
+    typed = with_typed_samples(data, task.target_keys)
+    transform = JointTransform([v2.RandomCrop((40, 30))], "input", "target")
+    samples = [transform(typed[i]) for i in (0, 4)]
+    batch = [list(part) for part in zip(*samples, strict=True)]
+    task.check(batch, torch.tensor([0, 4]))
+    model = Listening()
+    task.forward(model, batch)
+    assert model.targets is not None
+    kinds = [(found["masks"].dtype, found["masks"].shape[1:]) for found in model.targets]
+    assert kinds == [(torch.uint8, (40, 30))] * 2
+    assert (len(model.targets[0]["masks"]) > 0, len(model.targets[1]["masks"])) == (True, 0)
 
 
 def test_evaluation_gets_pictures_only_and_bytes_become_shares() -> None:

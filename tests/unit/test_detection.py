@@ -118,6 +118,17 @@ def test_category_ids_are_labels_where_they_fit_and_else_renumbered(
     assert record[0]["labels"].tolist() == record[1]["labels"].tolist() == [7]
 
 
+def test_labels_beyond_the_categories_are_found_and_in_no_category() -> None:
+    task = Detection(num_classes=10)
+    task._ids = [0, 1, 5, 200]
+    there = [target([[0, 0, 10, 10.0], [10, 10, 20, 20]], [5, 200])]
+    boxes = torch.tensor([[0, 0, 10, 10.0], [10, 10, 20, 20], [5, 5, 9, 9]])
+    found = [{"boxes": boxes, "scores": torch.tensor([0.9, 0.8, 0.7]), "labels": torch.tensor([2, 3, 9])}]
+    records = task.eval_records(found, [[IMAGE], there])
+    assert records[0][0]["labels"].tolist() == [5, 200, -1]
+    assert task.metrics_of_records(records)["ap"] == pytest.approx(1.0)
+
+
 def test_too_few_classes_are_refused(coco: CocoDetection) -> None:
     with pytest.raises(UserError, match=r"2 categories, which with the background need 3 classes, not 2"):
         Detection(num_classes=2).look_at(coco, coco)

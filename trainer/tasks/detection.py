@@ -20,6 +20,7 @@ _AP_BY_SIZE = {"ap_small": "map_small", "ap_medium": "map_medium", "ap_large": "
 _NAMES = {**_AP, **_AP_BY_SIZE}  # ours, and those of torchmetrics
 _MOST_DRAWN = 20  # boxes of a picture
 _LEAST_SCORE = 0.5  # of a box that is drawn
+_NO_CATEGORY = -1  # the id of labels that the model has and the data set has not
 
 
 class Detection(Task):
@@ -133,12 +134,13 @@ class Detection(Task):
         if self._ids is None:
             return labels
         if (to, labels.device) not in self._tables:
-            table = torch.tensor(self._ids)
+            table = torch.tensor([*self._ids, _NO_CATEGORY])
             if to == "label":
                 numbers = torch.arange(len(self._ids))
-                table = torch.zeros(max(self._ids) + 1, dtype=torch.int64).index_copy_(0, table, numbers)
+                table = torch.zeros(max(self._ids) + 1, dtype=torch.int64).index_copy_(0, table[:-1], numbers)
             self._tables[to, labels.device] = table.to(labels.device)
-        return self._tables[to, labels.device][labels]
+        table = self._tables[to, labels.device]
+        return table[labels.clamp(max=len(table) - 1)]  # a model may have more labels than there are categories
 
     def loss_sum(self, outputs: Mapping[str, torch.Tensor], data: Any) -> torch.Tensor:
         return torch.stack([loss.float() for loss in outputs.values()]).sum() * len(self.inputs(data))

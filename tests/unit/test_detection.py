@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Train, WriteConfig
 from picture_trees import make_coco
 from torch import nn
 from torchvision.datasets import CocoDetection
 from torchvision.transforms import v2
 
+from trainer.config import load_config
 from trainer.data.joint import JointTransform, with_typed_samples
 from trainer.errors import UserError
 from trainer.eval_media import Collector
@@ -127,6 +130,34 @@ def test_labels_beyond_the_categories_are_found_and_in_no_category() -> None:
     records = task.eval_records(found, [[IMAGE], there])
     assert records[0][0]["labels"].tolist() == [5, 200, -1]
     assert task.metrics_of_records(records)["ap"] == pytest.approx(1.0)
+
+
+COCO_RUN: dict[str, Any] = {
+    "task": {"name": "trainer.tasks.detection:Detection"},  # as a subclass of it would be named
+    "data__train": {"name": "segments:Segments", "args": {"length": 8}},
+    "data__eval": None,
+    "train": {"steps": 1, "batch_size": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precision": "bf16"}, r"precision: .*boxes would be pixels off; use fp16 or no"),
+        ({"precision": "fp16", "parallel": {"strategy": "fsdp"}}, r"precision: fsdp rounds the boxes .*; use no, or"),
+    ],
+)
+def test_settings_that_would_spoil_boxes_or_pictures_are_refused(
+    changes: dict[str, Any], message: str, train: Train, write_config: WriteConfig
+) -> None:
+    done = train("--config", write_config(**COCO_RUN, **changes))
+    assert done.code == 2
+    assert re.search(message, done.err), done.err
+
+
+def test_fp16_and_fsdp_in_float32_are_not_refused(write_config: WriteConfig) -> None:
+    for changes in ({"precision": "fp16"}, {"parallel": {"strategy": "fsdp"}}, {}):
+        Detection().check_config(load_config(write_config(**COCO_RUN, **changes)))
 
 
 def test_too_few_classes_are_refused(coco: CocoDetection) -> None:

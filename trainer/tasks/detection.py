@@ -6,7 +6,7 @@ import importlib.util
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from torchvision.datasets import CocoDetection
 
 from trainer.errors import BadSample, UserError
 from trainer.tasks.base import Task
+
+if TYPE_CHECKING:
+    from trainer.config import Config
 
 _AP = {"ap": "map", "ap50": "map_50", "ap75": "map_75"}
 _AP_BY_SIZE = {"ap_small": "map_small", "ap_medium": "map_medium", "ap_large": "map_large"}
@@ -65,6 +68,14 @@ class Detection(Task):
         self.target_keys = ("boxes", "labels", "masks") if masks else None
         self._ids: list[int] | None = None  # the data set's, by the model's label; None where they are the same
         self._tables: dict[tuple[str, torch.device], torch.Tensor] = {}
+
+    def check_config(self, config: Config) -> None:
+        if config.precision in ("bf16", "fp8"):
+            message = "torchvision makes anchors in the type of the features, and bfloat16 has only whole numbers up to"
+            raise UserError(f"{message} 256: boxes would be pixels off; use fp16 or no", path="precision")
+        if config.precision != "no" and config.parallel.strategy != "ddp":
+            message = f"{config.parallel.strategy} rounds the boxes that a model is given to {config.precision}"
+            raise UserError(f"{message}, to a pixel in large pictures; use no, or strategy: ddp", path="precision")
 
     def look_at(self, train_set: Any, eval_set: Any) -> None:
         if eval_set is not None and importlib.util.find_spec("pycocotools") is None:

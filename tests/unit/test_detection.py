@@ -145,6 +145,7 @@ COCO_RUN: dict[str, Any] = {
     [
         ({"precision": "bf16"}, r"precision: .*boxes would be pixels off; use fp16 or no"),
         ({"precision": "fp16", "parallel": {"strategy": "fsdp"}}, r"precision: fsdp rounds the boxes .*; use no, or"),
+        ({"data__normalize": {"mean": [0.5] * 3, "std": [0.5] * 3}}, r"data\.normalize: .* normalise pictures them"),
     ],
 )
 def test_settings_that_would_spoil_boxes_or_pictures_are_refused(

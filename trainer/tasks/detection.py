@@ -76,6 +76,9 @@ class Detection(Task):
         if config.precision != "no" and config.parallel.strategy != "ddp":
             message = f"{config.parallel.strategy} rounds the boxes that a model is given to {config.precision}"
             raise UserError(f"{message}, to a pixel in large pictures; use no, or strategy: ddp", path="precision")
+        if config.data.normalize is not None:
+            message = "detection models normalise pictures themselves, by image_mean and image_std in model.args"
+            raise UserError(f"{message}: leave it out", path="data.normalize")
 
     def look_at(self, train_set: Any, eval_set: Any) -> None:
         if eval_set is not None and importlib.util.find_spec("pycocotools") is None:

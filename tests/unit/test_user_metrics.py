@@ -131,6 +131,17 @@ def test_where_nothing_counts_nothing_is_learnt(micro_batch_size: int) -> None:
     assert loss == 0
 
 
+def test_where_the_first_micro_batches_count_nothing_the_guess_is_the_samples() -> None:
+    """Undivided sums of thousands of pixels would overflow under fp16."""
+    normaliser = Normaliser(Alone(), BatchPlan.split(6, 6, 3, 1, False), 0)  # type: ignore[arg-type]
+    assert normaliser.scale(torch.tensor(0)) == pytest.approx(1 / 6)
+    assert normaliser.scale(torch.tensor(900)) == pytest.approx(1 / 6)
+    parameter = nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.full((1,), 450 / 6)
+    assert normaliser.settle(torch.optim.SGD([parameter])) == pytest.approx(6 / 900)
+    assert float(parameter.grad) == pytest.approx(0.5)
+
+
 def test_some_counts_are_none_is_refused() -> None:
     normaliser = Normaliser(Alone(), BatchPlan.split(6, 6, 3, 1, False), 0)  # type: ignore[arg-type]
     assert normaliser.scale(None) == 1 / 6

@@ -410,6 +410,8 @@ class TestTeacher:
         task.teacher = self.teacher()
         with pytest.raises(UserError, match=r"task.teacher: the model returns \[12, 3\] and its teacher \[12, 5\]"):
             task.training_loss_sum(LOGITS[:, :3], (self.DATA[0], LABELS % 3))
+        with pytest.raises(UserError, match=r"task.teacher: the model returns a dict and its teacher \[12, 5\]"):
+            task.teacher.taught(torch.zeros(()), {"loss": LOGITS.sum()}, task, self.DATA)
 
     def test_a_loss_that_is_no_sum_over_samples_is_refused(self) -> None:
         class Counting(Classification):
@@ -451,9 +453,9 @@ class TestTeacher:
             ({"task__teacher__alpha": 0.0}, r"task.teacher.alpha: must be greater than 0"),
             ({"train__micro_batch_size": "auto"}, r"train.micro_batch_size: a teacher's memory is not planned"),
             ({"memory__checkpointing": "auto"}, r"memory.checkpointing: a teacher's memory is not planned"),
-            (
-                {"task__name": "segmentation"},
-                r"task.teacher: distillation compares class scores, which segmentation has",
+            *(
+                ({"task__name": name}, rf"task.teacher: distillation compares class scores, which {name} has not")
+                for name in ("segmentation", "detection", "language_model")
             ),
         ],
     )

@@ -81,7 +81,7 @@ class Segmentation(Task):
     def _check_ignored(self) -> None:
         """Refuses to ignore a class because of a number that nobody chose; another number is the user's choice."""
         if self.ignore_index == IGNORED and self.num_classes is not None and self.num_classes > IGNORED:
-            message = f"of {self.num_classes} classes {IGNORED} would be ignored; choose a number that is none, such as -1"
+            message = f"of {self.num_classes} classes {IGNORED} would be ignored; choose another number, such as -1"
             raise UserError(message, path="task.loss.args.ignore_index", agreed=True)
 
     # ---- batches ---------------------------------------------------------------------------------------------

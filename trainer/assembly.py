@@ -129,6 +129,7 @@ class Assembly:
             config.optim, config.schedule, self.total_steps, self.plan.steps_per_epoch
         )
         self.task = build_task(config.task, num_classes)
+        self.task.check_config(config)
         self.task.class_names = self.task.class_names or self.class_names or ()
         self.task.to(self.runtime.device)
         self.user_metrics = UserMetrics(config.task.metrics, self.task, self.runtime.device)

@@ -47,7 +47,7 @@ from trainer.telemetry.clock import Clock, Timer
 from trainer.telemetry.observer import Observer
 from trainer.telemetry.stopwatch import Stopwatch
 from trainer.tracking import reminder
-from trainer.window import Window
+from trainer.window import Window, either
 
 logger = logging.getLogger("lockstep")
 
@@ -225,11 +225,12 @@ class Trainer(Evaluating):
                 undo()
                 return False
         self.at("optimizer")
-        factor = normaliser.settle(self.optimizer)
+        factor, has_no_loss = normaliser.settle(self.optimizer), None
         if factor is not None:
             loss_sum *= factor
-        is_left_out = self.judge(step, loss_sum, num_samples)
-        self.window.add(loss_sum, num_samples, is_left_out)
+            has_no_loss = factor == 0  # nothing in the global batch counts
+        is_left_out = self.judge(step, loss_sum, num_samples, has_no_loss)
+        self.window.add(loss_sum, num_samples, either(is_left_out, has_no_loss))
         if self.saver.holds_state:  # the last save may still be copying what the next line changes
             with self.clock.phase("checkpoint"):
                 self.saver.before_update()
@@ -258,14 +259,16 @@ class Trainer(Evaluating):
                 batch = replace(batch, data=self.injector.spoil(batch.data, step + 1))
             yield batch
 
-    def judge(self, step: int, loss_sum: torch.Tensor, num_samples: int) -> torch.Tensor | None:
+    def judge(
+        self, step: int, loss_sum: torch.Tensor, num_samples: int, has_no_loss: torch.Tensor | None
+    ) -> torch.Tensor | None:
         """Looks at the numbers of a step and clips its gradients. Returns what says whether it is left out, if any."""
         numbers, runtime = self.numbers, self.runtime
         max_norm, max_value = self.config.optim.clip_norm, self.config.optim.clip_value
         num_all = self.plan.step_samples(step)
         is_left_out = None
         if runtime.scaler is not None:  # which skips the step itself, where it then finds that the gradients overflow
-            is_left_out = numbers.judge(step, loss_sum, num_samples, num_all, None)
+            is_left_out = numbers.judge(step, loss_sum, num_samples, num_all, None, has_no_loss)
             if is_left_out is not None:
                 runtime.overflow(self.optimizer, is_left_out)
         if max_norm is not None or max_value is not None:
@@ -277,7 +280,7 @@ class Trainer(Evaluating):
         if max_value is not None:
             runtime.clip_values(self.optimizer, max_value)
         if runtime.scaler is None:
-            is_left_out = numbers.judge(step, loss_sum, num_samples, num_all, self.window.grad_norm)
+            is_left_out = numbers.judge(step, loss_sum, num_samples, num_all, self.window.grad_norm, has_no_loss)
         if is_left_out is not None:  # the forward has changed BatchNorm's statistics
             self.buffers.put_back(is_left_out)
         return is_left_out

@@ -23,8 +23,9 @@ class Normaliser:
 
     The number of samples is known beforehand. What a task counts is known only after the last forward, when all
     backwards but one are done. So a step begins with a guess, which all ranks share: what their first micro-batches
-    count, times the number of these; it keeps gradients in the range that fp16 and compressed exchanges need. `settle`
-    then makes up for the difference. With one micro-batch per rank the guess is the answer.
+    count, times the number of these, or the number of samples where these count nothing; it keeps gradients in the
+    range that fp16 and compressed exchanges need. `settle` then makes up for the difference. With one micro-batch per
+    rank the guess is the answer.
 
     Args:
         runtime: this process among its peers.
@@ -67,10 +68,12 @@ class Normaliser:
         count = self._runtime.exact(count).to(self._runtime.device)
         if self._own is None:
             self._own, self._guess = count.clone(), self._total(count) * self._num_turns
+            if self._num_turns > 1:
+                self._guess = torch.where(self._guess > 0, self._guess, self._num_samples)
         else:
             self._own += count
         assert self._guess is not None
-        return (num_ranks * _inverse(self._guess, 0.0 if self._num_turns == 1 else 1.0)).float()
+        return (num_ranks * _inverse(self._guess)).float()
 
     def settle(self, optimizer: torch.optim.Optimizer) -> torch.Tensor | None:
         """Makes the gradients exact, after the last backward of the step; called before anything looks at them.
@@ -85,9 +88,8 @@ class Normaliser:
         total = self._guess
         if self._num_turns > 1:
             total = self._total(self._own)
-            ratio = _inverse(total, 0.0) * torch.where(self._guess > 0, self._guess, 1.0)
-            _multiply(optimizer, ratio)
-        return self._num_samples * _inverse(total, 0.0)
+            _multiply(optimizer, self._guess * _inverse(total))
+        return self._num_samples * _inverse(total)
 
     def _total(self, count: torch.Tensor) -> torch.Tensor:
         total = count.clone()
@@ -97,8 +99,8 @@ class Normaliser:
         return total
 
 
-def _inverse(count: torch.Tensor, of_nothing: float) -> torch.Tensor:
-    return torch.where(count > 0, 1 / count, of_nothing)
+def _inverse(count: torch.Tensor) -> torch.Tensor:
+    return torch.where(count > 0, 1 / count, 0.0)
 
 
 @torch.no_grad()

@@ -35,7 +35,8 @@ class Window:
         Args:
             loss_sum: of its samples.
             num_samples: how many.
-            is_left_out: a boolean scalar on the device: the step does not count. None where all do.
+            is_left_out: a boolean scalar on the device: the step does not count, such as one that has no loss. None
+                where all do.
         """
         self.num_samples += num_samples
         self.num_timed_steps += 1
@@ -68,3 +69,8 @@ class Window:
     def train_seconds(self, clock: Clock) -> float:
         """Returns the time since `restart` that was spent in steps."""
         return clock.split()["train"] - self._train_seconds
+
+
+def either(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    """Returns where one of two booleans is true; None is false."""
+    return (b if a is None else a) if a is None or b is None else a | b

@@ -70,6 +70,21 @@ def test_image_folder(tmp_path: Path) -> None:
     assert is_image_data(data)
 
 
+@pytest.mark.parametrize(
+    ("target_types", "names"),
+    [("category", ["Abyssinian", "Beagle"]), ("binary-category", ["Cat", "Dog"]), ("segmentation", None)],
+)
+def test_masks_of_pets_are_of_no_breed(target_types: str, names: list[str] | None, tmp_path: Path) -> None:
+    place = tmp_path / "oxford-iiit-pet"
+    for inside in ("images", "annotations/trimaps"):
+        (place / inside).mkdir(parents=True)
+    pets = {"Abyssinian_1": "1 1 1", "beagle_1": "2 2 1"}
+    lines = "".join(f"{name} {numbers}\n" for name, numbers in pets.items())
+    (place / "annotations" / "trainval.txt").write_text(lines)
+    data = build("OxfordIIITPet", root=str(tmp_path), target_types=target_types)
+    assert class_names(data) == names
+
+
 def test_evaluation_folder_keeps_the_labels_of_training(tmp_path: Path) -> None:
     sets = {
         split: {"name": "image_folder", "args": {"root": str(folder(tmp_path / split, classes))}}

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Train, WriteConfig
 from picture_trees import make_coco
 from torch import nn
 from torchvision.datasets import CocoDetection
+from torchvision.transforms import v2
 
+from trainer.config import load_config
+from trainer.data.joint import JointTransform, with_typed_samples
 from trainer.errors import UserError
 from trainer.eval_media import Collector
 from trainer.tasks.detection import Detection
@@ -69,6 +75,25 @@ def test_masks_go_with_their_boxes() -> None:
     assert model.targets[0]["masks"].shape == (0, 20, 30)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools decodes masks
+def test_mask_r_cnn_takes_a_coco_picture_without_an_object(tmp_path: Path) -> None:
+    make_coco(tmp_path, {"train": 5})  # the fifth has none
+    data = CocoDetection(str(tmp_path / "train"), str(tmp_path / "annotations" / "instances_train.json"))
+    task = Detection(masks=True)
+    task.look_at(data, None)
+    typed = with_typed_samples(data, task.target_keys)
+    transform = JointTransform([v2.RandomCrop((40, 30))], "input", "target")
+    samples = [transform(typed[i]) for i in (0, 4)]
+    batch = [list(part) for part in zip(*samples, strict=True)]
+    task.check(batch, torch.tensor([0, 4]))
+    model = Listening()
+    task.forward(model, batch)
+    assert model.targets is not None
+    kinds = [(found["masks"].dtype, found["masks"].shape[1:]) for found in model.targets]
+    assert kinds == [(torch.uint8, (40, 30))] * 2
+    assert (len(model.targets[0]["masks"]) > 0, len(model.targets[1]["masks"])) == (True, 0)
+
+
 def test_evaluation_gets_pictures_only_and_bytes_become_shares() -> None:
     model, task = Listening().eval(), Detection()
     task.forward(model, [[torch.full((3, 4, 4), 255, dtype=torch.uint8)], [target([], [])]])
@@ -94,6 +119,46 @@ def test_category_ids_are_labels_where_they_fit_and_else_renumbered(
     found = [{"boxes": half, "scores": half[0, :1], "labels": torch.tensor([label])}]
     (record,) = task.eval_records(found, [[IMAGE], [target([[0, 0, 5, 5.0]], [7])]])
     assert record[0]["labels"].tolist() == record[1]["labels"].tolist() == [7]
+
+
+def test_labels_beyond_the_categories_are_found_and_in_no_category() -> None:
+    task = Detection(num_classes=10)
+    task._ids = [0, 1, 5, 200]
+    there = [target([[0, 0, 10, 10.0], [10, 10, 20, 20]], [5, 200])]
+    boxes = torch.tensor([[0, 0, 10, 10.0], [10, 10, 20, 20], [5, 5, 9, 9]])
+    found = [{"boxes": boxes, "scores": torch.tensor([0.9, 0.8, 0.7]), "labels": torch.tensor([2, 3, 9])}]
+    records = task.eval_records(found, [[IMAGE], there])
+    assert records[0][0]["labels"].tolist() == [5, 200, -1]
+    assert task.metrics_of_records(records)["ap"] == pytest.approx(1.0)
+
+
+COCO_RUN: dict[str, Any] = {
+    "task": {"name": "trainer.tasks.detection:Detection"},  # as a subclass of it would be named
+    "data__train": {"name": "segments:Segments", "args": {"length": 8}},
+    "data__eval": None,
+    "train": {"steps": 1, "batch_size": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precision": "bf16"}, r"precision: .*boxes would be pixels off; use fp16 or no"),
+        ({"precision": "fp16", "parallel": {"strategy": "fsdp"}}, r"precision: fsdp rounds the boxes .*; use no, or"),
+        ({"data__normalize": {"mean": [0.5] * 3, "std": [0.5] * 3}}, r"data\.normalize: .* normalise pictures them"),
+    ],
+)
+def test_settings_that_would_spoil_boxes_or_pictures_are_refused(
+    changes: dict[str, Any], message: str, train: Train, write_config: WriteConfig
+) -> None:
+    done = train("--config", write_config(**COCO_RUN, **changes))
+    assert done.code == 2
+    assert re.search(message, done.err), done.err
+
+
+def test_fp16_and_fsdp_in_float32_are_not_refused(write_config: WriteConfig) -> None:
+    for changes in ({"precision": "fp16"}, {"parallel": {"strategy": "fsdp"}}, {}):
+        Detection().check_config(load_config(write_config(**COCO_RUN, **changes)))
 
 
 def test_too_few_classes_are_refused(coco: CocoDetection) -> None:

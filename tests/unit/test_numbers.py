@@ -89,6 +89,15 @@ def test_spikes_are_measured_with_the_losses_before_them() -> None:
     assert [bad.what for bad in numbers.found] == ["spike", "loss"]
 
 
+def test_steps_without_a_loss_are_nothing_to_compare_with() -> None:
+    numbers = guard(spike_factor=3.0)
+    for step in range(60):
+        is_empty = step % 3 > 0
+        loss_sum = torch.tensor(0.0 if is_empty else 4 * 2.0, dtype=torch.float64)
+        numbers.judge(step, loss_sum, 4, 4, None, torch.tensor(is_empty))
+    assert (float(numbers.mean_loss), int(numbers.num_losses)) == (2.0, 20)
+
+
 def test_spikes_go_on_where_a_checkpoint_left_off() -> None:
     numbers, again = (guard(non_finite="stop", spike_factor=3.0) for _ in range(2))
     for step in range(30):

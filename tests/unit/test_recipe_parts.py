@@ -173,13 +173,16 @@ class TestRepeats:
     CROPS = {"train": [{"name": "RandomCrop", "args": {"size": 16, "padding": 4}}]}
     MIXED = {"mixup": 0.4, "cutmix": 1.0, "erase": 0.5, "erase_with": "noise"}
 
+    @pytest.mark.parametrize("size", [1, 2])
     @pytest.mark.parametrize(("num_samples", "repeats"), [(26, 3), (25, 3), (24, 2), (3, 2), (5, 5), (2, 2), (101, 4)])
-    def test_an_epoch_is_the_permutation_with_pairs_repeated_and_cut(self, num_samples: int, repeats: int) -> None:
-        sampler = StepSampler(BatchPlan.split(num_samples, 8, None, 1, False, num_repeats=repeats), 0, seed=5)
+    def test_an_epoch_is_the_permutation_with_groups_repeated_and_cut(
+        self, size: int, num_samples: int, repeats: int
+    ) -> None:
+        sampler = StepSampler(BatchPlan.split(num_samples, 8, None, 1, False, size, num_repeats=repeats), 0, seed=5)
         for epoch in (0, 2):
             drawn = torch.randperm(num_samples, generator=torch.Generator().manual_seed(5 + epoch)).tolist()
-            pairs = [drawn[i : i + 2] for i in range(0, num_samples, 2)]
-            expected = [SampleKey(epoch, i, r) for pair in pairs for r in range(repeats) for i in pair][:num_samples]
+            groups = [drawn[i : i + size] for i in range(0, num_samples, size)]
+            expected = [SampleKey(epoch, i, r) for group in groups for r in range(repeats) for i in group][:num_samples]
             per_epoch = sampler.plan.steps_per_epoch
             keys = [key for step in range(epoch * per_epoch, (epoch + 1) * per_epoch) for key in sampler.keys(step)]
             assert keys == expected
@@ -190,6 +193,15 @@ class TestRepeats:
         keys = [key for step in range(4) for key in StepSampler(plan, 0, 5).keys(step)]
         drawn = torch.randperm(25, generator=torch.Generator().manual_seed(5)).tolist()
         assert keys == [SampleKey(0, i, 0) for i in drawn]
+
+    @pytest.mark.parametrize("size", [1, 2])
+    @pytest.mark.parametrize("ranks", [2, 3])
+    def test_ranks_share_the_repeats_of_a_picture(self, ranks: int, size: int) -> None:
+        whole, split = (BatchPlan.split(48, 24, None, n, False, size, num_repeats=ranks) for n in (1, ranks))
+        shares = [StepSampler(split, rank, 5).keys(1) for rank in range(ranks)]
+        assert sorted(key for share in shares for key in share) == sorted(StepSampler(whole, 0, 5).keys(1))
+        for share in shares:
+            assert len({key.sample for key in share}) == len(share) == 24 // ranks
 
     def test_no_picture_is_mixed_with_itself(self) -> None:
         for ranks, micro in ((1, 2), (1, 8), (2, 4), (4, 2)):
@@ -207,7 +219,7 @@ class TestRepeats:
         for epoch in (found[:4], found[4:]):
             ids = [i for step in epoch for i, _ in step]
             assert len(ids) == NUM_SAMPLES
-            assert len(set(ids)) == 10  # pairs of samples, three times each, and two of the fifth pair
+            assert len(set(ids)) == 9  # three times each, but for the last
             shown = [a for step in epoch for a in step]
             assert len(set(shown)) >= len(shown) - 2  # of 81 places for a crop two may be the same
         assert found == appearances(pictures, stop=8, **{**settings, "feed": "host", "workers": 0})
@@ -233,7 +245,7 @@ class TestRepeats:
             "stop": 2,
         }
         found = appearances(ImageFolder(str(tmp_path)), **settings, feed="device_decode")
-        assert [i for i, _ in found[0]][::2] == [found[0][0][0]] * 3
+        assert [i for i, _ in found[0]][:3] == [found[0][0][0]] * 3
         assert len(set(found[0])) == 6
         assert appearances(ImageFolder(str(tmp_path)), 2, **settings, feed="device_decode") == found
 
@@ -398,6 +410,8 @@ class TestTeacher:
         task.teacher = self.teacher()
         with pytest.raises(UserError, match=r"task.teacher: the model returns \[12, 3\] and its teacher \[12, 5\]"):
             task.training_loss_sum(LOGITS[:, :3], (self.DATA[0], LABELS % 3))
+        with pytest.raises(UserError, match=r"task.teacher: the model returns a dict and its teacher \[12, 5\]"):
+            task.teacher.taught(torch.zeros(()), {"loss": LOGITS.sum()}, task, self.DATA)
 
     def test_a_loss_that_is_no_sum_over_samples_is_refused(self) -> None:
         class Counting(Classification):
@@ -439,9 +453,9 @@ class TestTeacher:
             ({"task__teacher__alpha": 0.0}, r"task.teacher.alpha: must be greater than 0"),
             ({"train__micro_batch_size": "auto"}, r"train.micro_batch_size: a teacher's memory is not planned"),
             ({"memory__checkpointing": "auto"}, r"memory.checkpointing: a teacher's memory is not planned"),
-            (
-                {"task__name": "segmentation"},
-                r"task.teacher: distillation compares class scores, which segmentation has",
+            *(
+                ({"task__name": name}, rf"task.teacher: distillation compares class scores, which {name} has not")
+                for name in ("segmentation", "detection", "language_model")
             ),
         ],
     )

@@ -185,11 +185,25 @@ def test_masks_are_checked() -> None:
     masks[2, 0, 4, 4] = 7
     with pytest.raises(BadSample, match="sample 102 has label 7 in its mask; the model's are 0 to 2, 255 is ignored"):
         task.check([images, masks], IDS)
-    Segmentation(num_classes=300).check([images, masks.fill_(200)], IDS)  # which in bytes is more than 300 - 256
+    many = of({"name": "cross_entropy", "args": {"ignore_index": -1}}, 300)
+    many.check([images, masks.fill_(200)], IDS)  # which in bytes is more than 300 - 256
     with pytest.raises(UserError, match=r"model: the model returns 2 logits per pixel, the data has 3 classes"):
         task.loss_sum(Logits(torch.ones(4, 2, 12, 10)), [images, batch()[1]])
     with pytest.raises(UserError, match=r"task\.loss\.args\.weight: 2 class weights for 3 classes"):
         of({"name": "cross_entropy", "args": {"weight": [1, 2]}})
+
+
+def test_class_255_is_not_ignored_unseen() -> None:
+    message = r"task\.loss\.args\.ignore_index: of 256 classes 255 would be ignored"
+    with pytest.raises(UserError, match=message):
+        Segmentation(num_classes=256)
+    data, logits = batch(), Logits(torch.zeros(4, 256, 12, 10))
+    with pytest.raises(UserError, match=message):
+        Segmentation().loss_sum(logits, data)
+    Segmentation(num_classes=255).check(data, IDS)
+    masks = torch.full((4, 12, 10), 255)
+    task = of({"name": "cross_entropy", "args": {"ignore_index": -1}}, 256)
+    assert int(task.loss_count(logits, [data[0], masks])) == 4 * 12 * 10  # type: ignore[arg-type]
 
 
 def test_examples_show_masks_over_pictures() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import Train, WriteConfig
 from counted import Counted
-from run_results import summary
+from run_results import records, summary
 from torch import nn
 
 from trainer.config_values import Component
@@ -129,6 +129,40 @@ def test_where_nothing_counts_nothing_is_learnt(micro_batch_size: int) -> None:
     found, loss = gradient([2] * 6, micro_batch_size)
     assert not found.any()
     assert loss == 0
+
+
+def test_where_the_first_micro_batches_count_nothing_the_guess_is_the_samples() -> None:
+    """Undivided sums of thousands of pixels would overflow under fp16."""
+    normaliser = Normaliser(Alone(), BatchPlan.split(6, 6, 3, 1, False), 0)  # type: ignore[arg-type]
+    assert normaliser.scale(torch.tensor(0)) == pytest.approx(1 / 6)
+    assert normaliser.scale(torch.tensor(900)) == pytest.approx(1 / 6)
+    parameter = nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.full((1,), 450 / 6)
+    assert normaliser.settle(torch.optim.SGD([parameter])) == pytest.approx(6 / 900)
+    assert float(parameter.grad) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("faults", [{}, {"non_finite": "skip"}])
+def test_a_step_where_nothing_counts_has_no_loss(
+    faults: dict[str, str], train: Train, write_config: WriteConfig, tmp_path: Any
+) -> None:
+    """One sample in three counts nothing."""
+    found = {}
+    for every in (1, 12):
+        settings = {
+            "task": {"name": "counted:Counted"},
+            "data__eval": None,
+            "train": {"steps": 12, "batch_size": 1},
+            "log": {"every": every},
+            "faults": faults,
+        }
+        file = write_config(**settings, run__dir=str(tmp_path / str(every)))
+        assert train("--config", file).code == 0
+        found[every] = [record["train/loss"] for record in records(tmp_path / str(every))]
+    each = [loss for loss in found[1] if loss is not None]
+    assert 0 < len(each) < len(found[1]) == 12
+    assert min(each) > 0
+    assert found[12] == [pytest.approx(sum(each) / len(each))]
 
 
 def test_some_counts_are_none_is_refused() -> None:

@@ -289,13 +289,16 @@ def build_eval_dataset(config: DataConfig, train: SizedDataset, order: RankOrder
 def class_names(dataset: SizedDataset) -> list[str] | None:
     """Returns the names of the classes in label order, where the data set knows them.
 
-    COCO's category ids become labels in the task only.
+    COCO's category ids become labels in the task only. The masks of Oxford's pets are of no breed.
     """
     if isinstance(dataset, _VOC):
         from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights
 
         return list(DeepLabV3_ResNet50_Weights.DEFAULT.meta["categories"])
     classes = getattr(dataset, "classes", None)
+    if isinstance(dataset, torchvision_datasets.OxfordIIITPet):
+        names = {("category",): classes, ("binary-category",): dataset.bin_classes}
+        classes = names.get(tuple(dataset._target_types))
     if not isinstance(classes, list | tuple):
         return None
     return [str(getattr(found, "name", found)) for found in classes]  # Cityscapes describes its classes

@@ -30,7 +30,7 @@ _WITH_KEYS = (datasets.CocoDetection, datasets.VOCDetection, datasets.Kitti, dat
 class TypedSamples:
     """One of torchvision's data sets, its samples as torchvision's v2 transforms want them.
 
-    Boxes are XYXY. A picture without any object has boxes (0, 4) and empty values of all other keys.
+    Boxes are XYXY. A picture without any object has boxes (0, 4), masks (0, H, W) and empty values of all other keys.
 
     Args:
         dataset: the data set.
@@ -52,7 +52,7 @@ class TypedSamples:
     def __getitem__(self, index: int) -> Any:
         sample = self._dataset[index]
         if self._keys and isinstance(sample[1], dict) and "boxes" not in sample[1]:
-            return sample[0], {**_no_objects(self._keys), **sample[1]}
+            return sample[0], {**_no_objects(self._keys, image_functional.get_size(sample[0])), **sample[1]}
         return sample
 
     def source_name(self, index: int) -> str | None:
@@ -64,9 +64,9 @@ class TypedSamples:
         return str(images[index]) if isinstance(images, list) else None
 
 
-def _no_objects(keys: Sequence[str]) -> dict[str, torch.Tensor]:
-    empty = {key: torch.zeros(0, dtype=torch.int64) for key in keys}
-    return {**empty, "boxes": torch.zeros(0, 4)} if "boxes" in keys else empty
+def _no_objects(keys: Sequence[str], size: Sequence[int]) -> dict[str, torch.Tensor]:
+    shaped = {"boxes": torch.zeros(0, 4), "masks": torch.zeros(0, *size, dtype=torch.uint8)}
+    return {key: shaped.get(key, torch.zeros(0, dtype=torch.int64)) for key in keys}
 
 
 def with_typed_samples(dataset: SizedDataset, target_keys: Sequence[str] | None) -> SizedDataset:

@@ -189,14 +189,16 @@ class StepSampler(DistributedSampler[int]):
     def _keys_at(self, step: int, positions: torch.Tensor) -> list[SampleKey]:
         """Returns what is at some positions of a step's global batch.
 
-        Repeats are those of pairs of samples (a b a b a b c d ...), as the two at positions 2k and 2k + 1 may be mixed:
-        none is mixed with itself.
+        Repeats follow one another (a a a b b b ...), so that ranks in turn each have another. Where pairs are mixed,
+        repeats are those of pairs (a b a b a b c d ...): none is mixed with itself, and pairs go to ranks in turn.
         """
-        epoch, k = divmod(step, self.plan.steps_per_epoch)
-        places = positions + k * self.plan.batch_size
-        pairs, within = places // (2 * self.plan.num_repeats), places % (2 * self.plan.num_repeats)
-        samples = self._order(epoch)[2 * pairs + within % 2].tolist()
-        repeats = (within // 2).tolist()
+        plan = self.plan
+        epoch, k = divmod(step, plan.steps_per_epoch)
+        places = positions + k * plan.batch_size
+        size = plan.group_size * plan.num_repeats
+        groups, within = places // size, places % size
+        samples = self._order(epoch)[plan.group_size * groups + within % plan.group_size].tolist()
+        repeats = (within // plan.group_size).tolist()
         return [SampleKey(epoch, sample, repeat) for sample, repeat in zip(samples, repeats, strict=True)]
 
     def _order(self, epoch: int) -> torch.Tensor:

@@ -86,7 +86,13 @@ class NumberGuard:
         """What is known to be wrong since `forget`."""
 
     def judge(
-        self, step: int, loss_sum: torch.Tensor, num_own: int, num_all: int, gradient_norm: torch.Tensor | None
+        self,
+        step: int,
+        loss_sum: torch.Tensor,
+        num_own: int,
+        num_all: int,
+        gradient_norm: torch.Tensor | None,
+        has_no_loss: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """Judges a step. Where ranks judge together all call it.
 
@@ -96,6 +102,8 @@ class NumberGuard:
             num_own: this rank's samples.
             num_all: samples of all ranks.
             gradient_norm: of the gradients that all ranks agree on, or None where nobody needs it.
+            has_no_loss: a boolean scalar on the device: nothing in the batch counts, so that its loss is none to
+                compare others with. None where all batches have one.
 
         Returns:
             A boolean scalar on the device, the same on all ranks: whether the step must be left out. None where the
@@ -114,16 +122,16 @@ class NumberGuard:
         if self._spike_factor is not None:
             is_spike = ~is_bad & (self.num_losses >= _FEWEST) & (loss > self._spike_factor * self.mean_loss)
             is_bad = is_bad | is_spike
-            self._remember(loss, is_bad)
+            self._remember(loss, is_bad if has_no_loss is None else is_bad | has_no_loss)
         values = [loss_sum, norm, loss, is_spike.to(loss_sum.dtype), is_bad.to(loss_sum.dtype)]
         self._look_later(step, num_own, torch.stack(values))
         return is_bad if self.policy == "skip" else None
 
-    def _remember(self, loss: torch.Tensor, is_bad: torch.Tensor) -> None:
+    def _remember(self, loss: torch.Tensor, is_none: torch.Tensor) -> None:
         # The first ones weigh more: the mean of n numbers while n is small.
         share = torch.clamp(1 / (self.num_losses + 1), min=_MEMORY)
-        self.mean_loss.copy_(torch.where(is_bad, self.mean_loss, self.mean_loss + share * (loss - self.mean_loss)))
-        self.num_losses += (~is_bad).to(self.num_losses.dtype)
+        self.mean_loss.copy_(torch.where(is_none, self.mean_loss, self.mean_loss + share * (loss - self.mean_loss)))
+        self.num_losses += (~is_none).to(self.num_losses.dtype)
 
     def _look_later(self, step: int, num_own: int, values: torch.Tensor) -> None:
         if values.device.type != "cuda":

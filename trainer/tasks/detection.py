@@ -6,7 +6,7 @@ import importlib.util
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,11 +15,15 @@ from torchvision.datasets import CocoDetection
 from trainer.errors import BadSample, UserError
 from trainer.tasks.base import Task
 
+if TYPE_CHECKING:
+    from trainer.config import Config
+
 _AP = {"ap": "map", "ap50": "map_50", "ap75": "map_75"}
 _AP_BY_SIZE = {"ap_small": "map_small", "ap_medium": "map_medium", "ap_large": "map_large"}
 _NAMES = {**_AP, **_AP_BY_SIZE}  # ours, and those of torchmetrics
 _MOST_DRAWN = 20  # boxes of a picture
 _LEAST_SCORE = 0.5  # of a box that is drawn
+_NO_CATEGORY = -1  # the id of labels that the model has and the data set has not
 
 
 class Detection(Task):
@@ -64,6 +68,17 @@ class Detection(Task):
         self.target_keys = ("boxes", "labels", "masks") if masks else None
         self._ids: list[int] | None = None  # the data set's, by the model's label; None where they are the same
         self._tables: dict[tuple[str, torch.device], torch.Tensor] = {}
+
+    def check_config(self, config: Config) -> None:
+        if config.precision in ("bf16", "fp8"):
+            message = "torchvision makes anchors in the type of the features, and bfloat16 has only whole numbers up to"
+            raise UserError(f"{message} 256: boxes would be pixels off; use fp16 or no", path="precision")
+        if config.precision != "no" and config.parallel.strategy != "ddp":
+            message = f"{config.parallel.strategy} rounds the boxes that a model is given to {config.precision}"
+            raise UserError(f"{message}, to a pixel in large pictures; use no, or strategy: ddp", path="precision")
+        if config.data.normalize is not None:
+            message = "detection models normalise pictures themselves, by image_mean and image_std in model.args"
+            raise UserError(f"{message}: leave it out", path="data.normalize")
 
     def look_at(self, train_set: Any, eval_set: Any) -> None:
         if eval_set is not None and importlib.util.find_spec("pycocotools") is None:
@@ -133,12 +148,13 @@ class Detection(Task):
         if self._ids is None:
             return labels
         if (to, labels.device) not in self._tables:
-            table = torch.tensor(self._ids)
+            table = torch.tensor([*self._ids, _NO_CATEGORY])
             if to == "label":
                 numbers = torch.arange(len(self._ids))
-                table = torch.zeros(max(self._ids) + 1, dtype=torch.int64).index_copy_(0, table, numbers)
+                table = torch.zeros(max(self._ids) + 1, dtype=torch.int64).index_copy_(0, table[:-1], numbers)
             self._tables[to, labels.device] = table.to(labels.device)
-        return self._tables[to, labels.device][labels]
+        table = self._tables[to, labels.device]
+        return table[labels.clamp(max=len(table) - 1)]  # a model may have more labels than there are categories
 
     def loss_sum(self, outputs: Mapping[str, torch.Tensor], data: Any) -> torch.Tensor:
         return torch.stack([loss.float() for loss in outputs.values()]).sum() * len(self.inputs(data))

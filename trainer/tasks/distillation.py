@@ -77,9 +77,13 @@ class Teacher(nn.Module):
             raise UserError(message, path="task.teacher", agreed=True)
         self._is_checked = True
         logits = self.logits(task, data)
-        shapes = [list(found.shape) if isinstance(found, torch.Tensor) else None for found in (outputs, logits)]
-        if shapes[0] != shapes[1] or shapes[0] is None or len(shapes[0]) != 2:
-            message = f"the model returns {shapes[0]} and its teacher {shapes[1]}, not logits of the same classes"
+        both_are_tensors = isinstance(outputs, torch.Tensor) and isinstance(logits, torch.Tensor)
+        if not both_are_tensors or outputs.ndim != 2 or outputs.shape != logits.shape:
+            own, theirs = (
+                list(found.shape) if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
+                for found in (outputs, logits)
+            )
+            message = f"the model returns {own} and its teacher {theirs}, not logits of the same classes"
             raise UserError(message, path="task.teacher", agreed=True)
         if self._config.hard:
             distance = functional.cross_entropy(outputs.float(), logits.argmax(1), reduction="sum")

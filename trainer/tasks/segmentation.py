@@ -65,6 +65,7 @@ class Segmentation(Task):
         keywords = self.loss.keywords if isinstance(self.loss, functools.partial) else {}
         self.ignore_index = int(keywords.get("ignore_index", getattr(self.loss, "ignore_index", IGNORED)))
         self.num_classes = num_classes
+        self._check_ignored()
         self.aux_weight = aux_weight
         self.input_key = input_key
         self.target_key = target_key
@@ -76,6 +77,12 @@ class Segmentation(Task):
         """Class weights by which a mean over pixels is weighted, as torch's is."""
         weight = getattr(self.loss, "weight", None)
         return weight if isinstance(self.loss, nn.CrossEntropyLoss) else None
+
+    def _check_ignored(self) -> None:
+        """Refuses to ignore a class because of a number that nobody chose; another number is the user's choice."""
+        if self.ignore_index == IGNORED and self.num_classes is not None and self.num_classes > IGNORED:
+            message = f"of {self.num_classes} classes {IGNORED} would be ignored; choose another number, such as -1"
+            raise UserError(message, path="task.loss.args.ignore_index", agreed=True)
 
     # ---- batches ---------------------------------------------------------------------------------------------
 
@@ -155,6 +162,7 @@ class Segmentation(Task):
         """Compares the first outputs with the classes; where these were unknown, waits once for the device."""
         known, self.num_classes = self.num_classes, logits.shape[1]
         if known is None:
+            self._check_ignored()
             try:
                 self._check_labels(masks, None)
             except UserError as error:

@@ -60,6 +60,7 @@ _PLAIN = (
     "data.augment.mixup=0.0",
     "data.augment.cutmix=0.0",
     "data.augment.erase=0.0",
+    "data.augment_repeats=1",
 )
 
 

@@ -59,7 +59,19 @@ class AugmentConfig(Section):
     @property
     def mixes(self) -> bool:
         """Whether pairs of samples are mixed."""
-        return (self.mixup > 0 or self.cutmix > 0) and self.mix_probability > 0
+        return self.mixup > 0 or self.cutmix > 0
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> AugmentConfig:
+        if self.mixes and not self.mix_probability:
+            raise ValueError("mixup and cutmix have no effect with mix_probability: 0")
+        if not self.mixes and self.mix_probability != 1:
+            raise ValueError("mix_probability has no effect without mixup or cutmix")
+        if self.cutmix_share != 0.5 and not (self.mixup and self.cutmix):
+            raise ValueError("cutmix_share has no effect without both mixup and cutmix")
+        if self.erase_with == "noise" and not self.erase:
+            raise ValueError("erase_with has no effect without erase")
+        return self
 
 
 class CacheConfig(Section):

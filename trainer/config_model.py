@@ -225,6 +225,8 @@ class ScheduleConfig(Component):
         is_flat = self.name == "constant"
         if not self.warmup_prefix and (is_flat or not self.warmup.count):
             raise ValueError(f"warmup_prefix has no effect {'on a constant rate' if is_flat else 'without warmup'}")
+        if self.warmup_start != 0.01 and not self.warmup.count:
+            raise ValueError("warmup_start has no effect without warmup")
         if self.interval == "epoch" and is_flat and not self.warmup.count:
             raise ValueError("interval has no effect on a constant rate")
         return self

@@ -69,6 +69,8 @@ def choose_treatments(config: OptimConfig, model: nn.Module, blocks: Sequence[st
         name: Treatment(scales.get(name, 1.0), parameter not in undecayed, parameter in rest)
         for name, parameter in named.items()
     }
+    if config.no_weight_decay and not any(treatment.is_decayed for treatment in chosen.values()):
+        raise UserError("leaves nothing that is trained to weight_decay", path="optim.no_weight_decay")
     if config.rest is not None and len({treatment.is_rest for treatment in chosen.values()}) < 2:
         message = "matches every parameter that is trained, and leaves none to" if rest else "leaves nothing but"
         raise UserError(f"{message} '{config.name}'", path="optim.rest.match")

@@ -57,9 +57,8 @@ _PLAIN = (
     "precision=no",
     "model.dtype=float32",
     "model.channels_last=false",
-    "data.augment.mixup=0.0",
-    "data.augment.cutmix=0.0",
-    "data.augment.erase=0.0",
+    "data.augment={mixup: 0.0, cutmix: 0.0, mix_probability: 1.0, cutmix_share: 0.5, erase: 0.0, erase_with: zero}",
+    "data.augment_repeats=1",
 )
 
 

@@ -62,15 +62,18 @@ def build_learning_rate(
         "steps_per_epoch": 1 if by_epoch else steps_per_epoch,
         "length": length,
     }
+    for key in given.keys() & config.args.keys():
+        raise UserError("the schedule is told this by the run", path=f"schedule.args.{key}")
     given = {key: value for key, value in given.items() if key == "total_steps" or accepts(target, key)}
     factor = call(target, {**given, **config.args}, config.name, "schedule")
-    for count in sorted({warmup, min(warmup + 1, total - 1), total - 1}):  # tried here, not an hour into the run
+    some = range(warmup, total, max((total - warmup) // 100, 1))
+    for count in (*some, total - 1):  # tried here, not an hour into the run
         try:
             tried = float(factor(count - before))
         except Exception as error:
             message = f"'{config.name}' raised {one_line(error)} for step {count - before}"
             raise UserError(message, path="schedule") from error
-        if not math.isfinite(tried):
+        if not (math.isfinite(tried) and tried >= 0):
             raise UserError(f"'{config.name}' gives {tried} for step {count - before}", path="schedule")
 
     def learning_rate(step: int) -> float:
@@ -89,6 +92,7 @@ def constant(total_steps: int) -> Factor:
 
 def cosine(total_steps: int, min_ratio: float = 0.0) -> Factor:
     """Half a cosine from the peak to `min_ratio` of it."""
+    _share("min_ratio", min_ratio)
     return lambda step: min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
 
@@ -99,12 +103,15 @@ def linear(total_steps: int, end_ratio: float = 0.0) -> Factor:
 
 def polynomial(total_steps: int, power: float = 1.0, end_ratio: float = 0.0) -> Factor:
     """What is left of the run, to the power of `power`, from the peak to `end_ratio` of it."""
+    _share("end_ratio", end_ratio)
+    _more_than_zero("power", power)
     return lambda step: end_ratio + (1 - end_ratio) * (1 - step / total_steps) ** power
 
 
 def stepwise(total_steps: int, length: Length, every: int | str, gamma: float = 0.1) -> Factor:
     """Multiplies the rate by `gamma` after every interval: a number of steps, or like `30 epochs`."""
     interval = _at_least_one("every", length(every))
+    _share("gamma", gamma)
     return lambda step: gamma ** (step // interval)
 
 
@@ -113,12 +120,14 @@ def multistep(total_steps: int, length: Length, milestones: Sequence[int | str],
     if isinstance(milestones, str) or not isinstance(milestones, Sequence) or not milestones:
         raise UserError(f"milestones must be a list such as [30 epochs, 60 epochs] (got {milestones!r})")
     at = sorted(length(milestone) for milestone in milestones)
+    _share("gamma", gamma)
     return lambda step: gamma ** bisect.bisect_right(at, step)
 
 
 def exponential(total_steps: int, length: Length, gamma: float, every: int | str | None = None) -> Factor:
     """Multiplies the rate by `gamma` per interval, evenly: per step by default, or per epoch with `interval: epoch`."""
     interval = 1 if every is None else _at_least_one("every", length(every))
+    _share("gamma", gamma)
     return lambda step: gamma ** (step / interval)
 
 
@@ -143,6 +152,8 @@ def one_cycle(
     if not 0 < pct_start < (0.5 if three_phase else 1):
         raise UserError(f"pct_start must be between 0 and {0.5 if three_phase else 1} (got {pct_start})")
     between = _shape("shape", shape, ("cosine", "linear"))
+    _more_than_zero("div_factor", div_factor)
+    _more_than_zero("final_div_factor", final_div_factor)
     begin, end = 1 / div_factor, 1 / div_factor / final_div_factor
     rise = pct_start * total_steps - 1
     corners = [(0.0, begin), (rise, 1.0)]
@@ -181,6 +192,7 @@ def wsd(
     if stable < 0:
         raise UserError(f"decay is longer than the {total_steps} steps that warm-up leaves")
     between = _shape("shape", shape, ("cosine", "linear", "1-sqrt"))
+    _share("end_ratio", end_ratio)
 
     def factor(step: int) -> float:
         return 1.0 if step < stable else end_ratio + (1 - end_ratio) * between((step - stable) / num_decay)
@@ -205,3 +217,13 @@ def _at_least_one(key: str, count: int) -> int:
     if count < 1:
         raise UserError(f"{key} must be at least 1")
     return count
+
+
+def _share(key: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise UserError(f"{key} must be between 0 and 1 (got {value})")
+
+
+def _more_than_zero(key: str, value: float) -> None:
+    if not value > 0:
+        raise UserError(f"{key} must be more than 0 (got {value})")

@@ -13,6 +13,9 @@ from conftest import REPOSITORY
 from trainer import yaml_source
 from trainer.components import Kind, resolve
 from trainer.config import load_config
+from trainer.data.transforms import build_transforms
+from trainer.schedule import build_learning_rate
+from trainer.tasks import build_task
 
 PAGE = (REPOSITORY / "docs" / "coming-from.md").read_text()
 BASE = """
@@ -24,6 +27,7 @@ model: {name: resnet50}
 optim: {name: sgd, lr: 0.1}
 train: {epochs: 90, batch_size: 1024}
 """
+STEPS_PER_EPOCH = 1251
 IN_WORDS = ("not here", "always")
 
 
@@ -71,6 +75,11 @@ def test_rows_mean_what_they_say(row: Row, tmp_path: Path) -> None:
         if name.startswith("timm"):
             pytest.importorskip("timm")
         resolve(kind, name, "here")
+    total_steps = config.train.steps or (config.train.epochs or 0) * STEPS_PER_EPOCH
+    build_learning_rate(optim, schedule, total_steps, STEPS_PER_EPOCH)
+    build_task(task, num_classes=1000)
+    for split in ("train", "eval"):
+        build_transforms(getattr(data.transforms, split), f"data.transforms.{split}")
 
 
 def assert_holds(resolved: Any, given: Any, path: str = "") -> None:

@@ -215,6 +215,7 @@ def test_the_implementation_is_of_those_that_have_it() -> None:
     [
         ({"no_weight_decay": ["pos_embd"]}, r"optim.no_weight_decay: 'pos_embd' names no parameter"),
         ({"no_weight_decay": ["hiden"]}, r"did you mean 'hidden'\?"),
+        ({"no_weight_decay": ["*"]}, "optim.no_weight_decay: leaves nothing that is trained to weight_decay"),
         ({"rest": {"name": "sgd", "match": ["*"]}}, "leaves none to 'adamw'"),
         ({"rest": {"name": "sgd", "match": ["nobody"]}}, "optim.rest.match: 'nobody' names no parameter"),
         ({"name": "Muon", "rest": {"name": "sgd", "match": ["embedding"]}}, "Muon only supports 2D parameters"),

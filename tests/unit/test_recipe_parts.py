@@ -14,6 +14,7 @@ import torch
 import yaml
 from conftest import NIGHTLY, Train, WriteConfig, tiny_config
 from PIL import Image
+from pydantic import ValidationError
 from run_results import checkpoint, losses
 from torch import nn
 from torch.nn import functional
@@ -21,7 +22,7 @@ from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
 
 from trainer.assembly import Assembly
 from trainer.config import load_config
-from trainer.config_data import DataConfig
+from trainer.config_data import AugmentConfig, DataConfig
 from trainer.config_model import TaskConfig, TeacherConfig
 from trainer.config_values import Component
 from trainer.data.datasets import ImageFolder, TorchFile
@@ -254,6 +255,19 @@ class TestRepeats:
         plain = BatchPlan.split(26, 8, None, 2, False)
         assert plan.steps_per_epoch == plain.steps_per_epoch
         assert [plan.samples_before(step) for step in range(9)] == [plain.samples_before(step) for step in range(9)]
+
+    @pytest.mark.parametrize(
+        ("augment", "message"),
+        [
+            ({"mixup": 0.2, "mix_probability": 0.0}, "mixup and cutmix have no effect with mix_probability: 0"),
+            ({"erase": 0.1, "mix_probability": 0.5}, "mix_probability has no effect without mixup or cutmix"),
+            ({"cutmix": 1.0, "cutmix_share": 0.3}, "cutmix_share has no effect without both"),
+            ({"mixup": 0.2, "erase_with": "noise"}, "erase_with has no effect without erase"),
+        ],
+    )
+    def test_settings_of_augmentation_without_effect_are_refused(self, augment: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValidationError, match=message):
+            AugmentConfig.model_validate(augment)
 
     def test_more_repeats_than_samples_are_refused(self, train: Train, write_config: WriteConfig) -> None:
         code, _, err = train("--config", write_config(data__augment_repeats=61))

@@ -117,6 +117,17 @@ def test_images_and_batch_statistics(file_format: str, train: Train, write_confi
     assert torch.allclose(outputs(output, file_format, batch), model(batch), rtol=1e-3, atol=1e-4)
 
 
+def test_a_graph_has_no_part_of_the_augmentation(write_config: WriteConfig, tmp_path: Path) -> None:
+    augment = {"mixup": 0.2, "cutmix": 1.0, "mix_probability": 0.8, "cutmix_share": 0.3}
+    augment |= {"erase": 0.5, "erase_with": "noise"}
+    file = write_config(data={"train": {"name": "digits"}, "augment_repeats": 2, "augment": augment})
+    file.rename(tmp_path / "config.yaml")
+    data = results._read_config(tmp_path, *results._ALONE, *results._PLAIN).data
+    assert data.augment_repeats == 1
+    assert not data.augment.mixes
+    assert data.augment.erase == 0
+
+
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_an_existing_file_is_replaced_whole_or_not_at_all(
     file_format: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -296,6 +296,11 @@ def counting(total_steps: int, steps_per_epoch: int) -> Callable[[int], float]:
     return lambda step: step + 100 * total_steps + 10_000 * steps_per_epoch
 
 
+def dipping(total_steps: int) -> Callable[[int], float]:
+    """Is below 0 in the middle of the run only."""
+    return lambda step: -1.0 if step == total_steps // 2 else 1.0
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
@@ -333,6 +338,18 @@ def test_the_last_epoch_may_be_cut_short() -> None:
         ({"name": "one_cycle", "args": {"shape": "cos"}}, "shape must be one of cosine, linear"),
         ({"name": "wsd", "args": {"decay": 100}, "warmup": 30}, "decay is longer than the 90 steps"),
         ({"name": "wsd", "args": {"decay": 10, "shape": "sqrt"}}, "shape must be one of cosine, linear, 1-sqrt"),
+        ({"name": "wsd", "args": {"decay": 10, "end_ratio": 2}}, r"end_ratio must be between 0 and 1 \(got 2\)"),
+        ({"name": "cosine", "args": {"min_ratio": -1}}, r"min_ratio must be between 0 and 1 \(got -1\)"),
+        ({"name": "linear", "args": {"end_ratio": 1.5}}, "end_ratio must be between 0 and 1"),
+        ({"name": "polynomial", "args": {"power": -1}}, "power must be more than 0"),
+        ({"name": "step", "args": {"every": 3, "gamma": -0.1}}, "gamma must be between 0 and 1"),
+        ({"name": "multistep", "args": {"milestones": [30, 60], "gamma": -1}}, "gamma must be between 0 and 1"),
+        ({"name": "exponential", "args": {"gamma": 1.1}}, "gamma must be between 0 and 1"),
+        ({"name": "one_cycle", "args": {"div_factor": -25}}, "div_factor must be more than 0"),
+        ({"name": "one_cycle", "args": {"final_div_factor": 0}}, "final_div_factor must be more than 0"),
+        ({"name": "test_schedule:dipping"}, "'test_schedule:dipping' gives -1.0 for step 60"),
+        ({"name": "cosine", "args": {"total_steps": 10}}, "schedule.args.total_steps: the schedule is told this"),
+        ({"name": "step", "args": {"every": 3, "length": 3}}, "schedule.args.length: the schedule is told this"),
     ],
 )
 def test_refused(schedule: dict[str, Any], message: str) -> None:
@@ -344,6 +361,7 @@ def test_refused(schedule: dict[str, Any], message: str) -> None:
     ("schedule", "message"),
     [
         ({"interval": "epoch"}, "interval has no effect on a constant rate"),
+        ({"name": "cosine", "warmup_start": 0.1}, "warmup_start has no effect without warmup"),
         ({"name": "cosine", "warmup_prefix": False}, "warmup_prefix has no effect without warmup"),
         ({"warmup": 3, "warmup_prefix": False}, "warmup_prefix has no effect on a constant rate"),
         ({"name": "cosine", "interval": "epochs"}, "must be 'step' or 'epoch' (got 'epochs'); did you mean 'epoch'?"),

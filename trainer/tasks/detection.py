@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchvision.datasets import CocoDetection
+from torchvision.datasets import CocoDetection, Kitti, WIDERFace
 
+from trainer.data.coco import check_annotations
 from trainer.errors import BadSample, UserError
 from trainer.tasks.base import Task
 
@@ -69,12 +70,23 @@ class Detection(Task):
         if eval_set is not None and importlib.util.find_spec("pycocotools") is None:
             message = "average precision needs pycocotools: pip install 'lockstep-trainer[detection]'"
             raise UserError(message, path="task.name")
+        if type(train_set) in (Kitti, WIDERFace):
+            name = type(train_set).__name__
+            message = f"{name} has no boxes with labels from 1 up: detection needs a class of your own that makes them"
+            raise UserError(message, path="data.train")
         if not isinstance(train_set, CocoDetection):
             return
         self.target_keys = ("boxes", "labels", "iscrowd", "area", *(("masks",) if self.masks else ()))
         categories = {int(key): str(category["name"]) for key, category in train_set.coco.cats.items()}
         ids = sorted(categories)
-        if self.num_classes is None or not ids or not 0 < ids[0] <= ids[-1] < self.num_classes:
+        if not ids:
+            raise UserError("its 'categories' are empty: annotations need some to refer to", path="data.train")
+        if not train_set.coco.anns:
+            raise UserError("it has no annotations: there is nothing to learn", path="data.train")
+        for dataset, path in ((train_set, "data.train"), (eval_set, "data.eval")):
+            if isinstance(dataset, CocoDetection):
+                check_annotations(dataset, ids, self.masks, path)
+        if self.num_classes is None or not 0 < ids[0] <= ids[-1] < self.num_classes:
             needed = len(ids) + 1
             if self.num_classes is not None and self.num_classes < needed:
                 message = f"the data has {len(ids)} categories, which with the background need {needed} classes"

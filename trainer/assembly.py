@@ -129,6 +129,7 @@ class Assembly:
             config.optim, config.schedule, self.total_steps, self.plan.steps_per_epoch
         )
         self.task = build_task(config.task, num_classes)
+        self.task.check_config(config)
         self.task.class_names = self.task.class_names or self.class_names or ()
         self.task.to(self.runtime.device)
         self.user_metrics = UserMetrics(config.task.metrics, self.task, self.runtime.device)
@@ -165,6 +166,7 @@ class Assembly:
         with self.runtime.main_first() if may_download else nullcontext():
             # Whoever does not train has a checkpoint to read.
             self.bare_model = build_model(model, num_classes, is_fresh=not self.to_train)
+        self.task.check_model(self.bare_model)
         treatments = choose_treatments(config.optim, self.bare_model, config.memory.blocks)
         self.bare_optimizer = build_optimizer(config.optim, self.bare_model, self.runtime.device.type, treatments)
         if self.to_train:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from trainer.data.joint import with_typed_samples
 from trainer.errors import UserError
 from trainer.eval_media import Collector
 from trainer.tasks.detection import Detection
+from trainer.telemetry.efficiency import FlopCounter
 
 pytestmark = pytest.mark.unit
 
@@ -148,6 +150,20 @@ def test_what_nothing_needs_may_be_missing(coco: CocoDetection, tmp_path: Path) 
     task.look_at(data, coco)
     assert set(with_typed_samples(data, task.target_keys)[0][1]) == {"boxes", "labels"}
     assert set(with_typed_samples(coco, task.target_keys)[0][1]) == {"boxes", "labels", "iscrowd", "area"}
+
+
+def test_a_model_that_takes_no_targets_is_refused() -> None:
+    Detection().check_model(Listening())
+    with pytest.raises(UserError, match=r"model\.name: detection calls .* Linear takes \(input"):
+        Detection().check_model(nn.Linear(1, 1))
+
+
+def test_flops_are_not_counted_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="lockstep"):
+        assert not FlopCounter(Listening(), Detection(), peak=1e12).is_due
+    assert [record.getMessage() for record in caplog.records] == [
+        "no MFU: FLOPs are not counted where a batch is a list of samples"
+    ]
 
 
 @pytest.mark.parametrize("kind", [Kitti, WIDERFace])

@@ -18,6 +18,7 @@ from trainer.data.nested import part, with_part
 from trainer.errors import UserError
 
 if TYPE_CHECKING:
+    from trainer.config import Config
     from trainer.tasks.distillation import Teacher
 
 
@@ -73,12 +74,22 @@ class Task(ABC):
             if isinstance(value, nn.Module):
                 value.to(device)
 
+    def check_config(self, config: Config) -> None:  # noqa: B027  # optional, not abstract
+        """Refuses settings of the run that do not go with this task.
+
+        Raises:
+            UserError: with the path of the setting.
+        """
+
     def look_at(self, train_set: Any, eval_set: Any) -> None:  # noqa: B027  # optional, not abstract
         """Learns from the data sets what only they know; called once, before any batch. `eval_set` may be None.
 
         Raises:
             UserError: they cannot be trained on.
         """
+
+    def check_model(self, model: nn.Module) -> None:  # noqa: B027
+        """Raises UserError where the model, as built, cannot be called as this task does."""
 
     def check(self, data: Any, sample_ids: torch.Tensor) -> None:  # noqa: B027
         """Raises UserError where a batch in host memory cannot be trained on.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -95,6 +96,16 @@ class Detection(Task):
             self._ids = [0, *ids]
         names = {0: "background", **{self._ids.index(i) if self._ids else i: categories[i] for i in ids}}
         self.class_names = [names.get(label, str(label)) for label in range(max(names) + 1)]
+
+    def check_model(self, model: nn.Module) -> None:
+        try:
+            signature = inspect.signature(model.forward)
+            signature.bind([])
+            signature.bind([], [])
+        except TypeError:
+            message = "detection calls the model with pictures, and in training with targets, too, as torchvision's"
+            name = type(model).__name__
+            raise UserError(f"{message} fasterrcnn_resnet50_fpn; {name} takes {signature}", path="model.name") from None
 
     def check(self, data: Any, sample_ids: torch.Tensor) -> None:
         for target, sample in zip(self.targets(data), sample_ids.tolist(), strict=True):

@@ -166,6 +166,7 @@ class Assembly:
         with self.runtime.main_first() if may_download else nullcontext():
             # Whoever does not train has a checkpoint to read.
             self.bare_model = build_model(model, num_classes, is_fresh=not self.to_train)
+        self.task.check_model(self.bare_model)
         treatments = choose_treatments(config.optim, self.bare_model, config.memory.blocks)
         self.bare_optimizer = build_optimizer(config.optim, self.bare_model, self.runtime.device.type, treatments)
         if self.to_train:

@@ -75,7 +75,8 @@ def test_mixing_needs_whole_pairs_on_every_process(way: str, server: TrainServer
     torch.save(
         (torch.zeros(30, 1, 16, 16, dtype=torch.uint8), torch.zeros(30, dtype=torch.int64)), tmp_path / "data.pt"
     )
-    with pytest.raises(AssertionError, match="12 samples do not split over 4 in pairs to mix; nearest sizes: 8 and 16"):
+    message = "12 samples do not split into pairs to mix over 4 processes; nearest sizes: 8 and 16"
+    with pytest.raises(AssertionError, match=message):
         train(server, tmp_path, way, 4)
 
 

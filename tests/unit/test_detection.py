@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import torch
 from conftest import Train, WriteConfig
 from picture_trees import make_coco
 from torch import nn
-from torchvision.datasets import CocoDetection
+from torchvision.datasets import CocoDetection, Kitti, WIDERFace
 from torchvision.transforms import v2
 
 from trainer.config import load_config
@@ -21,6 +24,7 @@ from trainer.data.joint import JointTransform, with_typed_samples
 from trainer.errors import UserError
 from trainer.eval_media import Collector
 from trainer.tasks.detection import Detection
+from trainer.telemetry.efficiency import FlopCounter
 
 pytestmark = pytest.mark.unit
 
@@ -164,6 +168,77 @@ def test_fp16_and_fsdp_in_float32_are_not_refused(write_config: WriteConfig) -> 
 def test_too_few_classes_are_refused(coco: CocoDetection) -> None:
     with pytest.raises(UserError, match=r"2 categories, which with the background need 3 classes, not 2"):
         Detection(num_classes=2).look_at(coco, coco)
+
+
+def changed(coco: CocoDetection, folder: Path, change: Callable[[dict[str, Any]], Any]) -> CocoDetection:
+    """Returns the data set with another file."""
+    content = copy.deepcopy(coco.coco.dataset)
+    change(content)
+    file = folder / "changed.json"
+    file.write_text(json.dumps(content))
+    return CocoDetection(coco.root, str(file))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["categories"].clear(), "data.train: its 'categories' are empty"),
+        (lambda c: c["annotations"].clear(), "data.train: it has no annotations"),
+        (
+            lambda c: c["annotations"][1].pop("bbox"),
+            "1 of . annotations have no 'bbox' of four finite numbers: .* 2 of",
+        ),
+        (
+            lambda c: c["annotations"][0].update(bbox=[1.0, math.nan, 2, 2]),
+            "no 'bbox' of four .* annotation 1 of image 1",
+        ),
+        (lambda c: c["annotations"][2].update(category_id=5), "1 of . annotations have a 'category_id' that is in no"),
+        (lambda c: c["annotations"][0].update(segmentation=[]), "no 'segmentation', which task.args.masks needs"),
+    ],
+)
+def test_files_that_nothing_can_be_learnt_from(
+    coco: CocoDetection, tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    Detection(masks=True).look_at(coco, coco)
+    data = changed(coco, tmp_path, change)
+    with pytest.raises(UserError, match=message):
+        Detection(masks=True).look_at(data, None)
+    if data.coco.anns and data.coco.cats:
+        with pytest.raises(UserError, match=message.replace("data.train", "data.eval")):
+            Detection(masks=True).look_at(coco, data)
+
+
+def test_what_nothing_needs_may_be_missing(coco: CocoDetection, tmp_path: Path) -> None:
+    def without(content: dict[str, Any]) -> None:
+        content["annotations"][0].pop("area")
+        for annotation in content["annotations"]:
+            annotation.pop("iscrowd")
+
+    task = Detection()
+    data = changed(coco, tmp_path, without)
+    task.look_at(data, coco)
+    assert set(with_typed_samples(data, task.target_keys)[0][1]) == {"boxes", "labels"}
+    assert set(with_typed_samples(coco, task.target_keys)[0][1]) == {"boxes", "labels", "iscrowd", "area"}
+
+
+def test_a_model_that_takes_no_targets_is_refused() -> None:
+    Detection().check_model(Listening())
+    with pytest.raises(UserError, match=r"model\.name: detection calls .* Linear takes \(input"):
+        Detection().check_model(nn.Linear(1, 1))
+
+
+def test_flops_are_not_counted_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="lockstep"):
+        assert not FlopCounter(Listening(), Detection(), peak=1e12).is_due
+    assert [record.getMessage() for record in caplog.records] == [
+        "no MFU: FLOPs are not counted where a batch is a list of samples"
+    ]
+
+
+@pytest.mark.parametrize("kind", [Kitti, WIDERFace])
+def test_data_sets_without_labels_of_boxes_are_refused(kind: type) -> None:
+    with pytest.raises(UserError, match=f"{kind.__name__} has no boxes with labels"):
+        Detection().look_at(kind.__new__(kind), None)
 
 
 @pytest.mark.parametrize(

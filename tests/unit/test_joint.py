@@ -226,6 +226,19 @@ def test_what_changes_inputs_alone_is_refused(augment: dict[str, float]) -> None
         feed(Segments(4), Segmentation(num_classes=3), augment=augment)
 
 
+def test_pictures_are_not_normalised_among_the_transforms(voc: Path) -> None:
+    normalize = {"name": "Normalize", "args": {"mean": [0.5], "std": [0.5]}}
+    data, task = datasets.VOCSegmentation(str(voc)), Segmentation(num_classes=21)
+    with pytest.raises(UserError, match=r"^data\.transforms\.train\.1: .* use data\.normalize"):
+        feed(data, task, transforms={"train": [CROP, normalize]})
+    floats = [CROP, {"name": "ToImage"}, {"name": "ToDtype", "args": {"dtype": "float32", "scale": True}}, normalize]
+    images, _ = batches(feed(data, task, transforms={"train": floats}), 2, 1)[0]
+    assert float(images.min()) < -0.5
+    f = feed(data, task, transforms={"train": [CROP, floats[2], normalize]})
+    with pytest.raises(UserError, match=r"Normalize does not take what it is given: .*; use data\.normalize"):
+        batches(f, 2, 1)
+
+
 @pytest.mark.parametrize("mode", ["resident", "device_decode"])
 def test_ways_that_pass_over_targets_are_refused(mode: str) -> None:
     with pytest.raises(UserError, match=rf"data\.feed: {mode} is not for this task: its targets are transformed"):
@@ -245,7 +258,11 @@ def test_voc_is_downloaded_only_where_it_is_not(voc: Path, tmp_path: Path, monke
     monkeypatch.setattr(voc_of_torchvision, "download_and_extract_archive", download)
     assert len(build_dataset(Component(name="VOCSegmentation", args={"root": str(voc)}), "data.train", Alone())) == 8
     missing = {"root": str(tmp_path)}
-    with pytest.raises(UserError, match=r"^data\.train: 'VOCSegmentation' raised OSError: no route to [a-z.]+ \("):
+    message = (
+        rf"^data\.train\.args\.root: 'VOCSegmentation' found no data in '{tmp_path}' \(Dataset not found .*\), and could"
+        r" not download it: no route to [a-z.]+$"
+    )
+    with pytest.raises(UserError, match=message):
         build_dataset(Component(name="VOCSegmentation", args=missing), "data.train", Alone())
     with pytest.raises(UserError, match="Dataset not found or corrupted"):
         build_dataset(Component(name="VOCSegmentation", args={**missing, "download": False}), "data.train", Alone())

@@ -22,7 +22,7 @@ from torch.nn import functional
 from trainer.assembly import class_count
 from trainer.config import load_config
 from trainer.config_model import TaskConfig
-from trainer.errors import UserError
+from trainer.errors import BadSample, UserError
 from trainer.memory.blocks import repeated_blocks
 from trainer.tasks import build_task
 from trainer.tasks.language_model import IGNORED, LanguageModel
@@ -122,6 +122,32 @@ def test_examples_show_the_token_that_surprises_most() -> None:
 def test_batches_that_cannot_be_trained_on(inputs: Any, targets: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         task().check([inputs, targets], torch.tensor([5, 8]))
+
+
+def test_bad_ids_are_bad_samples_so_that_their_file_is_named() -> None:
+    with pytest.raises(BadSample) as raised:
+        task().check([torch.full((2, 2), 11), torch.zeros(2, 2, dtype=torch.int64)], torch.tensor([5, 8]))
+    assert (raised.value.sample, raised.value.what.partition(";")[0]) == (5, "has the input 11 at position 0")
+
+
+@pytest.mark.parametrize(
+    ("data", "path"),
+    [
+        ({"transforms": {"train": [{"name": "RandomHorizontalFlip"}]}}, r"transforms\.train\.0"),
+        ({"transforms": {"eval": [{"name": "torchvision.transforms.v2:CenterCrop"}]}}, r"transforms\.eval\.0"),
+        ({"augment": {"mixup": 0.2}}, "augment"),
+        ({"normalize": {"mean": [0.5], "std": [0.5]}}, "normalize"),
+    ],
+)
+def test_what_is_for_pictures_is_refused(data: dict[str, Any], path: str, tmp_path: Path) -> None:
+    config = language_runs.config(tmp_path)
+    file = tmp_path / "run.yaml"
+    for extra in ({"transforms": {"train": [{"name": "my_package:shuffled"}]}}, data):
+        file.write_text(yaml.safe_dump(config | {"data": config["data"] | extra}))
+        if extra is not data:
+            task().check_config(load_config(str(file)))
+    with pytest.raises(UserError, match=rf"^data\.{path}: .* for pictures, and inputs here are tokens"):
+        task().check_config(load_config(str(file)))
 
 
 def test_ignored_targets_are_no_mistake() -> None:

@@ -110,6 +110,8 @@ def test_refusals_name_sizes_that_work() -> None:
         plan(999, 100, 3)
     with pytest.raises(UserError, match=r"nearest sizes: 3$"):
         plan(999, 2, 3)
+    with pytest.raises(UserError, match=r": 1 sample does not split into pairs to mix; nearest sizes: 2$"):
+        BatchPlan.split(999, 1, None, 1, False, group_size=2)
     with pytest.raises(UserError, match=r"nearest sizes: 4 and 6, or train.batch_size 20 and 30"):
         plan(999, 24, 2, micro=5)
     for batch, micro in ((4, None), (20, 5), (30, 5), (24, 4), (24, 6)):

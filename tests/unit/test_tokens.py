@@ -14,7 +14,7 @@ from conftest import nightly
 from language_model import prepare
 
 from trainer.data.tokens import TokenFile
-from trainer.errors import UserError
+from trainer.errors import BadSample, UserError
 
 
 def raw(file: Path, tokens: Any, dtype: str = "uint16") -> str:
@@ -47,6 +47,13 @@ def test_no_sample_crosses_from_one_file_into_the_next(tmp_path: Path) -> None:
     assert [tokens[i][0][0].item() for i in range(len(tokens))] == [0, 4, 200]  # the second has too few for one
     assert tokens.source_name(1) == files[0]
     assert tokens.source_name(2) == files[2]
+
+
+def test_ids_beyond_all_that_torch_counts_are_told_as_they_are(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.array([1, 2, 3, 4, 5, 2**64 - 1], np.uint64))
+    assert TokenFile(str(tmp_path / "a.npy"), 4)[0][1].tolist() == [2, 3, 4, 5]
+    with pytest.raises(BadSample, match="sample 0 has the token 18446744073709551615"):
+        TokenFile(str(tmp_path / "a.npy"), 5)[0]
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])

@@ -25,7 +25,7 @@ from trainer.components import accepts, call, is_import_path, resolve
 from trainer.config_data import DataConfig
 from trainer.config_values import Component
 from trainer.data.decode import to_rgb
-from trainer.errors import UserError, one_line
+from trainer.errors import UserError, one_line, one_line_text
 
 
 class SizedDataset(Protocol):
@@ -91,7 +91,7 @@ class ImageFolder(torchvision_datasets.ImageFolder):
         try:
             super().__init__(root, loader=_load_rgb, allow_empty=classes is not None)
         except FileNotFoundError as error:  # no class folder at all, or a class without an image
-            raise UserError(f"'{root}': {' '.join(str(error).split())}") from None
+            raise UserError(f"'{root}': {one_line_text(error)}") from None
         if not self.samples:
             raise UserError(f"'{root}' holds no image")
 
@@ -157,7 +157,7 @@ def _map_npy(file: str) -> np.ndarray:
     try:
         array = np.load(Path(file).expanduser(), mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read '{file}': {' '.join(str(error).split())}") from None
+        raise UserError(f"cannot read '{file}': {one_line_text(error)}") from None
     if not isinstance(array, np.ndarray) or array.ndim == 0:
         raise UserError(f"'{file}' is not a .npy file with one array")
     return array
@@ -261,9 +261,16 @@ def _found_or_downloaded(target: Callable[..., Any], args: dict[str, Any], name:
     try:
         return call(target, {**args, "download": False}, name, path)
     except UserError as error:
-        if isinstance(error.__cause__, RuntimeError | OSError):  # what torchvision's raise for files that are missing
-            return call(target, {**args, "download": True}, name, path)
-        raise
+        if not isinstance(error.__cause__, RuntimeError | OSError):  # what torchvision's raise for missing files
+            raise
+        missing = one_line_text(error.__cause__)
+    try:
+        return call(target, {**args, "download": True}, name, path)
+    except UserError as error:
+        if not isinstance(error.__cause__, RuntimeError | OSError):
+            raise
+        message = f"'{name}' found no data in '{args.get('root')}' ({missing}), and could not download it: "
+        raise UserError(message + one_line_text(error.__cause__), path=f"{path}.args.root") from error
 
 
 def build_eval_dataset(config: DataConfig, train: SizedDataset, order: RankOrder) -> SizedDataset | None:

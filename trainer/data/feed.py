@@ -18,7 +18,7 @@ import torch
 
 from trainer.config_data import AugmentConfig, DataConfig
 from trainer.data.augment import AugmentationPlan, DeviceAugmentation, mix_targets
-from trainer.data.datasets import SizedDataset
+from trainer.data.datasets import SizedDataset, is_image_data
 from trainer.data.device_decode import DeviceDecoder
 from trainer.data.draws import sample_keys
 from trainer.data.joint import JointTransform, check_joint_transforms, with_typed_samples
@@ -29,7 +29,7 @@ from trainer.data.prefetch import DeviceBatch, Prefetcher
 from trainer.data.resident import ResidentPictures, Share
 from trainer.data.sampler import EvalSampler, MicroBatchSampler, SampleKey, StepSampler, key_array
 from trainer.data.slots import Slot
-from trainer.data.transforms import HostTransform, build_transforms
+from trainer.data.transforms import HostTransform, build_transforms, check_pictures
 from trainer.data.tuning import WorkerTuner
 from trainer.data.workers import WorkerPool
 from trainer.errors import BadSample, UserError, place_at
@@ -122,6 +122,8 @@ class DeviceFeed:
         self._unreadable: set[int] = set()
         self._is_train = split == "train"
         transforms = build_transforms(getattr(config.transforms, split), f"data.transforms.{split}")
+        if is_image_data(self.dataset):
+            check_pictures(transforms, f"data.transforms.{split}")
         if task.transforms_targets:
             check_joint_transforms(transforms, f"data.transforms.{split}")
         memory = device_memory(device) if memory is None else memory

@@ -18,13 +18,14 @@ from torch import nn
 from torchvision import datasets, tv_tensors
 from torchvision.transforms.v2 import functional as image_functional
 
+from trainer.data.coco import keys_of_all
 from trainer.data.datasets import SizedDataset, is_image_data
 from trainer.data.nested import part, with_part
 from trainer.data.transforms import HostTransform
-from trainer.errors import BadSample, UserError
+from trainer.errors import BadSample, UserError, one_line_text
 
 # Those whose targets are dicts, of which `wrap_dataset_for_transforms_v2` keeps the keys that it is told.
-_WITH_KEYS = (datasets.CocoDetection, datasets.VOCDetection, datasets.Kitti, datasets.WIDERFace)
+_WITH_KEYS = (datasets.CocoDetection, datasets.VOCDetection)
 
 
 class TypedSamples:
@@ -34,24 +35,27 @@ class TypedSamples:
 
     Args:
         dataset: the data set.
-        target_keys: what to keep of targets that are dicts; None: boxes and labels, and the `image_id` of COCO.
+        target_keys: what to keep of targets that are dicts; None: boxes and labels, and the `image_id` of COCO. Those
+            that some annotations of a COCO file lack and nothing needs, `iscrowd` and `area`, are left out.
     """
 
     def __init__(self, dataset: datasets.VisionDataset, target_keys: Sequence[str] | None) -> None:
         self.is_image_data = is_image_data(dataset)
         self._keys = tuple(target_keys or ("boxes", "labels")) if isinstance(dataset, _WITH_KEYS) else ()
-        keys = target_keys if self._keys else None
+        if isinstance(dataset, datasets.CocoDetection):
+            self._keys = keys_of_all(dataset, self._keys)
+        keys = self._keys if target_keys else None
         try:
             self._dataset: Any = datasets.wrap_dataset_for_transforms_v2(dataset, keys)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{type(dataset).__name__}: {' '.join(str(error).split())}") from None
+            raise UserError(f"{type(dataset).__name__}: {one_line_text(error)}") from None
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Any:
         sample = self._dataset[index]
-        if self._keys and isinstance(sample[1], dict) and "boxes" not in sample[1]:
+        if self._keys and set(sample[1]) <= {"image_id"}:  # all that torchvision says of a COCO picture without objects
             return sample[0], {**_no_objects(self._keys, image_functional.get_size(sample[0])), **sample[1]}
         return sample
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler, Sampler
 
 from trainer.errors import UserError
+from trainer.units import counted
 
 EVAL_EPOCH = -1  # evaluation samples are the same every time, and never those of a training epoch
 
@@ -76,10 +77,10 @@ class BatchPlan:
         if batch_size % unit:
             below, above = batch_size // unit * unit, -(-batch_size // unit) * unit
             sizes = " and ".join(str(size) for size in (below, above) if size)
-            split = (
-                f"split over {num_ranks} processes" if group_size == 1 else f"split over {num_ranks} in pairs to mix"
-            )
-            message = f"{batch_size} samples do not {split}; nearest sizes: {sizes}"
+            over = f" over {num_ranks} process{'es' if num_ranks > 1 else ''}"
+            parts = over if group_size == 1 else " into pairs to mix" + (over if num_ranks > 1 else "")
+            verb = "does" if batch_size == 1 else "do"
+            message = f"{counted(batch_size, 'sample')} {verb} not split{parts}; nearest sizes: {sizes}"
             raise UserError(message, path="train.batch_size")
         share = batch_size // num_ranks
         micro = min(micro_batch_size or share, share)

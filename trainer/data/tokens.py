@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trainer.errors import UserError, one_line
+from trainer.errors import BadSample, UserError, one_line
 
 SIDE_FILE = "tokens.json"
 _RAW_TYPES = ("uint16", "uint32")
@@ -126,7 +126,10 @@ class TokenFile:
         if self._tokens is None:
             self._tokens = [_map(file, self._dtype) for file in self.files]
         number, start = self._place(index)
-        tokens = self._tokens[number][start : start + self.sequence_length + 1].astype(np.int64)
+        stored = self._tokens[number][start : start + self.sequence_length + 1]
+        tokens = stored.astype(np.int64)
+        if stored.dtype == np.uint64 and tokens.min() < 0:
+            raise BadSample(f"has the token {stored.max()}, which no model knows", index)
         return torch.from_numpy(tokens[:-1]), torch.from_numpy(tokens[1:])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -69,6 +69,9 @@ class HostTransform:
             raise UserError(f"{name} passes over numpy arrays; let the data set return tensors or PIL images")
         try:
             return transform(*values)
+        except TypeError as error:
+            hint = "; use data.normalize" if name == "Normalize" else ""
+            raise UserError(f"{name} does not take what it is given: {one_line_text(error)}{hint}") from error
         except ValueError as error:  # such as a crop that is larger than this image
             raise BadSample(f"does not go through {name}: {one_line_text(error)}") from error
 
@@ -92,6 +95,19 @@ def build_transforms(components: Sequence[Component], path: str) -> list[Callabl
         UserError: an unknown transform, or arguments that do not fit.
     """
     return [_build_transform(component, f"{path}.{i}") for i, component in enumerate(components)]
+
+
+def check_pictures(transforms: Sequence[Callable[..., Any]], path: str) -> None:
+    """Raises UserError where pictures would be normalised here, while they are bytes."""
+    for i, transform in enumerate(transforms):
+        name = type(transform).__name__
+        if not type(transform).__module__.startswith("torchvision."):
+            return  # it may make floats of them, as may those below
+        if name in ("ToImage", "ToTensor", "PILToTensor", "ToDtype", "ConvertImageDtype", "Compose"):
+            return
+        if name == "Normalize":
+            message = "pictures are normalised on the device: use data.normalize, with this mean and std"
+            raise UserError(message, path=f"{path}.{i}")
 
 
 def _build_transform(component: Component, path: str) -> Callable[[Any], Any]:

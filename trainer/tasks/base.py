@@ -88,6 +88,9 @@ class Task(ABC):
             UserError: they cannot be trained on.
         """
 
+    def check_model(self, model: nn.Module) -> None:  # noqa: B027
+        """Raises UserError where the model, as built, cannot be called as this task does."""
+
     def check(self, data: Any, sample_ids: torch.Tensor) -> None:  # noqa: B027
         """Raises UserError where a batch in host memory cannot be trained on.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torchvision.datasets import CocoDetection
+from torchvision.datasets import CocoDetection, Kitti, WIDERFace
 
+from trainer.data.coco import check_annotations
 from trainer.errors import BadSample, UserError
 from trainer.tasks.base import Task
 
@@ -84,12 +86,23 @@ class Detection(Task):
         if eval_set is not None and importlib.util.find_spec("pycocotools") is None:
             message = "average precision needs pycocotools: pip install 'lockstep-trainer[detection]'"
             raise UserError(message, path="task.name")
+        if type(train_set) in (Kitti, WIDERFace):
+            name = type(train_set).__name__
+            message = f"{name} has no boxes with labels from 1 up: detection needs a class of your own that makes them"
+            raise UserError(message, path="data.train")
         if not isinstance(train_set, CocoDetection):
             return
         self.target_keys = ("boxes", "labels", "iscrowd", "area", *(("masks",) if self.masks else ()))
         categories = {int(key): str(category["name"]) for key, category in train_set.coco.cats.items()}
         ids = sorted(categories)
-        if self.num_classes is None or not ids or not 0 < ids[0] <= ids[-1] < self.num_classes:
+        if not ids:
+            raise UserError("its 'categories' are empty: annotations need some to refer to", path="data.train")
+        if not train_set.coco.anns:
+            raise UserError("it has no annotations: there is nothing to learn", path="data.train")
+        for dataset, path in ((train_set, "data.train"), (eval_set, "data.eval")):
+            if isinstance(dataset, CocoDetection):
+                check_annotations(dataset, ids, self.masks, path)
+        if self.num_classes is None or not 0 < ids[0] <= ids[-1] < self.num_classes:
             needed = len(ids) + 1
             if self.num_classes is not None and self.num_classes < needed:
                 message = f"the data has {len(ids)} categories, which with the background need {needed} classes"
@@ -98,6 +111,16 @@ class Detection(Task):
             self._ids = [0, *ids]
         names = {0: "background", **{self._ids.index(i) if self._ids else i: categories[i] for i in ids}}
         self.class_names = [names.get(label, str(label)) for label in range(max(names) + 1)]
+
+    def check_model(self, model: nn.Module) -> None:
+        try:
+            signature = inspect.signature(model.forward)
+            signature.bind([])
+            signature.bind([], [])
+        except TypeError:
+            message = "detection calls the model with pictures, and in training with targets, too, as torchvision's"
+            name = type(model).__name__
+            raise UserError(f"{message} fasterrcnn_resnet50_fpn; {name} takes {signature}", path="model.name") from None
 
     def check(self, data: Any, sample_ids: torch.Tensor) -> None:
         for target, sample in zip(self.targets(data), sample_ids.tolist(), strict=True):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
 
-from trainer.errors import UserError
+from trainer.components import is_import_path
+from trainer.errors import BadSample, UserError
 from trainer.tasks.base import Task
+
+if TYPE_CHECKING:
+    from trainer.config import Config
 
 IGNORED = -100  # a target that does not count
 _CONTEXT = 64  # tokens before the one that an example is about
@@ -45,6 +49,17 @@ class LanguageModel(Task):
         self._bytes_per_token: float | None = None
         self._decode: Callable[[Iterable[int]], str] | None = None
 
+    def check_config(self, config: Config) -> None:
+        data = config.data
+        for split in ("train", "eval"):
+            for i, transform in enumerate(getattr(data.transforms, split)):
+                if not is_import_path(transform.name) or transform.name.startswith("torchvision."):
+                    message = f"{transform.name} is for pictures, and inputs here are tokens"
+                    raise UserError(message, path=f"data.transforms.{split}.{i}")
+        if data.augment.mixes or data.augment.erase or data.normalize is not None:
+            key = "normalize" if data.normalize is not None else "augment"
+            raise UserError("this is for pictures, and inputs here are tokens: leave it out", path=f"data.{key}")
+
     def look_at(self, train_set: Any, eval_set: Any) -> None:
         self.tokens_per_sample = getattr(train_set, "sequence_length", None)
         self._bytes_per_token = getattr(eval_set, "bytes_per_token", None)
@@ -65,8 +80,8 @@ class LanguageModel(Task):
                 wrong &= tokens != IGNORED
             if wrong.any():
                 i, position = map(int, wrong.nonzero()[0])
-                found = f"sample {int(sample_ids[i])} has the {name} {int(tokens[i, position])} at position {position}"
-                raise UserError(f"{found}; the model's tokens are 0 to {self.num_classes - 1}")
+                found = f"has the {name} {int(tokens[i, position])} at position {position}"
+                raise BadSample(f"{found}; the model's tokens are 0 to {self.num_classes - 1}", int(sample_ids[i]))
 
     def forward(self, model: torch.nn.Module, data: Any) -> torch.Tensor:
         outputs = super().forward(model, data)

@@ -47,6 +47,9 @@ class FlopCounter:
         """FLOPs, once they are counted and where they can be."""
         self.num_operations: int | None = None
         """Of torch, for forward and backward of a micro-batch, once they are counted and where they can be."""
+        if not task.stacks:  # such models select by values, and shapes alone do not tell what they do
+            logger.info("no MFU: FLOPs are not counted where a batch is a list of samples")
+            return
         try:
             self._model = _without_memory(model).train()
             self._teacher = _without_memory(task.teacher.model) if task.teacher is not None else None

@@ -162,7 +162,7 @@ def test_settings_that_would_spoil_boxes_or_pictures_are_refused(
 
 def test_fp16_and_fsdp_in_float32_are_not_refused(write_config: WriteConfig) -> None:
     for changes in ({"precision": "fp16"}, {"parallel": {"strategy": "fsdp"}}, {}):
-        Detection().check_config(load_config(write_config(**COCO_RUN, **changes)))
+        Detection().check_config(load_config(str(write_config(**COCO_RUN, **changes))))
 
 
 def test_too_few_classes_are_refused(coco: CocoDetection) -> None:

@@ -79,11 +79,11 @@ class Teacher(nn.Module):
         logits = self.logits(task, data)
         both_are_tensors = isinstance(outputs, torch.Tensor) and isinstance(logits, torch.Tensor)
         if not both_are_tensors or outputs.ndim != 2 or outputs.shape != logits.shape:
-            own, theirs = (
+            returned = [
                 list(found.shape) if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
                 for found in (outputs, logits)
-            )
-            message = f"the model returns {own} and its teacher {theirs}, not logits of the same classes"
+            ]
+            message = f"the model returns {returned[0]} and its teacher {returned[1]}, not logits of the same classes"
             raise UserError(message, path="task.teacher", agreed=True)
         if self._config.hard:
             distance = functional.cross_entropy(outputs.float(), logits.argmax(1), reduction="sum")

@@ -25,10 +25,16 @@ from trainer.data.sampler import BatchPlan, StepSampler
 from trainer.data.transforms import build_transforms
 from trainer.early_stopping import EarlyStopping
 from trainer.errors import UserError
-from trainer.foreign_models import reads_weights
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.shrink import Shrink, read_shrink
-from trainer.model import CLASS_COUNTS, build_model, compile_model, recompute_blocks, uses_channels_last
+from trainer.model import (
+    CLASS_COUNTS,
+    build_model,
+    compile_model,
+    may_download,
+    recompute_blocks,
+    uses_channels_last,
+)
 from trainer.optim import build_optimizer
 from trainer.param_groups import choose_treatments, describe_groups
 from trainer.precision import allows_tf32
@@ -162,8 +168,7 @@ class Assembly:
         config = self.config
         self._num_classes = num_classes
         seed_everything(config.run.seed)  # the same initial weights on every rank
-        may_download = self.to_train and (model.weights or reads_weights(model.name, model.args))
-        with self.runtime.main_first() if may_download else nullcontext():
+        with self.runtime.main_first() if self.to_train and may_download(model) else nullcontext():
             # Whoever does not train has a checkpoint to read.
             self.bare_model = build_model(model, num_classes, is_fresh=not self.to_train)
         self.task.check_model(self.bare_model)
@@ -177,9 +182,8 @@ class Assembly:
         seed_everything(self.config.run.seed + 1 + self.runtime.rank)  # dropout differs per rank
 
     def _build_teacher(self, config: TeacherConfig, num_classes: int | None) -> None:
-        may_download = config.weights or reads_weights(config.name, config.args)
         seed_everything(self.config.run.seed)
-        with self.runtime.main_first() if may_download else nullcontext():
+        with self.runtime.main_first() if may_download(config.model, "task.teacher") else nullcontext():
             teacher = build_teacher(config, num_classes, self.runtime.step_dtype)
         self.task.teacher = teacher.to(self.runtime.device)
         self._seed_this_rank()

@@ -1,14 +1,16 @@
-"""Models of timm and of Hugging Face's transformers, as `trainer.model` builds them.
+"""Models of timm, of Hugging Face's transformers and of torchvision, as `trainer.model` builds them.
 
-Owns how these packages' own ways of building become a function of `args`, which of their arguments is the number of
-classes, and what is said where weights cannot be downloaded. Both packages are imported only where they are named.
+Owns how the first two packages' own ways of building become a function of `args`, which of their arguments is the
+number of classes, which models come with weights, how they are built without, and what is said where weights cannot be
+downloaded. timm and transformers are imported only where they are named.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -17,6 +19,7 @@ from trainer.errors import UserError, nearest, one_line_text
 
 TIMM = "timm:"
 _FROM_PRETRAINED = "from_pretrained"
+_TORCHVISIONS_WEIGHTS = ("weights", "weights_backbone", "pretrained", "pretrained_backbone")
 
 
 def timm_model(name: str, path: str) -> Callable[..., nn.Module]:
@@ -84,9 +87,58 @@ def explained_download(target: Callable[..., nn.Module]) -> Callable[..., nn.Mod
     return build
 
 
-def reads_weights(name: str, args: dict[str, Any]) -> bool:
-    """Tells whether a model starts from weights that its own package finds, and may download."""
-    return bool(args.get("pretrained")) or name.endswith(f".{_FROM_PRETRAINED}")
+def reads_weights(target: Callable[..., Any], args: Mapping[str, Any]) -> bool:
+    """Tells whether a model starts from weights that its own package finds, and may download.
+
+    Args:
+        target: what builds it, as its name resolves.
+        args: the config's; of what they leave out torchvision's own defaults count.
+    """
+    if not is_of_torchvision(target):
+        return bool(args.get("pretrained")) or getattr(target, "__name__", "") == _FROM_PRETRAINED
+    parameters = inspect.signature(target).parameters
+    defaults = {name: parameters[name].default for name in _TORCHVISIONS_WEIGHTS if name in parameters}
+    given = {**defaults, **args}
+    return any(bool(given.get(name)) for name in _TORCHVISIONS_WEIGHTS)
+
+
+def is_of_torchvision(target: Callable[..., Any]) -> bool:
+    """Tells whether `target` is a model or a model's builder of torchvision."""
+    return str(getattr(target, "__module__", "")).startswith("torchvision.models.")
+
+
+def torchvision_without_weights(target: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Returns `target`, a builder of torchvision's, which then builds the same model and reads no weights."""
+
+    @functools.wraps(target)
+    def build(**args: Any) -> nn.Module:
+        with _no_weights():
+            return target(**args)
+
+    return build
+
+
+@contextmanager
+def _no_weights() -> Iterator[None]:
+    """Has torchvision find no weights, and load nothing.
+
+    Not by `weights=None`, with which it builds another model: without an auxiliary head, with other classes, with
+    BatchNorm that is not frozen.
+    """
+    from torchvision.models import WeightsEnum
+
+    nothing: dict[str, Any] = {}
+    get, load = WeightsEnum.get_state_dict, nn.Module.load_state_dict
+
+    def load_unless_nothing(module: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return None if state_dict is nothing else load(module, state_dict, *args, **kwargs)
+
+    WeightsEnum.get_state_dict = lambda *_, **__: nothing  # type: ignore[method-assign]
+    nn.Module.load_state_dict = load_unless_nothing  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        WeightsEnum.get_state_dict, nn.Module.load_state_dict = get, load  # type: ignore[method-assign]
 
 
 def _class_argument(model_class: type) -> str:

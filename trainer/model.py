@@ -21,8 +21,10 @@ from trainer.errors import UserError
 from trainer.foreign_models import (
     TIMM,
     explained_download,
+    is_of_torchvision,
     is_of_transformers,
     reads_weights,
+    torchvision_without_weights,
     transformers_model,
     without_cache,
 )
@@ -59,7 +61,8 @@ def build_model(config: ModelConfig, num_classes: int | None, is_fresh: bool = F
     given: dict[str, Any] = {}
     target = resolve("model", config.name, "model")
     args = config.args
-    if is_fresh and "pretrained" in args:
+    has_weights = reads_weights(target, args)
+    if is_fresh and "pretrained" in args and not is_of_torchvision(target):
         args = {**args, "pretrained": False}
     is_foreign = is_of_transformers(target)
     if is_foreign:
@@ -68,9 +71,11 @@ def build_model(config: ModelConfig, num_classes: int | None, is_fresh: bool = F
         given = {} if num_classes is None else {"num_classes": num_classes}
     elif not is_import_path(config.name):
         given.update(_PLAIN_OUTPUT.get(config.name, {}))
-        if num_classes is not None and (target.__module__.startswith("torchvision.") or accepts(target, "num_classes")):
+        if num_classes is not None and (is_of_torchvision(target) or accepts(target, "num_classes")):
             given["num_classes"] = num_classes
-    if reads_weights(config.name, args) and not is_fresh:
+    if is_fresh and is_of_torchvision(target):
+        target = torchvision_without_weights(target)
+    elif has_weights and not is_fresh:
         target = explained_download(target)
     model = call(target, {**given, **args}, config.name, "model")
     if not isinstance(model, nn.Module):
@@ -85,6 +90,11 @@ def build_model(config: ModelConfig, num_classes: int | None, is_fresh: bool = F
         _convert_parameters(model, getattr(torch, config.dtype))
     freeze(model, config.freeze)
     return model
+
+
+def may_download(config: ModelConfig, path: str = "model") -> bool:
+    """Tells whether building the model of `path` may download weights, so that one rank should do it first."""
+    return config.weights is not None or reads_weights(resolve("model", config.name, path), config.args)
 
 
 def _convert_parameters(model: nn.Module, dtype: torch.dtype) -> None:

@@ -18,7 +18,7 @@ from torchvision.models.regnet import BlockParams
 
 from trainer.config_model import ModelConfig
 from trainer.errors import UserError
-from trainer.model import build_model
+from trainer.model import build_model, may_download
 from trainer.weights import load_weights
 
 CLASSIFIERS = models.list_models(module=models)
@@ -52,6 +52,40 @@ def test_there_are_many_classifiers() -> None:
 def test_other_torchvision_models_build_by_name(name: str) -> None:
     args = {"weights_backbone": None} if name.startswith(("fcn", "fasterrcnn")) else {}
     assert isinstance(build(name, **args), nn.Module)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("resnet18", {"weights": "DEFAULT"}),
+        ("lraspp_mobilenet_v3_large", {}),
+        ("lraspp_mobilenet_v3_large", {"weights": "DEFAULT"}),
+        ("fasterrcnn_mobilenet_v3_large_320_fpn", {}),
+    ],
+)
+def test_torchvision_models_are_built_without_their_weights(
+    name: str, args: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(*_: Any, **__: Any) -> Any:
+        raise OSError("asked the network")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", download)
+    config = ModelConfig(name=name, args=args)
+    assert may_download(config)
+    with pytest.raises(UserError, match=r"cannot be downloaded: .*asked the network"):
+        build_model(config, None)
+    with torch.device("meta"):
+        fresh = build_model(config, None, is_fresh=True)
+        if name.startswith("fasterrcnn"):  # with weights it has what has no statistics to count
+            assert not any("num_batches_tracked" in key for key in fresh.state_dict())
+    copy = nn.Linear(1, 1)
+    copy.load_state_dict({"weight": torch.ones(1, 1), "bias": torch.ones(1)})
+    assert copy.weight.item() == 1  # as ever
+
+
+def test_what_reads_no_weights() -> None:
+    for name, args in (("resnet18", {}), ("fcn_resnet50", {"weights_backbone": None}), ("small_cnn", {})):
+        assert not may_download(ModelConfig(name=name, args=args))
 
 
 def test_number_of_classes_comes_from_the_data_unless_set() -> None:

@@ -30,6 +30,7 @@ from trainer.memory.shrink import Shrink, read_shrink
 from trainer.model import (
     CLASS_COUNTS,
     build_model,
+    class_argument,
     compile_model,
     may_download,
     recompute_blocks,
@@ -292,9 +293,12 @@ def class_count(config: Config, train_set: SizedDataset) -> int | None:
     Raises:
         UserError: the data set has more than the model.
     """
+    counted = CLASS_COUNTS if _counts_tokens(config) else {k: v for k, v in CLASS_COUNTS.items() if k != "vocab_size"}
     names = class_names(train_set)
-    in_data = len(names) if names is not None else getattr(train_set, "vocab_size", None)
-    for key, what in CLASS_COUNTS.items():
+    in_data = len(names) if names is not None else None
+    if in_data is None and "vocab_size" in counted:
+        in_data = getattr(train_set, "vocab_size", None)
+    for key, what in counted.items():
         in_model = config.model.args.get(key)
         if isinstance(in_model, int):
             if in_data is not None and in_data > in_model:
@@ -302,3 +306,10 @@ def class_count(config: Config, train_set: SizedDataset) -> int | None:
                 raise UserError(message, path=f"model.args.{key}")
             return in_model
     return in_data
+
+
+def _counts_tokens(config: Config) -> bool:
+    """Tells whether classes are tokens: to a language model, and to a task of one's own unless its model says other."""
+    if config.task.name == "language_model":
+        return True
+    return ":" in config.task.name and class_argument(config.model) in (None, "vocab_size")

@@ -62,8 +62,25 @@ def transformers_model(
     if not inspect.isclass(target):
         owner = target.__self__  # type: ignore[attr-defined]
         return (functools.partial(_fresh, owner), {}) if is_fresh else (target, {"dtype": "float32"})
-    given = {} if num_classes is None else {_class_argument(target): num_classes}
+    given = {} if num_classes is None else {transformers_class_argument(target): num_classes}
     return functools.partial(_from_config, target), given
+
+
+def transformers_class_argument(target: Any) -> str:
+    """Returns which argument of a model class of transformers, or of its `from_pretrained`, is its number of classes.
+
+    For language models that is the number of different tokens.
+    """
+    from transformers.models.auto import modeling_auto
+
+    name = (target if inspect.isclass(target) else target.__self__).__name__
+    of_tokens = {
+        "AutoModelForCausalLM",
+        "AutoModelForMaskedLM",
+        *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+        *modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values(),
+    }
+    return "vocab_size" if name in of_tokens else "num_labels"
 
 
 def without_cache(model: nn.Module) -> None:
@@ -139,16 +156,6 @@ def _no_weights() -> Iterator[None]:
         yield
     finally:
         WeightsEnum.get_state_dict, nn.Module.load_state_dict = get, load  # type: ignore[method-assign]
-
-
-def _class_argument(model_class: type) -> str:
-    from transformers.models.auto import modeling_auto
-
-    of_tokens = {
-        *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
-        *modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values(),
-    }
-    return "vocab_size" if model_class.__name__ in of_tokens else "num_labels"
 
 
 def _from_config(model_class: Any, **args: Any) -> nn.Module:

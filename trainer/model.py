@@ -25,6 +25,7 @@ from trainer.foreign_models import (
     is_of_transformers,
     reads_weights,
     torchvision_without_weights,
+    transformers_class_argument,
     transformers_model,
     without_cache,
 )
@@ -90,6 +91,16 @@ def build_model(config: ModelConfig, num_classes: int | None, is_fresh: bool = F
         _convert_parameters(model, getattr(torch, config.dtype))
     freeze(model, config.freeze)
     return model
+
+
+def class_argument(config: ModelConfig) -> str | None:
+    """Returns which of `CLASS_COUNTS` the model takes as its number of classes, if one, by its signature."""
+    target = resolve("model", config.name, "model")
+    if is_of_transformers(target):
+        return transformers_class_argument(target)
+    if config.name.startswith(TIMM) or is_of_torchvision(target):
+        return "num_classes"
+    return next((key for key in CLASS_COUNTS if accepts(target, key)), None)
 
 
 def may_download(config: ModelConfig, path: str = "model") -> bool:

@@ -13,6 +13,7 @@ from conftest import Train, WriteConfig, nightly
 from torch import nn
 
 from launch import plan
+from trainer.assembly import class_count
 from trainer.config import load_config
 from trainer.config_model import ModelConfig
 from trainer.errors import UserError
@@ -90,6 +91,42 @@ def test_transformers_take_their_classes_from_the_data_unless_set(transformers: 
     assert build(name, num_classes=7, **VIT).config.num_labels == 7
     assert build(name, num_classes=7, num_labels=9, **VIT).config.num_labels == 9
     assert build("transformers:GPT2LMHeadModel", num_classes=320, **GPT2).config.vocab_size == 320
+
+
+SCORER = "transformers:GPT2ForSequenceClassification"
+GPT2_MODEL = "transformers:GPT2LMHeadModel"
+SIZES = {"vocab_size": 8000}
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "args", "expected"),
+    [
+        ("classification", SCORER, SIZES, 3),  # those of the data
+        ("classification", SCORER, {**SIZES, "num_labels": 5}, 5),
+        ("own:Task", SCORER, SIZES, 3),
+        ("classification", "own:model", SIZES, 3),
+        ("own:Task", GPT2_MODEL, SIZES, 8000),
+        ("language_model", GPT2_MODEL, SIZES, 8000),
+        ("language_model", "own:model", SIZES, 8000),
+    ],
+)
+def test_tokens_are_classes_to_language_models_only(
+    transformers: Any, task: str, name: str, args: dict[str, int], expected: int, write_config: WriteConfig
+) -> None:
+    class Data:
+        classes = ("bad", "good", "so so")
+
+    file = write_config(task__name=task, model={"name": name, "args": args})
+    assert class_count(load_config(str(file)), Data()) == expected  # type: ignore[arg-type]
+
+
+def test_a_text_whose_tokens_are_no_classes(write_config: WriteConfig) -> None:
+    class Text:
+        vocab_size = 8000
+
+    for task, expected in (("classification", None), ("language_model", 8000)):
+        file = write_config(task__name=task, model={"name": "small_cnn"})
+        assert class_count(load_config(str(file)), Text()) == expected  # type: ignore[arg-type]
 
 
 def test_a_language_model_of_transformers(transformers: Any) -> None:

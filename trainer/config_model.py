@@ -67,6 +67,10 @@ class ModelConfig(Component):
         return self
 
 
+# Arguments by which timm and torchvision give a model its trained weights, all of them.
+_BRING_WEIGHTS = ("pretrained", "checkpoint_path", "weights")
+
+
 class TeacherConfig(Component):
     """Distillation: a trained model that the model learns from, besides the targets. Its class scores are compared."""
 
@@ -97,7 +101,7 @@ class TeacherConfig(Component):
             raise ValueError("temperature has no effect with hard: true")
         package = self.name.partition(":")[0] if ":" in self.name else None
         is_own = package not in (None, "timm") and (package != "transformers" or self.name.endswith(".from_pretrained"))
-        brings_weights = is_own or any("weights" in key or key == "pretrained" for key in self.args)
+        brings_weights = is_own or (package != "transformers" and any(map(self.args.get, _BRING_WEIGHTS)))
         if self.weights is None and not brings_weights:
             raise ValueError("a teacher has learned something: set weights")
         return self

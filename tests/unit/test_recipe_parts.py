@@ -5,6 +5,7 @@ On several ranks, and stopped and resumed: `tests/dist/test_recipe_parts_dist.py
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -479,6 +480,26 @@ class TestTeacher:
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
         with pytest.raises(UserError, match=message):
             load_config(str(tmp_path / "config.yaml"))
+
+    @pytest.mark.parametrize(
+        ("name", "args", "knows"),
+        [
+            ("timm:resnet18", {"pretrained": True}, True),
+            ("timm:resnet18", {"checkpoint_path": "teacher.pth"}, True),
+            ("timm:resnet18", {"pretrained": False}, False),
+            ("resnet18", {"weights": "DEFAULT"}, True),
+            ("resnet18", {"weights": None}, False),
+            ("googlenet", {"init_weights": True}, False),
+            ("fcn_resnet50", {"weights_backbone": "DEFAULT"}, False),
+            ("transformers:ViTForImageClassification", {"pretrained": True}, False),
+            ("transformers:AutoModelForImageClassification.from_pretrained", {}, True),
+            ("own:trained", {}, True),
+        ],
+    )
+    def test_a_teacher_has_learned_something(self, name: str, args: dict[str, Any], knows: bool) -> None:
+        values = {"name": name, "args": args}
+        with nullcontext() if knows else pytest.raises(ValueError, match="a teacher has learned something"):
+            TeacherConfig.model_validate(values)
 
     def test_its_memory_is_not_planned(self, tmp_path: Path) -> None:
         teacher = {"name": "mlp", "args": {"in_features": 8}, "weights": "x.pt"}

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import language_runs
 import numpy as np
@@ -17,13 +20,16 @@ from conftest import Train
 from language_model import prepare
 from language_model.model import Transformer
 from run_results import summary
+from torch import nn
 from torch.nn import functional
 
 from trainer.assembly import class_count
 from trainer.config import load_config
 from trainer.config_model import TaskConfig
+from trainer.data.sampler import BatchPlan
 from trainer.errors import BadSample, UserError
 from trainer.memory.blocks import repeated_blocks
+from trainer.memory.jobs import plan_job
 from trainer.tasks import build_task
 from trainer.tasks.language_model import IGNORED, LanguageModel
 
@@ -95,6 +101,24 @@ def test_examples_show_the_token_that_surprises_most() -> None:
     ((target, prediction, confidence),) = t.describe_examples(examples, [])  # nothing of the second counts
     assert (target, prediction) == ("abc[j]", "[h]")
     assert confidence == pytest.approx(math.exp(5) / (math.exp(5) + 10))
+
+
+def test_a_plan_copies_no_data_set(tmp_path: Path) -> None:
+    class Locked(Text):
+        def __init__(self) -> None:
+            self.lock = threading.Lock()  # which cannot be copied, as files that are open
+
+    t, plain = task(), tmp_path / "run.yaml"
+    t.look_at(Text(), Locked())
+    t.weights = nn.Linear(1, 1)  # type: ignore[attr-defined]
+    plain.write_text(yaml.safe_dump(language_runs.config(tmp_path)))
+    feed: Any = SimpleNamespace(example=lambda num: (DATA, 0), resident_bytes=0)
+    batch = BatchPlan.split(6, 6, None, 1, False)
+    with mock.patch.object(type(t), "to", autospec=True) as move:
+        job = plan_job(load_config(str(plain)), nn.Linear(1, 1), t, feed, batch, "cpu")
+    assert job.share == 6
+    (moved, device), _ = move.call_args
+    assert (device.type, moved.weights is t.weights) == ("cpu", False)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

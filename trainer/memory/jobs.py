@@ -53,9 +53,7 @@ def plan_job(
         raise UserError(message, path="train.micro_batch_size")
     if config.task.teacher is not None:
         raise UserError("a teacher's memory is not planned", path="task.teacher")
-    # Simulated tensors say that they are on the CPU; so must what the task has of its own, such as class weights.
-    task = copy.deepcopy(task)
-    task.to(torch.device("cpu"))
+    task = _on_the_cpu(task)
     example, feed_bytes = feed.example(_EXAMPLES)
     waiting = config.data.prefetch + 1  # and the one from which the step's own batch is made
     return Job(
@@ -79,6 +77,19 @@ def plan_job(
         compresses_gradients=config.parallel.gradient_compression != "none",
         block_patterns=config.memory.blocks,
     )
+
+
+def _on_the_cpu(task: Task) -> Task:
+    """Returns a task whose modules, such as class weights, are where simulated tensors say that they are.
+
+    They alone are copied: what else a task keeps may be a data set, or a file that is open.
+    """
+    copied = copy.copy(task)
+    for name, value in vars(task).items():
+        if isinstance(value, nn.Module):
+            setattr(copied, name, copy.deepcopy(value))
+    copied.to(torch.device("cpu"))
+    return copied
 
 
 def summed_loss(task: Task) -> Callable[[nn.Module, Any], torch.Tensor]:

@@ -85,6 +85,18 @@ def test_what_cannot_change_at_all(key: str, value: Any, write_config: WriteConf
         check_resumable(before, 60, now, 60)
 
 
+@pytest.mark.parametrize("values", [(None, 0.7), (0.7, None), (0.7, 0.8)])
+def test_layers_begin_or_end_in_no_run(values: tuple[float | None, float | None], write_config: WriteConfig) -> None:
+    before, now = (config(write_config, optim__layer_decay=v, checkpoint={"allow_changes": ["optim"]}) for v in values)
+    changes = compare(before.model_dump(mode="json"), now)
+    if None not in values:
+        assert changes.refused == ()
+        return
+    (problem,) = changes.refused
+    assert problem.path == "optim.layer_decay"
+    assert problem.message.endswith("this cannot change in a run")
+
+
 def test_the_same_data_with_other_samples(write_config: WriteConfig) -> None:
     before = config(write_config)
     with pytest.raises(UserError, match=r"data.train: 60 samples in the checkpoint, 61 now"):

@@ -308,6 +308,9 @@ def test_a_checkpoint_of_other_groups_is_refused(train: Train, write_config: Wri
     code, _, err = train("--config", write_config(optim={**optim, "no_weight_decay": ["bias"]}, **longer))
     assert (code, err.count("\n")) == (2, 1)
     assert "optim.no_weight_decay: ['norm'] in the checkpoint, ['bias'] now; this cannot change in a run" in err
+    code, _, err = train("--config", write_config(optim=optim, memory={"blocks": ["blocks.0"]}, **longer))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "has other groups of parameters; with optim.layer_decay they are by memory.blocks: change that back" in err
     allowed = {"optim": {**optim, "layer_decay": 0.9}, "checkpoint": {"allow_changes": ["optim.layer_decay"]}}
     code, out, err = train("--config", write_config(**allowed, **longer))
     assert code == 0, err

@@ -27,6 +27,8 @@ _NEVER = (
     "optim.rest.name",
     "optim.rest.match",
 )
+# Another value is another rate; with none the groups are others.
+_NEVER_BEGINS_OR_ENDS = ("optim.layer_decay",)
 # What the numbers of a step depend on. `checkpoint.allow_changes` lets these change.
 _NOT_SILENTLY = (
     "data.train",
@@ -67,7 +69,7 @@ def compare(before: Mapping[str, Any], now: Config) -> Changes:
         if old.get(key) == new.get(key) or _is_section_of(key, old, new) or not _was_known(key, old):
             continue
         line = f"{key}: {_text(old.get(key))} -> {_text(new.get(key))}"
-        if _is_under(key, _NEVER):
+        if _is_under(key, _NEVER) or (key in _NEVER_BEGINS_OR_ENDS and None in (old.get(key), new.get(key))):
             message = f"{_text(old.get(key))} in the checkpoint, {_text(new.get(key))} now; this cannot change in a run"
             refused.append(Problem(message, key))
         elif _is_free(key, old.get(key), new.get(key)) or _is_under(key, now.checkpoint.allow_changes):

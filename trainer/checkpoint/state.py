@@ -188,7 +188,9 @@ class Parts:
                 indices[names[parameter]] = len(indices)
         here = [[names[parameter] for parameter in group["params"]] for group in self.optimizer.param_groups]
         if [group["params"] for group in saved["groups"]] != here:
-            raise UserError(f"'{checkpoint.location}' has other groups of parameters", path="optim")
+            message = f"'{checkpoint.location}' has other groups of parameters"
+            way_out = "with optim.layer_decay they are by memory.blocks: change that back, or choose another run.dir"
+            raise UserError(f"{message}; {way_out}", path="optim")
         targets: dict[str, torch.Tensor] = {}
         state: dict[int, dict[str, Any]] = {}
         for name, keys in saved["tensors"].items():

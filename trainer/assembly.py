@@ -37,7 +37,7 @@ from trainer.model import (
     uses_channels_last,
 )
 from trainer.optim import build_optimizer
-from trainer.param_groups import choose_treatments, describe_groups
+from trainer.param_groups import choose_treatments, describe_groups, has_layers_of_timm
 from trainer.precision import allows_tf32
 from trainer.run_folder import RunFolder
 from trainer.runtime import Runtime, seed_everything
@@ -173,6 +173,9 @@ class Assembly:
             # Whoever does not train has a checkpoint to read.
             self.bare_model = build_model(model, num_classes, is_fresh=not self.to_train)
         self.task.check_model(self.bare_model)
+        if config.memory.blocks and not config.shapes_blocks and has_layers_of_timm(self.bare_model):
+            message = "has no effect on optim.layer_decay: timm tells the layers of this model apart"
+            raise UserError(message, path="memory.blocks")
         treatments = choose_treatments(config.optim, self.bare_model, config.memory.blocks)
         self.bare_optimizer = build_optimizer(config.optim, self.bare_model, self.runtime.device.type, treatments)
         if self.to_train:

@@ -228,6 +228,12 @@ class Config(Section):
         """Whether the micro-batch, or what is recomputed in backward, is to be found out."""
         return self.train.micro_batch_size == "auto" or self.memory.checkpointing == "auto"
 
+    @property
+    def shapes_blocks(self) -> bool:
+        """Whether repeated blocks are recomputed, compiled or sharded one by one."""
+        compiles = self.model.compile == "blocks"
+        return self.memory.checkpointing != "none" or compiles or self.parallel.strategy != "ddp"
+
     def of_trial(self, environment: Mapping[str, str]) -> Config:
         """Returns the config of the trial of a W&B sweep that `wandb agent` has started, if it has: a run of its own.
 
@@ -308,13 +314,7 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
     problems = _parallel_problems(config)
     if problems:
         raise UserError(*map(config.locate, problems))
-    uses_blocks = (
-        config.memory.checkpointing != "none"
-        or config.model.compile == "blocks"
-        or config.parallel.strategy != "ddp"
-        or config.optim.layer_decay is not None
-    )
-    if config.memory.blocks and not uses_blocks:
+    if config.memory.blocks and not config.shapes_blocks and config.optim.layer_decay is None:
         message = (
             "has no effect without memory.checkpointing, model.compile: blocks, parallel.strategy: fsdp or hsdp, or "
             "optim.layer_decay"

@@ -91,6 +91,29 @@ class CacheConfig(Section):
     quality: Annotated[int, Field(strict=True, ge=1, le=100)] = Field(90, description="JPEG quality.")
 
 
+# Transforms of torchvision that make the same of a sample each time.
+_SAME_EACH_TIME = {
+    "CenterCrop",
+    "ClampBoundingBoxes",
+    "ConvertBoundingBoxFormat",
+    "ConvertImageDtype",
+    "Grayscale",
+    "Identity",
+    "LinearTransformation",
+    "Normalize",
+    "PILToTensor",
+    "Pad",
+    "RGB",
+    "Resize",
+    "SanitizeBoundingBoxes",
+    "ToDtype",
+    "ToImage",
+    "ToPILImage",
+    "ToPureTensor",
+    "ToTensor",
+}
+
+
 class DataConfig(Section):
     """What to train and evaluate on, and how samples reach the device."""
 
@@ -154,8 +177,9 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _repeats_differ(self) -> DataConfig:
-        is_random = self.transforms.train or self.augment.mixes or self.augment.erase > 0
+        transforms = any(transform.name not in _SAME_EACH_TIME for transform in self.transforms.train)
+        is_random = transforms or self.augment.mixes or self.augment.erase > 0
         if self.augment_repeats > 1 and not is_random and ":" not in self.train.name:  # one's own may be random itself
-            message = "augment_repeats repeats what nothing augments: set transforms.train or augment"
+            message = "augment_repeats repeats what nothing augments: set a random one of transforms.train, or augment"
             raise ValueError(f"{message} (got {self.augment_repeats})")
         return self

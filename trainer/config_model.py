@@ -166,9 +166,10 @@ class OptimConfig(Component):
     no_weight_decay: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         (),
         description="What has no weight decay: `norm` (parameters of normalizations), `bias`, `vector` (all of one "
-        "dimension or less), and patterns of names of parameters or of modules, such as `pos_embed`.",
+        "dimension or less), and patterns of names of parameters or of modules, such as `pos_embed`. A model may lack "
+        "some of the kinds; a pattern has to name something.",
     )
-    layer_decay: Annotated[float, Field(strict=True, gt=0, le=1)] | None = Field(
+    layer_decay: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = Field(
         None,
         description="Layer-wise decay of the learning rate: a layer's is multiplied by this once for each layer "
         "after it. Layers are timm's where the model has such, else the repeated blocks, `memory.blocks` if set.",

@@ -62,8 +62,8 @@ def choose_treatments(config: OptimConfig, model: nn.Module, blocks: Sequence[st
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     scales = _layer_scales(model, config.layer_decay, blocks) if config.layer_decay is not None else {}
     undecayed = _selected(model, config.no_weight_decay, _WITHOUT_DECAY, "optim.no_weight_decay")
-    if config.no_weight_decay and not undecayed:
-        raise UserError("matches no parameter of the model", path="optim.no_weight_decay")
+    if config.no_weight_decay and undecayed.isdisjoint(named.values()):
+        raise UserError("matches no parameter that is trained", path="optim.no_weight_decay")
     rest = _selected(model, config.rest.match, _REST, "optim.rest.match") if config.rest is not None else set()
     chosen = {
         name: Treatment(scales.get(name, 1.0), parameter not in undecayed, parameter in rest)
@@ -185,20 +185,25 @@ def _layer_scales(model: nn.Module, decay: float, blocks: Sequence[str]) -> dict
     return {name: decay ** (last - layer) for name, layer in layers.items()}
 
 
+def has_layers_of_timm(model: nn.Module) -> bool:
+    """Tells whether timm's own grouping tells the model's layers apart, whatever its repeated blocks are."""
+    return getattr(model, "group_matcher", None) is not None
+
+
 def _layers(model: nn.Module, patterns: Sequence[str]) -> dict[str, int]:
     """Returns the number of each parameter's layer, from the input on.
 
     By timm's own grouping where the model has one. Else what comes before the repeated blocks is layer 0, each block is
     one, what comes after them is the last, and what stands between two belongs to the next.
     """
-    group_matcher: Any = getattr(model, "group_matcher", None)
-    if group_matcher is not None:
+    if has_layers_of_timm(model):
         try:
             from timm.models import group_parameters
         except ImportError as error:
             message = "layers of this model are told apart by timm: pip install 'lockstep-trainer[timm]'"
             raise UserError(message, path="optim.layer_decay") from error
-        grouped: dict[str, int] = group_parameters(model, group_matcher(coarse=False), reverse=True)
+        matcher: Any = model.group_matcher
+        grouped: dict[str, int] = group_parameters(model, matcher(coarse=False), reverse=True)
         return grouped
     blocks = list(repeated_blocks(model, patterns))
     if not blocks:

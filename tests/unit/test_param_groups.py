@@ -240,6 +240,9 @@ def test_kinds_that_a_model_has_not() -> None:
     optimizer_of(model, no_weight_decay=["norm", "bias"])
     with pytest.raises(UserError, match="matches no parameter"):
         optimizer_of(model, no_weight_decay=["norm"])
+    frozen = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2).requires_grad_(False))
+    with pytest.raises(UserError, match="matches no parameter that is trained"):
+        optimizer_of(frozen, no_weight_decay=["norm"])
 
 
 def test_patterns_name_tied_parameters_by_each_of_their_names() -> None:
@@ -330,7 +333,15 @@ def test_a_plan_of_several_groups(train: Train, write_config: WriteConfig) -> No
     [
         ({"optim__no_weight_decay": ["norm"]}, "optim: no_weight_decay has no effect without weight_decay"),
         ({"optim__layer_decay": 0}, "optim.layer_decay: must be greater than 0"),
-        ({"optim__layer_decay": 1.5}, "optim.layer_decay: must be less than or equal to 1"),
+        ({"optim__layer_decay": 1.0}, "optim.layer_decay: must be less than 1"),
+        (
+            {
+                "optim__layer_decay": 0.5,
+                "memory__blocks": ["blocks.0"],
+                "model": {"name": "timm:test_vit", "args": {"in_chans": 1, "img_size": 8, "patch_size": 4}},
+            },
+            "memory.blocks: has no effect on optim.layer_decay: timm tells",
+        ),
         ({"optim__layer_decay": 0.5}, "optim.layer_decay: the model has no repeated blocks"),
         ({"optim__rest": {"lr": 0.1}}, "optim.rest.name: required, but not set"),
         ({"optim__rest": {"name": "sgd", "match": []}}, "optim.rest.match: "),

@@ -23,7 +23,7 @@ from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
 
 from trainer.assembly import Assembly
 from trainer.config import load_config
-from trainer.config_data import AugmentConfig, DataConfig
+from trainer.config_data import _SAME_EACH_TIME, AugmentConfig, DataConfig
 from trainer.config_model import TaskConfig, TeacherConfig
 from trainer.config_values import Component
 from trainer.data.datasets import ImageFolder, TorchFile
@@ -280,6 +280,18 @@ class TestRepeats:
         code, _, err = train("--config", write_config(data=data))
         assert code == 2
         assert "augment_repeats repeats what nothing augments" in err
+
+    def test_transforms_that_are_the_same_each_time_augment_nothing(self) -> None:
+        def config(*names: str) -> DataConfig:
+            transforms = {"train": [{"name": name, "args": {}} for name in names]}
+            values = {"train": {"name": "digits"}, "augment_repeats": 3, "transforms": transforms}
+            return DataConfig.model_validate(values)
+
+        assert config("Resize", "RandomHorizontalFlip").augment_repeats == 3
+        assert config("own:transform").augment_repeats == 3
+        with pytest.raises(ValueError, match="augment_repeats repeats what nothing augments"):
+            config("Resize", "CenterCrop", "ToImage")
+        assert not {name for name in _SAME_EACH_TIME if not hasattr(v2, name)}
 
     def test_they_cannot_change_in_a_run(self, train: Train, write_config: WriteConfig) -> None:
         assert train("--config", write_config(train__epochs=1)).code == 0

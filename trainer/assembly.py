@@ -45,7 +45,7 @@ from trainer.schedule import build_learning_rate
 from trainer.sync_batchnorm import synchronise_batchnorm
 from trainer.tasks import build_task
 from trainer.tasks.distillation import build_teacher, settled_teacher
-from trainer.tasks.metrics import UserMetrics
+from trainer.tasks.metrics import UserMetrics, check_name
 from trainer.telemetry.efficiency import FlopCounter, peak_flops
 from trainer.tracking import check_trackers
 from trainer.weights import settled_weights
@@ -140,12 +140,19 @@ class Assembly:
         self.task.class_names = self.task.class_names or self.class_names or ()
         self.task.to(self.runtime.device)
         self.user_metrics = UserMetrics(config.task.metrics, self.task, self.runtime.device)
+        self._check_metric_names()
         self.best_metric, best_mode = self.task.best_metric, self.task.best_mode
         if config.checkpoint.best is not None:
             self.best_metric, best_mode = config.checkpoint.best.metric, config.checkpoint.best.mode
         self.best_mode = best_mode
         self.best_of = f"{best_mode} {self.best_metric}"
         self.early_stopping = EarlyStopping(train.early_stopping, self.best_metric, best_mode)
+
+    def _check_metric_names(self) -> None:
+        best, early_stopping = self.config.checkpoint.best, self.config.train.early_stopping
+        for section, path in ((best, "checkpoint.best"), (early_stopping, "train.early_stopping")):
+            if section is not None:
+                check_name(section.metric, self.task, self.config.task.metrics, f"{path}.metric")
 
     def split_batch(self, num_samples: int, micro_batch_size: int | None) -> None:
         """Splits the global batch over ranks and micro-batches, and with it the order of samples."""

@@ -19,6 +19,7 @@ from trainer.config import EarlyStoppingConfig
 from trainer.early_stopping import EarlyStopping
 from trainer.faults.plan import VARIABLE, Event, write_plan
 from trainer.report import write_report
+from trainer.tasks.classification import Classification
 from trainer.tracking import Trackers
 
 pytestmark = pytest.mark.unit
@@ -192,8 +193,19 @@ def test_refused(change: dict[str, Any], message: str, train: Train, write_confi
     code, _, err = train("--config", write_config(train={**PLAIN["train"], **change}))
     assert code == 2
     assert message in err
-    if "acc" in message:  # known at the first evaluation only: no step is lost
-        assert (tmp_path / "run" / "checkpoints" / "step-00000005").is_dir()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+class Unlisted(Classification):
+    """Its metrics are known at the first evaluation only."""
+
+
+def test_an_unknown_metric_loses_no_step(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
+    rule = {**PLAIN["train"], "early_stopping": {**RULE, "metric": "acc"}}
+    code, _, err = train("--config", write_config(train=rule, task={"name": "test_early_stopping:Unlisted"}))
+    assert code == 2
+    assert "train.early_stopping.metric: evaluation has no metric 'acc'" in err
+    assert (tmp_path / "run" / "checkpoints" / "step-00000005").is_dir()
 
 
 def test_refused_without_evaluations(train: Train, write_config: WriteConfig) -> None:

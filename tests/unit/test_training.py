@@ -15,6 +15,7 @@ from run_results import checkpoint, close, identical, losses, optimizer_state, r
 
 from trainer.config import load_config
 from trainer.loop import Trainer
+from trainer.tasks.classification import Classification
 
 
 def test_a_run_and_what_it_leaves_behind(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
@@ -259,8 +260,13 @@ def test_best_of_another_metric_starts_anew(train: Train, write_config: WriteCon
     assert summary(tmp_path / "run")["best"] == {"step": worst, "metric": "loss", "value": evaluations[worst]}
 
 
+class Unlisted(Classification):
+    """Its metrics are known at the first evaluation only."""
+
+
 def test_an_unknown_best_metric_loses_no_step(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
-    code, _, err = train("--config", write_config(checkpoint={"best": {"metric": "acc", "mode": "max"}}))
+    best = {"best": {"metric": "acc", "mode": "max"}}
+    code, _, err = train("--config", write_config(checkpoint=best, task={"name": "test_training:Unlisted"}))
     assert code == 2
     assert "it has: loss, accuracy" in err
     assert (tmp_path / "run" / "checkpoints" / "step-00000005").is_dir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -21,7 +22,8 @@ from trainer.faults.lookout import Lookout
 from trainer.normalising import Normaliser
 from trainer.tasks.base import Task
 from trainer.tasks.classification import Classification
-from trainer.tasks.metrics import UserMetrics
+from trainer.tasks.language_model import LanguageModel
+from trainer.tasks.metrics import UserMetrics, check_name
 
 pytestmark = pytest.mark.unit
 
@@ -46,6 +48,22 @@ class Alone:
     @staticmethod
     def exact(value: torch.Tensor) -> torch.Tensor:
         return value.detach().double()
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "message"),
+    [
+        (Classification(), "acuracy", r"it has: loss, accuracy, top5; did you mean 'accuracy'"),
+        (LanguageModel(8), "accuracy", "it has: loss, perplexity, token_accuracy, bits_per_byte, top5"),
+        (LanguageModel(8), "bits_per_byte", None),
+        (Classification(), "top5", None),
+        (Classification(), "top5/one", None),  # of a metric that gives several
+        (type("Own", (Classification,), {})(), "mine", None),
+    ],
+)
+def test_names_that_no_evaluation_has(task: Task, name: str, message: str | None) -> None:
+    with nullcontext() if message is None else pytest.raises(UserError, match=message):
+        check_name(name, task, {"top5": Component(name="top:5")}, "checkpoint.best.metric")
 
 
 def test_a_metric_is_reported_and_decides_the_best_checkpoint(

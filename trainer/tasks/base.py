@@ -64,7 +64,11 @@ class Task(ABC):
     """Names of labels, in their order: the task's own, or those that the data set knows."""
     teacher: Teacher | None = None  # from which the model learns as well; whoever builds the run sets it
     tokens_per_sample: int | None = None  # where throughput is also told in tokens
-    metric_names: tuple[str, ...] = ()  # of its own metrics, as far as they are known beforehand
+    metric_names: tuple[str, ...] = ()
+    """All that its evaluations may have, but for those of `task.metrics`, so that a misspelt one is refused at once.
+
+    Of a class without a line of its own nothing is known, whatever the class above says.
+    """
     best_metric: str | None = None  # the evaluation metric that decides the best checkpoint
     best_mode: Literal["max", "min"] = "max"
 

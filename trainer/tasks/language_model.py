@@ -36,6 +36,7 @@ class LanguageModel(Task):
         target_key: where the target is in samples that are dicts.
     """
 
+    metric_names = ("loss", "perplexity", "token_accuracy", "bits_per_byte")
     best_metric = "loss"
     best_mode = "min"
 

@@ -1,4 +1,4 @@
-"""Metrics of torchmetrics that a config asks for by name (`task.metrics`).
+"""Metrics of torchmetrics that a config asks for by name (`task.metrics`), and which names evaluations have.
 
 Owns building them, which of them can be merged exactly over ranks, and the merge. torchmetrics is imported late.
 """
@@ -13,7 +13,7 @@ import torch
 
 from trainer.components import build
 from trainer.config_values import Component
-from trainer.errors import UserError, one_line
+from trainer.errors import UserError, nearest, one_line
 from trainer.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -108,6 +108,24 @@ class UserMetrics:
                 found[key] = float(part)
         self._merged.clear()
         return found
+
+
+def check_name(name: str, task: Task, components: Mapping[str, Component], path: str) -> None:
+    """Refuses the name of a metric that no evaluation will have, where all of them are known before the first one.
+
+    Args:
+        name: of the metric; one of `task.metrics` that gives several has theirs after a slash.
+        task: what a batch means.
+        components: the section `task.metrics`.
+        path: where the name stands in the config.
+
+    Raises:
+        UserError: neither the task nor `task.metrics` has such a metric.
+    """
+    if "metric_names" not in vars(type(task)) or name.partition("/")[0] in components or name in task.metric_names:
+        return
+    known = (*task.metric_names, *components)
+    raise UserError(f"evaluation has no metric '{name}'; it has: {', '.join(known)}{nearest(name, known)}", path=path)
 
 
 def _mergeable(metric: Any, name: str, path: str) -> Metric:

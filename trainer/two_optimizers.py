@@ -30,12 +30,23 @@ class TwoOptimizers(Optimizer):
         first.state.update(second.state)
         self.state = second.state = first.state
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether both leave a step out on the device, told by `found_inf`: what torch's GradScaler asks of one."""
+        return all(getattr(part, "_step_supports_amp_scaling", False) for part in self.parts)
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Takes a step of each."""
         assert closure is None, "a closure would be evaluated twice"
+        scaling = {key: vars(self)[key] for key in ("grad_scale", "found_inf") if key in vars(self)}
         for part in self.parts:
-            part.step()
+            vars(part).update(scaling)
+            try:
+                part.step()
+            finally:
+                for key in scaling:
+                    delattr(part, key)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned, each part in the way of its own."""

@@ -19,7 +19,8 @@ from trainer.checkpoint.folder import open_folder
 from trainer.config import FaultsConfig, load_config, read_section
 from trainer.faults.numbers import NumberGuard
 from trainer.faults.plan import VARIABLE, Event, write_plan
-from trainer.runtime import step_unless
+from trainer.runtime import leaves_out_on_device, step_unless
+from trainer.two_optimizers import TwoOptimizers
 
 ZERO = torch.zeros((), dtype=torch.float64)
 
@@ -111,25 +112,38 @@ def test_spikes_go_on_where_a_checkpoint_left_off() -> None:
 # ---- leaving a step out on the device --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
-def test_a_fused_optimizer_leaves_a_step_out(name: str) -> None:
+@pytest.mark.parametrize("names", [["SGD"], ["Adam"], ["AdamW"], ["SGD", "AdamW"]])
+def test_a_fused_optimizer_leaves_a_step_out(names: list[str]) -> None:
     """By what GradScaler uses on GPUs; torch has it for the CPU, too."""
 
     def trained(skips: bool) -> list[torch.Tensor]:
-        parameter = nn.Parameter(torch.linspace(0, 1, 7))
-        options = {"momentum": 0.9} if name == "SGD" else {}
-        optimizer = getattr(torch.optim, name)([parameter], lr=0.1, fused=True, weight_decay=0.1, **options)
+        parameters = [nn.Parameter(torch.linspace(0, 1, 7)) for _ in names]
+        parts = []
+        for name, parameter in zip(names, parameters, strict=True):
+            options = {"momentum": 0.9} if name == "SGD" else {}
+            parts.append(getattr(torch.optim, name)([parameter], lr=0.1, fused=True, weight_decay=0.1, **options))
+        optimizer = TwoOptimizers(*parts) if len(parts) == 2 else parts[0]
         for step in range(4):
             is_bad = torch.tensor(step == 2)
             if not skips and is_bad:
                 continue
-            parameter.grad = torch.full((7,), math.nan if is_bad else step + 1.0)
+            for parameter in parameters:
+                parameter.grad = torch.full((7,), math.nan if is_bad else step + 1.0)
             step_unless(optimizer, is_bad)
-        state = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
-        return [parameter.detach(), *state]
+        assert leaves_out_on_device(optimizer)
+        assert not any(hasattr(one, "found_inf") for one in (optimizer, *parts))
+        state = [value for p in parameters for value in optimizer.state[p].values() if isinstance(value, torch.Tensor)]
+        return [*(parameter.detach() for parameter in parameters), *state]
 
     for skipped, never_made in zip(trained(True), trained(False), strict=True):
         assert torch.equal(skipped, never_made)
+
+
+def test_two_optimizers_of_which_one_is_fused_do_not() -> None:
+    parameters = [nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
+    muon, adamw = torch.optim.Muon(parameters[:1]), torch.optim.AdamW(parameters[1:], fused=True)
+    assert leaves_out_on_device(adamw)
+    assert not leaves_out_on_device(TwoOptimizers(muon, adamw))
 
 
 def test_buffers_come_back_where_they_are_to() -> None:

@@ -150,8 +150,8 @@ def _no_weights() -> Iterator[None]:
     def load_unless_nothing(module: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         return None if state_dict is nothing else load(module, state_dict, *args, **kwargs)
 
-    WeightsEnum.get_state_dict = lambda *_, **__: nothing  # type: ignore[method-assign]
-    nn.Module.load_state_dict = load_unless_nothing  # type: ignore[method-assign]
+    WeightsEnum.get_state_dict = lambda *_, **__: nothing
+    nn.Module.load_state_dict = load_unless_nothing  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

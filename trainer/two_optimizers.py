@@ -39,7 +39,7 @@ class TwoOptimizers(Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Takes a step of each."""
         assert closure is None, "a closure would be evaluated twice"
-        scaling = {key: vars(self)[key] for key in ("grad_scale", "found_inf") if key in vars(self)}
+        scaling: dict[str, Any] = {key: vars(self)[key] for key in ("grad_scale", "found_inf") if key in vars(self)}
         for part in self.parts:
             vars(part).update(scaling)
             try:

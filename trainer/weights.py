@@ -169,7 +169,8 @@ def load_weights(
     if not fits:
         problems.append(f"'{source}' has nothing that fits the model")
     if problems and strict and (missing or unexpected or shapes):
-        problems[-1] += "; weights_strict: false loads what fits" if fits else ""
+        # Of a teacher all of it has to fit.
+        problems[-1] += "; weights_strict: false loads what fits" if fits and new_head else ""
     if problems and (strict or not fits):
         raise UserError(*problems, path="model.weights")
     extra = {k: v for k, v in state.items() if k in everything and k not in own}

@@ -24,6 +24,7 @@ from trainer.data.joint import JointTransform, with_typed_samples
 from trainer.errors import UserError
 from trainer.eval_media import Collector
 from trainer.tasks.detection import Detection
+from trainer.tasks.labels import name_of
 from trainer.telemetry.efficiency import FlopCounter
 
 pytestmark = pytest.mark.unit
@@ -118,7 +119,7 @@ def test_category_ids_are_labels_where_they_fit_and_else_renumbered(
     task.forward(model, [[IMAGE], [target([[0, 0, 5, 5.0]], [7])]])
     assert model.targets is not None
     assert model.targets[0]["labels"].tolist() == [label]
-    assert task.name_of(label) == "disc"
+    assert name_of(label, task.class_names) == "disc"
     half = torch.zeros(1, 4, dtype=torch.bfloat16)
     found = [{"boxes": half, "scores": half[0, :1], "labels": torch.tensor([label])}]
     (record,) = task.eval_records(found, [[IMAGE], [target([[0, 0, 5, 5.0]], [7])]])
@@ -236,7 +237,7 @@ def test_flops_are_not_counted_in_one_line(caplog: pytest.LogCaptureFixture) -> 
 
 
 @pytest.mark.parametrize("kind", [Kitti, WIDERFace])
-def test_data_sets_without_labels_of_boxes_are_refused(kind: type) -> None:
+def test_data_sets_without_labels_of_boxes_are_refused(kind: Any) -> None:
     with pytest.raises(UserError, match=f"{kind.__name__} has no boxes with labels"):
         Detection().look_at(kind.__new__(kind), None)
 

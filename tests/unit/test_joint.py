@@ -259,8 +259,8 @@ def test_voc_is_downloaded_only_where_it_is_not(voc: Path, tmp_path: Path, monke
     assert len(build_dataset(Component(name="VOCSegmentation", args={"root": str(voc)}), "data.train", Alone())) == 8
     missing = {"root": str(tmp_path)}
     message = (
-        rf"^data\.train\.args\.root: 'VOCSegmentation' found no data in '{tmp_path}' \(Dataset not found .*\), and could"
-        r" not download it: no route to [a-z.]+$"
+        rf"^data\.train\.args\.root: 'VOCSegmentation' found no data in '{tmp_path}' \(Dataset not found .*\), and"
+        r" could not download it: no route to [a-z.]+$"
     )
     with pytest.raises(UserError, match=message):
         build_dataset(Component(name="VOCSegmentation", args=missing), "data.train", Alone())

@@ -456,7 +456,7 @@ class TestTeacher:
         model = build_teacher(self.config(tmp_path, args, num_classes=7), 7, torch.float32).model
         assert model(torch.zeros(2, 8)).shape == (2, 7)
         with pytest.raises(
-            UserError, match=r"task.teacher.weights: .*layers.1.weight is \[7, 8\], the model has \[3, 8\]"
+            UserError, match=r"task.teacher.weights: .*layers.1.weight is \[7, 8\], the model has \[3, 8\]$"
         ):
             build_teacher(self.config(tmp_path, args), 3, torch.float32)
 

@@ -121,6 +121,20 @@ def test_a_loss_per_sample_or_of_the_batch_counts_samples() -> None:
         Segmentation(lambda outputs, masks: torch.ones(2)).loss_sum(Logits(logits), data)
 
 
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_a_loss_that_does_not_fit_is_one_line() -> None:
+    task = of({"name": "torch.nn:MSELoss"})
+    with pytest.raises(UserError, match=r"^task\.loss: the loss gets logits \[4, 3, 12, 10\] and labels \[4, 12, 10\]"):
+        task.loss_sum(Logits(torch.zeros(4, 3, 12, 10)), batch())
+
+
+def test_more_logits_than_classes_change_nothing_of_what_labels_there_are() -> None:
+    task, data = Segmentation(num_classes=2), batch()
+    task.loss_sum(Logits(torch.zeros(4, 21, 12, 10)), [data[0], data[1].clamp(max=1)])
+    with pytest.raises(BadSample, match="has label 2 in its mask"):
+        task.check(data, IDS)
+
+
 def test_metrics_are_those_of_their_definitions() -> None:
     data = batch()
     logits = torch.randn(4, 5, 12, 10)

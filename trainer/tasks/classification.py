@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from trainer.data.augment import class_probabilities
-from trainer.errors import BadSample, UserError, one_line, place_at
-from trainer.memory.out_of_memory import is_out_of_memory
+from trainer.errors import BadSample, UserError
 from trainer.tasks.base import Task
-from trainer.tasks.confusion import confusion_matrix
-
-_MOST_CONFUSED = 1000  # classes; the matrix of more would take too much memory and time
+from trainer.tasks.confusion import add_confusion
+from trainer.tasks.labels import (
+    check_class_weights,
+    described,
+    explained_loss_errors,
+    logits_of,
+    name_of,
+    settled_num_classes,
+)
 
 
 class CrossEntropy(nn.CrossEntropyLoss):
@@ -90,9 +96,7 @@ class Classification(Task):
             raise UserError(f"must be between 0 and 1 (got {label_smoothing})", path=path)
         self.label_smoothing = label_smoothing
         self._has_labels = False
-        weight = getattr(self.loss, "weight", None)
-        if isinstance(self.loss, CrossEntropy) and weight is not None and num_classes not in (None, len(weight)):
-            raise UserError(f"{len(weight)} class weights for {num_classes} classes", path="task.loss.args.weight")
+        check_class_weights(self.loss, num_classes)
         self._outputs_checked = False
         self.num_classes = num_classes
         self.input_key = input_key
@@ -122,10 +126,9 @@ class Classification(Task):
         return targets.long() if is_label else targets
 
     def forward(self, model: nn.Module, data: Any) -> torch.Tensor:
-        outputs = super().forward(model, data)
-        logits = getattr(outputs, "logits", outputs)  # as Hugging Face's models and torchvision's Inception return them
+        logits = logits_of(super().forward(model, data))
         if not isinstance(logits, torch.Tensor):
-            message = f"the model returned a {type(outputs).__name__}, not logits: it needs a task of its own"
+            message = f"the model returned {described(logits)}, not logits: it needs a task of its own"
             raise UserError(message, path="task.name")
         return logits
 
@@ -139,13 +142,10 @@ class Classification(Task):
             if targets.ndim == 1:
                 targets = class_probabilities(targets, outputs.shape[1])
             targets = smooth(targets, self.label_smoothing)
-        try:
+        are_probabilities = targets.is_floating_point() and targets.ndim == 2
+        gets = "with mixed samples the loss gets class probabilities (batch, classes)"
+        with explained_loss_errors(gets) if are_probabilities else nullcontext():
             loss = self.loss(outputs, targets)
-        except (RuntimeError, TypeError, IndexError, ValueError) as error:
-            if not targets.is_floating_point() or targets.ndim != 2 or is_out_of_memory(error):
-                raise
-            message = f"with mixed samples the loss gets class probabilities (batch, classes): {one_line(error)}"
-            raise UserError(message, path="task.loss", agreed=True) from error
         if loss.ndim == 0:  # a mean over the batch
             return loss * len(outputs)
         if loss.shape[0] != len(outputs):
@@ -163,15 +163,12 @@ class Classification(Task):
         if outputs.ndim != 2 or outputs.shape[1] < 2:
             message = f"labels need logits of shape (batch, classes); the model returned {list(outputs.shape)}"
             raise UserError(message, path="model", agreed=True)
-        known, self.num_classes = self.num_classes, outputs.shape[1]
-        if known is None:
-            try:
-                self._check_labels(targets, None)
-            except UserError as error:
-                raise place_at("data.train", error) from None
-        elif known > self.num_classes:
-            message = f"the model returns {self.num_classes} logits, the data has {known} classes"
-            raise UserError(message, path="model", agreed=True)
+
+        def check_labels(num_classes: int) -> None:
+            self.num_classes = num_classes
+            self._check_labels(targets, None)
+
+        self.num_classes = settled_num_classes(self.num_classes, outputs.shape[1], check_labels)
 
     def _check_loss(self, outputs: torch.Tensor) -> None:
         """Refuses a loss that takes class probabilities alone, and would meet labels now or in an evaluation.
@@ -211,10 +208,8 @@ class Classification(Task):
     def eval_tables(self, tables: dict[str, torch.Tensor], outputs: torch.Tensor, data: Any) -> None:
         """Counts the confusion matrix, up to 1000 classes; samples whose label is no class are not in it."""
         labels = _labels_of_logits(outputs, self.targets(data))
-        if labels is None or outputs.shape[1] > _MOST_CONFUSED:
-            return
-        counts = confusion_matrix(labels, outputs.argmax(1), outputs.shape[1])
-        tables["confusion"] = tables["confusion"] + counts if "confusion" in tables else counts
+        if labels is not None:
+            add_confusion(tables, labels, outputs.argmax(1), outputs.shape[1])
 
     def examples(self, outputs: torch.Tensor, data: Any, num: int) -> dict[str, torch.Tensor]:
         labels = _labels_of_logits(outputs, self.targets(data))
@@ -228,11 +223,11 @@ class Classification(Task):
     def describe_examples(
         self, examples: Mapping[str, torch.Tensor], classes: Sequence[str]
     ) -> list[tuple[str, str, float | None]]:
-        def name(label: int) -> str:
-            return classes[label] if 0 <= label < len(classes) else str(label)
-
         columns = (examples[key].tolist() for key in ("target", "prediction", "confidence"))
-        return [(name(target), name(found), sure) for target, found, sure in zip(*columns, strict=True)]
+        return [
+            (name_of(target, classes), name_of(found, classes), sure)
+            for target, found, sure in zip(*columns, strict=True)
+        ]
 
 
 def _labels(targets: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+_MOST_CLASSES = 1000  # the matrix of more would take too much memory and time
+
 
 def confusion_matrix(targets: torch.Tensor, predictions: torch.Tensor, num_classes: int) -> torch.Tensor:
     """Counts int64 (num_classes, num_classes): a row per target, a column per prediction.
@@ -20,3 +22,12 @@ def confusion_matrix(targets: torch.Tensor, predictions: torch.Tensor, num_class
     cells = torch.where(is_counted, targets * num_classes + predictions.reshape(-1), 0)  # which adds 0 to a cell
     counts = torch.zeros(num_classes * num_classes, dtype=torch.int64, device=targets.device)
     return counts.index_add_(0, cells, is_counted.long()).view(num_classes, num_classes)
+
+
+def add_confusion(
+    tables: dict[str, torch.Tensor], targets: torch.Tensor, predictions: torch.Tensor, num_classes: int
+) -> None:
+    """Adds the confusion matrix of a batch to the one in `tables`, up to 1000 classes: see `confusion_matrix`."""
+    if num_classes <= _MOST_CLASSES:
+        counts = confusion_matrix(targets, predictions, num_classes)
+        tables["confusion"] = tables["confusion"] + counts if "confusion" in tables else counts

@@ -16,6 +16,7 @@ from torchvision.datasets import CocoDetection, Kitti, WIDERFace
 from trainer.data.coco import check_annotations
 from trainer.errors import BadSample, UserError
 from trainer.tasks.base import Task
+from trainer.tasks.labels import described, name_of
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -148,7 +149,7 @@ class Detection(Task):
         pairs = zip(images, self.targets(data), strict=True)
         losses = model(images, [self._to_learn(target, *image.shape[-2:]) for image, target in pairs])
         if not isinstance(losses, Mapping):
-            message = f"in training the model returned a {type(losses).__name__}, not a dict of losses"
+            message = f"in training the model returned {described(losses)}, not a dict of losses"
             raise UserError(f"{message} as torchvision's detection models", path="model", agreed=True)
         return losses
 
@@ -225,15 +226,11 @@ class Detection(Task):
         self, examples: Mapping[str, torch.Tensor], classes: Sequence[str]
     ) -> list[tuple[str, str, float | None]]:
         def text(labels: torch.Tensor) -> str:
-            names = Counter(self.name_of(label) for label in labels.tolist() if label >= 0)
+            names = Counter(name_of(label, self.class_names) for label in labels.tolist() if label >= 0)
             return ", ".join(f"{count} {name}" for name, count in sorted(names.items())) or "nothing"
 
         told = zip(examples["labels"], examples["confidence"][:, 0].tolist(), strict=True)
         return [(text(labels[0]), text(labels[1]), sure) for labels, sure in told]
-
-    def name_of(self, label: int) -> str:
-        """Returns the name of one of the model's labels."""
-        return self.class_names[label] if label < len(self.class_names) else str(label)
 
 
 def _known(value: float) -> float:

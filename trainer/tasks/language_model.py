@@ -12,6 +12,7 @@ from torch.nn import functional
 from trainer.components import is_import_path
 from trainer.errors import BadSample, UserError
 from trainer.tasks.base import Task
+from trainer.tasks.labels import described, logits_of
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -85,13 +86,11 @@ class LanguageModel(Task):
                 raise BadSample(f"{found}; the model's tokens are 0 to {self.num_classes - 1}", int(sample_ids[i]))
 
     def forward(self, model: torch.nn.Module, data: Any) -> torch.Tensor:
-        outputs = super().forward(model, data)
-        logits = getattr(outputs, "logits", outputs)
+        logits = logits_of(super().forward(model, data))
         inputs = self.inputs(data)
         is_logits = isinstance(logits, torch.Tensor) and logits.ndim == 3 and logits.shape[:2] == inputs.shape
         if not is_logits or logits.shape[2] < self.num_classes:
-            returned = list(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(outputs).__name__}"
-            message = f"the model returned {returned} for tokens {list(inputs.shape)}"
+            message = f"the model returned {described(logits)} for tokens {list(inputs.shape)}"
             wanted = f"[batch, tokens, at least {self.num_classes}]"
             raise UserError(f"{message}; expected logits {wanted}", path="model", agreed=True)
         return logits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,13 +13,21 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from trainer.errors import BadSample, UserError, place_at
+from trainer.errors import BadSample, UserError
 from trainer.tasks.base import Task
 from trainer.tasks.classification import CrossEntropy
-from trainer.tasks.confusion import confusion_matrix
+from trainer.tasks.confusion import add_confusion, confusion_matrix
+from trainer.tasks.labels import (
+    check_class_weights,
+    class_weights,
+    described,
+    explained_loss_errors,
+    logits_of,
+    name_of,
+    settled_num_classes,
+)
 
 IGNORED = 255  # the label of pixels that do not count, as in VOC's masks
-_MOST_CONFUSED = 1000  # classes of the matrix that is shown
 _NAMED = 3  # classes that the caption of an example names
 
 
@@ -59,9 +68,7 @@ class Segmentation(Task):
         target_key: str = "target",
     ) -> None:
         self.loss = loss or CrossEntropy(**self.loss_args)
-        weight = self._weight
-        if weight is not None and num_classes is not None and len(weight) != num_classes:
-            raise UserError(f"{len(weight)} class weights for {num_classes} classes", path="task.loss.args.weight")
+        check_class_weights(self.loss, num_classes)
         keywords = self.loss.keywords if isinstance(self.loss, functools.partial) else {}
         self.ignore_index = int(keywords.get("ignore_index", getattr(self.loss, "ignore_index", IGNORED)))
         self.num_classes = num_classes
@@ -71,12 +78,6 @@ class Segmentation(Task):
         self.target_key = target_key
         self._outputs_checked = False
         self._counts_pixels: bool | None = True if loss is None else None  # else known from the loss's first value
-
-    @property
-    def _weight(self) -> torch.Tensor | None:
-        """Class weights by which a mean over pixels is weighted, as torch's is."""
-        weight = getattr(self.loss, "weight", None)
-        return weight if isinstance(self.loss, nn.CrossEntropyLoss) else None
 
     def _check_ignored(self) -> None:
         """Refuses to ignore a class because of a number that nobody chose; another number is the user's choice."""
@@ -117,9 +118,8 @@ class Segmentation(Task):
         return (masks.squeeze(1) if masks.ndim == 4 else masks).long()
 
     def forward(self, model: nn.Module, data: Any) -> Logits:
-        outputs = super().forward(model, data)
+        logits = logits_of(super().forward(model, data))
         size = super().targets(data).shape[-2:]
-        logits = getattr(outputs, "logits", outputs)
         if isinstance(logits, Mapping) and "out" in logits:
             aux = logits.get("aux")
             return Logits(_of_size(logits["out"], size), None if aux is None else _of_size(aux, size))
@@ -145,13 +145,16 @@ class Segmentation(Task):
                 self._summed(outputs.out, masks)
         if not self._counts_pixels:
             return None
-        weight, is_counted = self._weight, masks != self.ignore_index
+        weight, is_counted = class_weights(self.loss), masks != self.ignore_index
         if weight is None:
             return is_counted.sum()
         return torch.where(is_counted, weight[masks.where(is_counted, 0)], 0.0).sum()
 
     def _summed(self, logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-        loss = self.loss(logits, masks)
+        is_first = self._counts_pixels is None
+        gets = f"the loss gets logits {list(logits.shape)} and labels {list(masks.shape)} of pixels"
+        with explained_loss_errors(gets) if is_first else nullcontext():
+            loss = self.loss(logits, masks)
         if loss.ndim not in (0, 1, 3) or (loss.ndim > 0 and loss.shape[0] != len(masks)):
             message = f"the loss returned shape {list(loss.shape)} for masks {list(masks.shape)}"
             raise UserError(f"{message}; expected a mean, or a value per sample or per pixel", path="task.loss")
@@ -160,16 +163,13 @@ class Segmentation(Task):
 
     def _check_outputs(self, logits: torch.Tensor, masks: torch.Tensor) -> None:
         """Compares the first outputs with the classes; where these were unknown, waits once for the device."""
-        known, self.num_classes = self.num_classes, logits.shape[1]
-        if known is None:
+
+        def check_labels(num_classes: int) -> None:
+            self.num_classes = num_classes
             self._check_ignored()
-            try:
-                self._check_labels(masks, None)
-            except UserError as error:
-                raise place_at("data.train", error) from None
-        elif known > self.num_classes:
-            message = f"the model returns {self.num_classes} logits per pixel, the data has {known} classes"
-            raise UserError(message, path="model", agreed=True)
+            self._check_labels(masks, None)
+
+        self.num_classes = settled_num_classes(self.num_classes, logits.shape[1], check_labels, " per pixel")
 
     # ---- evaluation ------------------------------------------------------------------------------------------
 
@@ -179,12 +179,12 @@ class Segmentation(Task):
         return {
             "loss": loss_sum,
             "count": torch.tensor(len(masks)) if count is None else count,
-            "confusion": self._confusion(outputs, masks),
+            "confusion": confusion_matrix(self._counted(masks), outputs.out.argmax(1), outputs.out.shape[1]),
         }
 
-    def _confusion(self, outputs: Logits, masks: torch.Tensor) -> torch.Tensor:
-        ignored = masks.masked_fill(masks == self.ignore_index, -1)  # also where that is the number of a class
-        return confusion_matrix(ignored, outputs.out.argmax(1), outputs.out.shape[1])
+    def _counted(self, masks: torch.Tensor) -> torch.Tensor:
+        """Returns masks with -1 where pixels are ignored, also where that is the number of a class."""
+        return masks.masked_fill(masks == self.ignore_index, -1)
 
     def metrics(self, sums: Mapping[str, Any]) -> dict[str, float]:
         """Returns the loss, the share of pixels that are right, and the intersection over union of classes.
@@ -203,7 +203,7 @@ class Segmentation(Task):
             "mean_iou": math.fsum(ious.values()) / len(ious) if ious else math.nan,
             "pixel_accuracy": float(right.sum()) / total if total else math.nan,
         }
-        return {**found, **{f"iou/{_name(label, self.class_names)}": iou for label, iou in ious.items()}}
+        return {**found, **{f"iou/{name_of(label, self.class_names)}": iou for label, iou in ious.items()}}
 
     def metric_inputs(self, outputs: Logits, data: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns logits (B, classes, H, W) and masks (B, H, W), in which 255 is to be ignored."""
@@ -211,16 +211,17 @@ class Segmentation(Task):
 
     def eval_tables(self, tables: dict[str, torch.Tensor], outputs: Logits, data: Any) -> None:
         """Counts the confusion matrix of pixels, up to 1000 classes."""
-        if outputs.out.shape[1] <= _MOST_CONFUSED:
-            counts = self._confusion(outputs, self.targets(data))
-            tables["confusion"] = tables["confusion"] + counts if "confusion" in tables else counts
+        masks = self.targets(data)
+        add_confusion(tables, self._counted(masks), outputs.out.argmax(1), outputs.out.shape[1])
 
     def examples(self, outputs: Logits, data: Any, num: int) -> dict[str, torch.Tensor]:
         """Returns images, and the masks that are drawn over them: what they are, and what the model says."""
         masks, logits = self.targets(data)[:num], outputs.out[:num]
-        ignored = masks.masked_fill(masks == self.ignore_index, -1)
         confidence, prediction = logits.float().softmax(1).max(1)
-        found = {"masks": torch.stack([ignored, prediction], 1).to(torch.int16), "confidence": confidence.mean((1, 2))}
+        found = {
+            "masks": torch.stack([self._counted(masks), prediction], 1).to(torch.int16),
+            "confidence": confidence.mean((1, 2)),
+        }
         inputs = self.inputs(data)
         return {**found, "image": inputs[:num]} if isinstance(inputs, torch.Tensor) else found
 
@@ -237,11 +238,8 @@ class Segmentation(Task):
 def _of_size(logits: Any, size: torch.Size) -> torch.Tensor:
     """Returns logits, resized where they are of another size, as torchvision's models do it themselves."""
     if not isinstance(logits, torch.Tensor) or logits.ndim != 4 or logits.shape[1] < 2:
-        got = list(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
-        message = (
-            f"masks need logits (batch, classes, height, width), or a dict with them as 'out'; the model returned {got}"
-        )
-        raise UserError(message, path="model", agreed=True)
+        message = "masks need logits (batch, classes, height, width), or a dict with them as 'out'; the model returned"
+        raise UserError(f"{message} {described(logits)}", path="model", agreed=True)
     if logits.shape[-2:] == size:
         return logits
     return functional.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
@@ -250,9 +248,5 @@ def _of_size(logits: Any, size: torch.Size) -> torch.Tensor:
 def _largest(mask: np.ndarray, classes: Sequence[str]) -> str:
     labels, counts = np.unique(mask[mask >= 0], return_counts=True)
     order = np.argsort(-counts, kind="stable")[:_NAMED]
-    named = [f"{_name(int(labels[i]), classes)} {counts[i] / counts.sum():.0%}" for i in order]
+    named = [f"{name_of(int(labels[i]), classes)} {counts[i] / counts.sum():.0%}" for i in order]
     return ", ".join(named) or "nothing"
-
-
-def _name(label: int, classes: Sequence[str]) -> str:
-    return classes[label] if label < len(classes) else str(label)

@@ -36,6 +36,7 @@ from trainer.tasks import build_task
 from trainer.tasks.classification import Classification
 from trainer.tasks.distillation import Teacher, build_teacher
 from trainer.telemetry.efficiency import FlopCounter
+from trainer.weights import load_weights
 
 CPU = torch.device("cpu")
 NUM_SAMPLES, BATCH, SEED = 26, 8, 3
@@ -456,9 +457,12 @@ class TestTeacher:
         model = build_teacher(self.config(tmp_path, args, num_classes=7), 7, torch.float32).model
         assert model(torch.zeros(2, 8)).shape == (2, 7)
         with pytest.raises(
-            UserError, match=r"task.teacher.weights: .*layers.1.weight is \[7, 8\], the model has \[3, 8\]$"
+            UserError, match=r"task.teacher.weights: .*layers.1.weight is \[7, 8\], the model has \[3, 8\]"
         ):
             build_teacher(self.config(tmp_path, args), 3, torch.float32)
+        given, own = (nn.Sequential(nn.Linear(8, 4), nn.Linear(4, classes)) for classes in (7, 3))
+        with pytest.raises(UserError, match=r"t\.pt.*1\.bias is \[7\], the model has \[3\]$"):  # and no way round it
+            load_weights(own, given.state_dict(), "t.pt", new_head=False)
 
     def test_pretrained_weights_of_other_classes_are_refused(self) -> None:
         config = TeacherConfig(name="test_recipe_parts:Pretrained", args={"pretrained": True})

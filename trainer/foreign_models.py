@@ -36,7 +36,22 @@ def timm_model(name: str, path: str) -> Callable[..., nn.Module]:
     architecture = model_name.partition(".")[0]  # what follows is the tag of its weights
     if ":" not in model_name and not timm.is_model(architecture):  # timm:hf-hub:OWNER/NAME is on the Hub
         raise UserError(f"timm has no model '{architecture}'{nearest(architecture, timm.list_models())}", path=path)
-    return functools.partial(timm.create_model, model_name)
+    create = functools.partial(timm.create_model, model_name)
+    return explained_download(create) if ":" in model_name else create
+
+
+def check_from_pretrained(target: Callable[..., Any], args: Mapping[str, Any], name: str) -> None:
+    """Refuses an Auto class of transformers that is not asked for weights, and a `from_pretrained` without a name.
+
+    Raises:
+        UserError: either.
+    """
+    if inspect.isclass(target) and hasattr(target, "_model_mapping"):
+        raise UserError(f"write '{name}.{_FROM_PRETRAINED}'", path="model.name")
+    is_theirs = name.endswith(f".{_FROM_PRETRAINED}") and is_of_transformers(target)
+    if is_theirs and not args.get("pretrained_model_name_or_path"):
+        message = "name a folder or a model of the Hub as pretrained_model_name_or_path"
+        raise UserError(message, path="model.args")
 
 
 def is_of_transformers(target: Callable[..., Any]) -> bool:

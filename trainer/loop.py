@@ -43,6 +43,7 @@ from trainer.random_state import generator_states, restore_generators
 from trainer.reporting import Reporter
 from trainer.run_folder import RunFolder
 from trainer.runtime import Runtime, explained_model_errors
+from trainer.tasks.misfit import explained_misfit
 from trainer.telemetry.clock import Clock, Timer
 from trainer.telemetry.observer import Observer
 from trainer.telemetry.stopwatch import Stopwatch
@@ -323,10 +324,12 @@ class Trainer(Evaluating):
 
         A stand-in keeps this rank in step without weight.
         """
-        with explained_model_errors():
-            outputs = self.task.forward(self.model, batch.data)
-        loss_sum = self.task.training_loss_sum(outputs, batch.data)
-        count = self.task.loss_count(outputs, batch.data)
+        is_first = self.progress.step == self.first_step
+        with explained_misfit(batch.data) if is_first else nullcontext():
+            with explained_model_errors():
+                outputs = self.task.forward(self.model, batch.data)
+            loss_sum = self.task.training_loss_sum(outputs, batch.data)
+            count = self.task.loss_count(outputs, batch.data)
         if batch.num_samples:
             return loss_sum, count
         return loss_sum * 0.0, count if count is None else torch.zeros_like(count)

@@ -20,6 +20,7 @@ from trainer.config_model import ModelConfig
 from trainer.errors import UserError
 from trainer.foreign_models import (
     TIMM,
+    check_from_pretrained,
     explained_download,
     is_of_torchvision,
     is_of_transformers,
@@ -65,6 +66,7 @@ def build_model(config: ModelConfig, num_classes: int | None, is_fresh: bool = F
     has_weights = reads_weights(target, args)
     if is_fresh and "pretrained" in args and not is_of_torchvision(target):
         args = {**args, "pretrained": False}
+    check_from_pretrained(target, args, config.name)
     is_foreign = is_of_transformers(target)
     if is_foreign:
         target, given = transformers_model(target, num_classes, is_fresh)

@@ -9,6 +9,7 @@ metric, or OneCycleLR's momentum.
 from __future__ import annotations
 
 import bisect
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -17,6 +18,8 @@ from trainer.components import accepts, call, resolve
 from trainer.config_model import OptimConfig, ScheduleConfig
 from trainer.config_values import Interval
 from trainer.errors import UserError, one_line, place_at
+
+logger = logging.getLogger("lockstep")
 
 Factor = Callable[[int], float]
 """step -> factor of the peak rate. Schedules are called with `total_steps`, and `steps_per_epoch` where they take
@@ -67,6 +70,7 @@ def build_learning_rate(
     given = {key: value for key, value in given.items() if key == "total_steps" or accepts(target, key)}
     factor = call(target, {**given, **config.args}, config.name, "schedule")
     some = range(warmup, total, max((total - warmup) // 100, 1))
+    found = set()
     for count in (*some, total - 1):  # tried here, not an hour into the run
         try:
             tried = float(factor(count - before))
@@ -75,6 +79,10 @@ def build_learning_rate(
             raise UserError(message, path="schedule") from error
         if not (math.isfinite(tried) and tried >= 0):
             raise UserError(f"'{config.name}' gives {tried} for step {count - before}", path="schedule")
+        found.add(tried)
+    if len(found) == 1 and target is not constant:
+        unit = "epochs" if by_epoch else "steps"
+        logger.warning("schedule: '%s' leaves the rate as it is in a run of %d %s", config.name, total, unit)
 
     def learning_rate(step: int) -> float:
         count = step // per_count

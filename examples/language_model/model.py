@@ -114,6 +114,8 @@ class Transformer(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Returns logits; those at a position depend on the tokens up to it."""
         length = tokens.shape[1]
+        if length > len(self.cos):
+            raise ValueError(f"{length} tokens are more than max_length: {len(self.cos)}")
         x = self.embedding(tokens)
         cos, sin = self.cos[:length], self.sin[:length]
         for block in self.blocks:

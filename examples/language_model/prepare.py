@@ -38,11 +38,11 @@ def read_documents(paths: Iterable[Path], separator: str | None) -> Iterator[str
             lines: list[str] = []
             with open(file, encoding="utf-8", errors="replace") as stream:
                 for line in stream:
-                    before, found, after = line.partition(separator)
-                    lines.append(before)
-                    if found:
+                    rest, *others = line.split(separator)
+                    lines.append(rest)
+                    for other in others:
                         yield "".join(lines)
-                        lines = [after.lstrip()]
+                        lines = [other.lstrip()]
             yield "".join(lines)
 
 
@@ -135,6 +135,8 @@ def write(documents: Iterable[str], folder: Path, tokenizer_name: str | None = N
     for writer in writers.values():
         writer.close()
     if not writers["eval.bin"].num_tokens:
+        for name in writers:
+            (folder / name).unlink()
         raise SystemExit(f"there are fewer than {eval_every} documents: give more, or a smaller --eval-every")
     known["num_bytes"] = {name: writer.num_bytes for name, writer in writers.items()}
     (folder / "tokens.json").write_text(json.dumps(known, indent=1), encoding="utf-8")

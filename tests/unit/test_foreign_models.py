@@ -67,6 +67,7 @@ def test_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     assert path == "model"
     assert text.startswith("its weights are not on this machine and cannot be downloaded: ")
     assert "\n" not in text
+    assert message("timm:hf-hub:nobody/nothing")[1].startswith("its weights are not on this machine and cannot")
     assert isinstance(build("timm:test_resnet", is_fresh=True, pretrained=True), nn.Module)
 
 
@@ -136,6 +137,14 @@ def test_a_language_model_of_transformers(transformers: Any) -> None:
     assert list(repeated_blocks(model)) == ["transformer.h.0", "transformer.h.1"]
     text = "GPT2Config has no 'n_layers'; did you mean 'n_layer'?"
     assert message("transformers:GPT2LMHeadModel", n_layers=3) == ("model.args.n_layers", text)
+
+
+def test_auto_classes_are_asked_for_weights_by_name(transformers: Any) -> None:
+    name = "transformers:AutoModelForImageClassification"
+    assert message(name, num_labels=3) == ("model.name", f"write '{name}.from_pretrained'")
+    path, text = message(f"{name}.from_pretrained", num_labels=3)
+    assert path == "model.args"
+    assert text == "name a folder or a model of the Hub as pretrained_model_name_or_path"
 
 
 @nightly

@@ -242,9 +242,27 @@ def test_text_becomes_token_files(tmp_path: Path) -> None:
     assert known["num_bytes"] == {name: len(tokens) for name, tokens in read.items()}
 
 
+def test_several_documents_on_a_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("One.\nTwo,<|end|> three.<|end|>Four\nand<|end|>")
+    assert list(prepare.read_documents([tmp_path], "<|end|>")) == ["One.\nTwo,", "three.", "Four\nand", ""]
+
+
+def test_too_few_documents_leave_no_token_files(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="fewer than 10 documents"):
+        prepare.write(["One.", "Two."], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_single_text_is_cut(tmp_path: Path) -> None:
     prepare.write(["0123456789" * 2], tmp_path)
     assert bytes(np.fromfile(tmp_path / "eval.bin", "uint16").astype("uint8")) == b"89\0"
+
+
+def test_texts_longer_than_the_model_takes() -> None:
+    model = Transformer(11, width=8, depth=1, num_heads=2, max_length=8)
+    with pytest.raises(ValueError, match="9 tokens are more than max_length: 8"):
+        model(torch.zeros(1, 9, dtype=torch.int64))
+    assert model(torch.zeros(1, 8, dtype=torch.int64)).shape == (1, 8, 11)
 
 
 def test_loss_falls_on_real_text(train: Train, tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_images_and_batch_statistics(file_format: str, train: Train, write_confi
 
 
 def test_a_graph_has_no_part_of_the_augmentation(write_config: WriteConfig, tmp_path: Path) -> None:
-    augment = {"mixup": 0.2, "cutmix": 1.0, "mix_probability": 0.8, "cutmix_share": 0.3}
+    augment: dict[str, Any] = {"mixup": 0.2, "cutmix": 1.0, "mix_probability": 0.8, "cutmix_share": 0.3}
     augment |= {"erase": 0.5, "erase_with": "noise"}
     file = write_config(data={"train": {"name": "digits"}, "augment_repeats": 2, "augment": augment})
     file.rename(tmp_path / "config.yaml")

@@ -320,6 +320,24 @@ def test_the_last_epoch_may_be_cut_short() -> None:
 
 
 @pytest.mark.parametrize(
+    ("total", "schedule", "is_warned"),
+    [
+        (120, {"name": "multistep", "args": {"milestones": [120, 150]}}, True),
+        (121, {"name": "multistep", "args": {"milestones": [120, 150]}}, False),
+        (120, {"name": "step", "args": {"every": "20 epochs"}}, True),
+        (10, {"name": "cosine", **BY_EPOCH}, True),
+        (11, {"name": "cosine", **BY_EPOCH}, False),
+        (120, {"name": "constant"}, False),
+    ],
+)
+def test_a_schedule_that_never_changes_the_rate_is_said(
+    total: int, schedule: dict[str, Any], is_warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    curve(total, **schedule)
+    assert ("leaves the rate as it is in a run of" in caplog.text) == is_warned
+
+
+@pytest.mark.parametrize(
     ("schedule", "message"),
     [
         ({"name": "step", "args": {"every": "sometimes"}}, "write a number of steps"),

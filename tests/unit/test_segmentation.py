@@ -14,7 +14,7 @@ from conftest import Train, WriteConfig
 from picture_trees import make_voc
 from PIL import Image
 from run_results import records, summary
-from segments import Segments, SmallSegmenter
+from segments import SmallSegmenter
 from torch import nn
 from torchvision.models import segmentation as models
 
@@ -290,8 +290,11 @@ def test_deeplab_on_one_sample_is_one_clear_line() -> None:
         Segmentation().forward(model, batch(1, 32, 32))
 
 
-def test_items_of_the_made_up_set_have_pixels_that_count_and_some_have_none() -> None:
-    counts = [int((mask != 255).sum()) for _, mask in (Segments(12)[i] for i in range(12))]
-    assert len(set(counts)) > 4
-    assert 0 in counts
-    assert SmallSegmenter(aux=True)(torch.ones(1, 3, 8, 8))["aux"].shape == (1, 3, 8, 8)
+def test_a_weight_for_an_auxiliary_head_needs_one() -> None:
+    task, data = Segmentation(aux_weight=0.3), batch()
+    assert task.forward(SmallSegmenter(aux=True), data).aux is not None
+    without = SmallSegmenter()
+    with pytest.raises(UserError, match=r"task\.args\.aux_weight: the model has no auxiliary head"):
+        task.forward(without, data)
+    assert task.forward(without.eval(), data).aux is None
+    assert Segmentation().forward(without.train(), data).aux is None

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.unit
 
 CLASSIFICATION = "torchmetrics.classification"
 ACCURACY = {"name": f"{CLASSIFICATION}:MulticlassAccuracy", "args": {"num_classes": 3, "average": "micro"}}
+EACH = {"name": f"{CLASSIFICATION}:MulticlassConfusionMatrix", "args": {"num_classes": 3}}
 SAME = {"name": f"{CLASSIFICATION}:MulticlassF1Score", "args": {"num_classes": 3, "average": None}}
 
 
@@ -85,6 +86,8 @@ def test_a_metric_is_reported_and_decides_the_best_checkpoint(
         (Classification(), "m", {"name": "torch.nn:ReLU"}, "is not a torchmetrics.Metric"),
         (Classification(), "m", {"name": "torchmetrics:MeanMetricc"}, "did you mean 'MeanMetric'"),
         (Classification(), "m", {**ACCURACY, "args": {"classes": 3}}, "raised|takes no argument"),
+        (Classification(), "m", SAME, r"m\.args\.average: gives a number per class: write micro, macro or weighted"),
+        (Classification(num_classes=10), "m", ACCURACY, r"m\.args\.num_classes: 3 classes, where the data has 10"),
         (Silent(), "m", ACCURACY, "needs a method metric_inputs"),
     ],
 )
@@ -96,7 +99,7 @@ def test_what_makes_no_sense_is_refused_before_the_run(task: Task, name: str, co
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": {"metrics": {"each": SAME}}}, r"task\.metrics\.each: does not give one number"),
+        ({"task": {"metrics": {"each": EACH}}}, r"task\.metrics\.each: does not give one number"),
         ({"task": {"metrics": {"a": ACCURACY}}, "data__eval": None}, r"task\.metrics: without data\.eval nothing is"),
         ({"task": {"metrics": {"top.5": ACCURACY}}}, r"task\.metrics\.top\.5"),
         ({"task": {"metrics": {"a": {"nam": "x"}}}}, r"task\.metrics\.a\.nam: unknown key; did you mean 'name'"),

@@ -47,7 +47,9 @@ class UserMetrics:
             path = f"task.metrics.{name}"
             if name in task.metric_names:
                 raise UserError("the task has a metric of this name; choose another", path=path)
-            self._metrics[name] = _mergeable(build("metric", component, path), component.name, path).to(device)
+            metric = _mergeable(build("metric", component, path), component.name, path)
+            _check_arguments(metric, task.num_classes, path)
+            self._metrics[name] = metric.to(device)
         self._merged: dict[str, Metric] = {}
 
     def __bool__(self) -> bool:
@@ -103,8 +105,7 @@ class UserMetrics:
             parts = {f"{name}/{key}": part for key, part in value.items()} if isinstance(value, Mapping) else {}
             for key, part in (parts or {name: value}).items():
                 if not isinstance(part, int | float) and not (isinstance(part, torch.Tensor) and part.numel() == 1):
-                    message = "does not give one number (where it has an argument `average`, set it)"
-                    raise UserError(message, path=f"task.metrics.{name}")
+                    raise UserError("does not give one number", path=f"task.metrics.{name}")
                 found[key] = float(part)
         self._merged.clear()
         return found
@@ -147,6 +148,16 @@ def _mergeable(metric: Any, name: str, path: str) -> Metric:
         raise UserError(message, path=f"{path}.name")
     metric.distributed_available_fn = _never
     return metric
+
+
+def _check_arguments(metric: Metric, num_classes: int | None, path: str) -> None:
+    """Refuses what would fail with the first evaluation."""
+    if getattr(metric, "average", "") in (None, "none"):
+        message = "gives a number per class: write micro, macro or weighted"
+        raise UserError(message, path=f"{path}.args.average")
+    classes = getattr(metric, "num_classes", None)
+    if isinstance(classes, int) and num_classes is not None and classes < num_classes:
+        raise UserError(f"{classes} classes, where the data has {num_classes}", path=f"{path}.args.num_classes")
 
 
 def _never() -> bool:

@@ -49,7 +49,8 @@ class Segmentation(Task):
         loss: callable of (logits, int64 masks (B, H, W)) that returns a value per pixel, which must be 0 where pixels
             are ignored, one per sample, or a mean over the batch.
         num_classes: number of labels, background included; None learns it from the first outputs.
-        aux_weight: weight of the auxiliary head's loss; that of torchvision's references by default.
+        aux_weight: weight of the auxiliary head's loss; by default 0.5, as in torchvision's references. Refused where
+            a model in training has no such head.
         input_key: where the image is in samples that are dicts.
         target_key: where the mask is in samples that are dicts.
     """
@@ -63,7 +64,7 @@ class Segmentation(Task):
         self,
         loss: Callable[[Any, Any], torch.Tensor] | None = None,
         num_classes: int | None = None,
-        aux_weight: float = 0.5,
+        aux_weight: float | None = None,
         input_key: str = "input",
         target_key: str = "target",
     ) -> None:
@@ -73,7 +74,8 @@ class Segmentation(Task):
         self.ignore_index = int(keywords.get("ignore_index", getattr(self.loss, "ignore_index", IGNORED)))
         self.num_classes = num_classes
         self._check_ignored()
-        self.aux_weight = aux_weight
+        self.aux_weight = 0.5 if aux_weight is None else aux_weight
+        self._needs_aux = aux_weight is not None
         self.input_key = input_key
         self.target_key = target_key
         self._outputs_checked = False
@@ -122,7 +124,11 @@ class Segmentation(Task):
         size = super().targets(data).shape[-2:]
         if isinstance(logits, Mapping) and "out" in logits:
             aux = logits.get("aux")
-            return Logits(_of_size(logits["out"], size), None if aux is None else _of_size(aux, size))
+            if aux is not None:
+                return Logits(_of_size(logits["out"], size), _of_size(aux, size))
+            logits = logits["out"]
+        if self._needs_aux and model.training:
+            raise UserError("the model has no auxiliary head", path="task.args.aux_weight", agreed=True)
         return Logits(_of_size(logits, size))
 
     # ---- loss ------------------------------------------------------------------------------------------------

@@ -239,7 +239,7 @@ def test_flops_are_not_counted_in_one_line(caplog: pytest.LogCaptureFixture) -> 
 @pytest.mark.parametrize("kind", [Kitti, WIDERFace])
 def test_data_sets_without_labels_of_boxes_are_refused(kind: Any) -> None:
     with pytest.raises(UserError, match=f"{kind.__name__} has no boxes with labels"):
-        Detection().look_at(kind.__new__(kind), None)
+        Detection().look_at(object.__new__(kind), None)
 
 
 @pytest.mark.parametrize(

@@ -322,6 +322,7 @@ def _file_of_newest_checkpoint(folder: Path) -> Path | None:
     from trainer.checkpoint.manifest import Damaged
     from trainer.checkpoint.storage import LocalStorage
 
+    _let_saves_end(folder)  # or one that is under way would be the newest, and good, when it comes to restoring
     checkpoints = CheckpointFolder(LocalStorage(folder), keep=1)
     good: list[Checkpoint] = []
     for step in reversed(checkpoints.steps()):
@@ -337,6 +338,17 @@ def _file_of_newest_checkpoint(folder: Path) -> Path | None:
             records = good[0].manifest.files
             return folder / good[0].name / max(records, key=lambda name: records[name].size)
     return None
+
+
+def _let_saves_end(folder: Path) -> None:
+    """Waits until nothing has been written to a checkpoint folder for half a second, or for ten seconds."""
+    from trainer.checkpoint.storage import STAGING
+
+    ends, quiet_since = time.monotonic() + 10, time.monotonic()
+    while (now := time.monotonic()) < min(ends, quiet_since + 0.5):
+        if any(folder.glob(f"{STAGING}*")):
+            quiet_since = now
+        time.sleep(0.01)
 
 
 def _damage(kind: str, file: Path) -> None:

@@ -401,6 +401,7 @@ def test_what_a_trace_of_a_gpu_says() -> None:
         ("aten::linalg_vector_norm", "backward", "elementwise"),
         ("aten::copy_", "loading a batch", "copies"),
         ("aten::mm", "evaluation", "evaluation"),
+        ("aten::addmm", "report", "python"),
     ],
 )
 def test_kinds_by_name_and_place(name: str, place: str, kind: str) -> None:

@@ -28,6 +28,7 @@ _BY_PLACE = {
     EVALUATION: "evaluation",
     METRICS: "evaluation",
     "saving a checkpoint": "checkpoint",
+    "report": "python",  # such as a step that is simulated for advice
 }
 _EXCHANGES = (AFTER_STEP, "report")  # what these wait for is the other ranks
 

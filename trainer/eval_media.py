@@ -27,6 +27,7 @@ from torch.nn import functional
 from trainer.config_data import NormalizeConfig
 from trainer.errors import one_line
 from trainer.tasks.base import Task
+from trainer.tasks.labels import name_of
 
 logger = logging.getLogger("lockstep")
 
@@ -234,7 +235,7 @@ def _with_boxes(
         sides = []
         for of_kind, label in zip(kinds, their_labels, strict=True):
             is_box = (label >= 0) & (of_kind[:, 2:] >= of_kind[:, :2]).all(1)
-            known = [names[i] if i < len(names) else str(i) for i in label[is_box].tolist()]
+            known = [name_of(i, names) for i in label[is_box].tolist()]
             copy = picture.permute(2, 0, 1).contiguous()
             sides.append(draw_bounding_boxes(copy, of_kind[is_box], known) if known else copy)
         drawn.append(torch.cat(sides, dim=2).permute(1, 2, 0).contiguous().numpy())

@@ -55,7 +55,7 @@ from trainer.data.packed import (
     is_complete,
     read_tail,
 )
-from trainer.errors import UserError
+from trainer.errors import UserError, one_line_text
 from trainer.system import die_with_parent, sync_folder
 
 logger = logging.getLogger("lockstep")
@@ -478,7 +478,7 @@ def encode(data: bytes, as_raw: bool, max_size: int | None, quality: int) -> Sto
     except Image.UnidentifiedImageError:
         raise Corrupt("cannot identify image file") from None  # PIL's text has the address of the bytes
     except Exception as error:  # PIL raises many types for broken files
-        raise Corrupt(" ".join(str(error).split()) or type(error).__name__) from error
+        raise Corrupt(one_line_text(error)) from error
 
 
 def _shrunk(size: tuple[int, int], max_size: int | None) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from trainer.checkpoint.manifest import new_checksum
 from trainer.config_model import TeacherConfig
 from trainer.errors import UserError
 from trainer.model import build_model, uses_channels_last
+from trainer.tasks.labels import described
 from trainer.weights import settled_weights, start_from_weights
 
 if TYPE_CHECKING:
@@ -79,11 +80,8 @@ class Teacher(nn.Module):
         logits = self.logits(task, data)
         both_are_tensors = isinstance(outputs, torch.Tensor) and isinstance(logits, torch.Tensor)
         if not both_are_tensors or outputs.ndim != 2 or outputs.shape != logits.shape:
-            returned = [
-                list(found.shape) if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
-                for found in (outputs, logits)
-            ]
-            message = f"the model returns {returned[0]} and its teacher {returned[1]}, not logits of the same classes"
+            returned = f"the model returns {described(outputs)} and its teacher {described(logits)}"
+            message = f"{returned}, not logits of the same classes"
             raise UserError(message, path="task.teacher", agreed=True)
         if self._config.hard:
             distance = functional.cross_entropy(outputs.float(), logits.argmax(1), reduction="sum")

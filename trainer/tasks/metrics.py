@@ -14,6 +14,7 @@ import torch
 from trainer.components import build
 from trainer.config_values import Component
 from trainer.errors import UserError, nearest, one_line
+from trainer.memory.out_of_memory import is_out_of_memory
 from trainer.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class UserMetrics:
             try:
                 metric.update(*inputs)
             except (ValueError, TypeError, RuntimeError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
+                if is_out_of_memory(error):
                     raise
                 message = f"does not take what the task gives it: {one_line(error)}"
                 raise UserError(message, path=f"task.metrics.{name}") from error

@@ -29,7 +29,8 @@ def step() -> StepMemory:
     )
 
 
-def test_png(step: StepMemory, tmp_path: Path) -> None:
+def test_png(step: StepMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)  # other tests import it
     file = tmp_path / "step.PNG"
     plot_step(step, "six layers", 2 * step.peak_bytes, file)
     assert file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

@@ -23,7 +23,6 @@ PARTS = {
     "optimizer": "clipping, optimizer and averages of the weights",
     "checkpoint": "training stood still for a checkpoint",
     "evaluation": "evaluation",
-    "metrics of an evaluation": "evaluation",
     "host": "everything else: reports, decisions, what lies between steps",
 }
 

@@ -6,7 +6,7 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +24,11 @@ SUPPORT = Path(__file__).resolve().parent / "support"
 TIERS = ("unit", "dist", "cluster", "gpu")
 NIGHTLY = os.environ.get("LOCKSTEP_NIGHTLY") == "1"
 nightly = pytest.mark.skipif(not NIGHTLY, reason="much like another one; LOCKSTEP_NIGHTLY=1 runs it")
+
+
+def few(cases: Iterable[Any], *in_ci: Any) -> list[Any]:
+    """Returns the cases of a parametrised test; those that are not in `in_ci`, much like these, run nightly only."""
+    return [case if case in in_ci else pytest.param(case, marks=nightly) for case in cases]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

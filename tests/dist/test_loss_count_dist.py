@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WriteConfig, nightly
+from conftest import WriteConfig, few, nightly
 from resuming import TrainServer
 from run_results import losses, summary, weights
 
@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("counted")
 
 
-@pytest.mark.parametrize("name", [name if name in IN_CI else pytest.param(name, marks=nightly) for name in SPLITS])
+@pytest.mark.parametrize("name", few(SPLITS, *IN_CI))
 def test_the_step_does_not_depend_on_the_split(
     name: str, server: TrainServer, write_config: WriteConfig, folder: Path
 ) -> None:

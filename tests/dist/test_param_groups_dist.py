@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import WriteConfig, nightly
+from conftest import WriteConfig, few, nightly
 from resuming import TrainServer, assert_same_end
 from run_results import close, losses, weights
 
@@ -44,7 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
 IN_CI = ("layers fsdp",)
 
 
-@pytest.mark.parametrize("name", [name if name in IN_CI else pytest.param(name, marks=nightly) for name in CASES])
+@pytest.mark.parametrize("name", few(CASES, *IN_CI))
 def test_as_on_one_process_and_bit_for_bit_over_a_stop(
     name: str, server: TrainServer, write_config: WriteConfig, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import nightly, tiny_config
+from conftest import few, nightly, tiny_config
 from resuming import TrainServer, assert_same_end
 from run_results import losses, summary
 
@@ -140,7 +140,7 @@ def assert_survives(server: TrainServer, folder: Path, name: str, settings: dict
     assert one["metrics"]["eval/loss"] == pytest.approx(two["metrics"]["eval/loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", [name if name in IN_CI else pytest.param(name, marks=nightly) for name in TOGETHER])
+@pytest.mark.parametrize("name", few(TOGETHER, *IN_CI))
 def test_together(name: str, server: TrainServer, folder: Path) -> None:
     assert_survives(server, folder, f"together-{name}", merged(TOGETHER[name]))
 

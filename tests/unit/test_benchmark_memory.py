@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NIGHTLY, REPOSITORY
+from conftest import NIGHTLY, REPOSITORY, nightly
 from launching import run
 from torch import nn
 
@@ -51,6 +51,7 @@ def test_the_memory_benchmark_measures_every_policy_of_every_model(tmp_path: Pat
     assert memory.table(result) == ended.stdout
 
 
+@nightly
 def test_the_switches_benchmark_measures_every_switch_or_says_why_not(tmp_path: Path) -> None:
     """Those of each kind; with LOCKSTEP_NIGHTLY=1 all of them."""
     file = tmp_path / "switches.json"

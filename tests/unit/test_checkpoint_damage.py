@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Train, WriteConfig, tiny_config
+from conftest import Train, WriteConfig, few, tiny_config
 from resuming import TrainServer, assert_same_end
 
 from trainer.checkpoint.folder import open_folder
@@ -117,7 +117,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", DAMAGES)
+@pytest.mark.parametrize(
+    "name",
+    few(DAMAGES, "cut by a byte", "a bit of a tensor", "nothing", "half a manifest"),
+)
 def test_a_damaged_checkpoint_is_put_aside(
     name: str, quiet: Path, run: Path, train: Train, write_config: WriteConfig
 ) -> None:

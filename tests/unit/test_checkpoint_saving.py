@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Train, WriteConfig
+from conftest import Train, WriteConfig, nightly
 from resuming import interrupted
 from run_results import checkpoint, identical, losses, records, summary, tensors, weights
 from torch import nn
@@ -271,11 +271,11 @@ def test_a_report_tells_the_same_wherever_it_was_interrupted(
 @pytest.mark.parametrize(
     "optim",
     [
-        {"name": "sgd", "lr": 0.01},
-        {"name": "sgd", "lr": 0.01, "args": {"momentum": 0.9}},
+        pytest.param({"name": "sgd", "lr": 0.01}, marks=nightly),
+        pytest.param({"name": "sgd", "lr": 0.01, "args": {"momentum": 0.9}}, marks=nightly),
         {"name": "adamw", "lr": 0.01, "args": {"amsgrad": True}},
         {"name": "Adafactor", "lr": 0.01},
-        {"name": "Rprop", "lr": 0.01},
+        pytest.param({"name": "Rprop", "lr": 0.01}, marks=nightly),
         {"name": "odd_parts:Remembering", "lr": 0.01},
     ],
     ids=["sgd", "momentum", "amsgrad", "Adafactor", "Rprop", "plain values"],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from conftest import Train, WriteConfig
+from conftest import Train, WriteConfig, few
 from object_store import s3_server
 from run_results import identical, losses, tensors
 
@@ -94,7 +94,7 @@ def test_a_published_name_is_taken_over(location: str) -> None:
     assert [name for name in storage.names() if name.startswith("step-")] == ["step-00000001"]
 
 
-@pytest.mark.parametrize("location", KINDS, indirect=True)
+@pytest.mark.parametrize("location", few(KINDS, "s3"), indirect=True)
 def test_a_run_keeps_its_checkpoints_there(
     location: str, train: Train, write_config: WriteConfig, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Outcome, Train, WriteConfig, forget_accelerate
+from conftest import Outcome, Train, WriteConfig, forget_accelerate, nightly
 from run_results import identical, losses, records, summary, weights
 
 from trainer.cli import main
@@ -79,6 +79,7 @@ def chosen(outcome: Outcome) -> int:
 # ---- the micro-batch -------------------------------------------------------------------------------------------
 
 
+@nightly
 def test_a_quarter_of_the_batch_fits(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
     file = stack(write_config)
     target = between(file, BATCH // 4)
@@ -170,6 +171,7 @@ def test_a_micro_batch_of_the_users_that_does_not_fit(
     assert f"memory.target: a micro-batch of {BATCH} takes more than" in outcome.err
 
 
+@nightly
 def test_a_budget_in_bytes_finds_its_micro_batch(train: Train, write_config: WriteConfig) -> None:
     """A budget that the whole share cannot meet, and a quarter of it can."""
     file = stack(write_config)
@@ -269,6 +271,7 @@ def test_within_a_target_the_same_bits(train: Train, write_config: WriteConfig, 
     trainer.close()
 
 
+@nightly
 def test_both_are_found_together(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
     file = stack(write_config)
     target = (predicted(file, 1, "full") + predicted(file, 1)) / 2
@@ -282,6 +285,7 @@ def test_both_are_found_together(train: Train, write_config: WriteConfig, tmp_pa
     assert f"memory     micro-batch {BATCH}, 0 of 6 blocks recomputed: " in plenty.out
 
 
+@nightly
 def test_a_budget_that_cannot_be_kept(train: Train, write_config: WriteConfig) -> None:
     outcome = train("--config", stack(write_config), "memory.checkpointing=auto", "memory.budget=1%")
     assert outcome.code == 2
@@ -326,6 +330,7 @@ def test_a_micro_batch_that_ran_out_of_memory_is_not_tried_again(
     assert chosen(outcome) == 4  # an upper bound, not what to take
 
 
+@nightly
 def test_such_a_run_can_be_evaluated(
     train: Train, write_config: WriteConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

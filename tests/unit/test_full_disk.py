@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Train, WriteConfig
+from conftest import Train, WriteConfig, nightly
 from resuming import TrainServer, leftovers
 from run_results import losses, records, summary
 
@@ -112,6 +112,7 @@ def test_room_made_meanwhile(disk: MakeDisk, train: Train, write_config: WriteCo
     assert kept(folder) == [8]
 
 
+@nightly
 def test_room_for_all_but_the_manifest(disk: MakeDisk, train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
     """What was staged goes away, or there would be no room for the next one either."""
     saves: dict[str, Any] = {"every": 2, "keep": 1, "async_save": False}

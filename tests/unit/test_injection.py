@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import Train, WriteConfig
+from conftest import Train, WriteConfig, few
 from launching import environment
 from run_results import summary
 from torch import Tensor
@@ -483,7 +483,10 @@ def publish(storage: LocalStorage, step: int) -> None:
     storage.publish(staged, name, manifest.to_bytes())
 
 
-@pytest.mark.parametrize("action", ["corrupt-checkpoint", "truncate-checkpoint", "remove-checkpoint-file"])
+DAMAGES = ["corrupt-checkpoint", "truncate-checkpoint", "remove-checkpoint-file"]
+
+
+@pytest.mark.parametrize("action", few(DAMAGES, "corrupt-checkpoint"))
 def test_damages_a_checkpoint_that_is_not_the_last_good_one(
     action: str, run_dir: Path, plan: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 import torch
+from conftest import nightly
 from vectors import MissingFile, Vectors
 
 from trainer.config import load_config
@@ -105,6 +106,7 @@ def train(feed: DeviceFeed, steps: int) -> None:
             assert batch.num_samples == PLAN.step_samples(step)
 
 
+@nightly
 def test_two_thousand_epochs(open_feed: OpenFeed) -> None:
     open_feed().close()
     before, memory = belongings(), MemoryLog()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import few, nightly
 from memory_models import loss_of
 from torch import nn
 from torchvision import models
@@ -27,8 +28,8 @@ def planner_of(**settings: Any) -> Planner:
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("device_type", few(["cpu", "cuda"], "cuda"))
+@pytest.mark.parametrize("dtype", few([None, torch.bfloat16], torch.bfloat16))
 def test_shares(device_type: str, dtype: torch.dtype | None, checkpointing: str) -> None:
     planner = planner_of(device_type=device_type, autocast_dtype=dtype, clips_gradients=True)
     whole = planner.uniform(16, checkpointing)
@@ -57,6 +58,7 @@ def test_gradients_are_whole_while_they_accumulate() -> None:
     assert last.parts["communication"] > 0.9 * planner.uniform(8, "none").memory.persistent["gradients"]
 
 
+@nightly
 def test_more_processes_take_less_each() -> None:
     peaks = [(p := planner_of(num_ranks=n)).sharded(p.uniform(16, "none")).peak_bytes for n in (1, 2, 8)]
     assert peaks == sorted(peaks, reverse=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Train, WriteConfig
+from conftest import Train, WriteConfig, few
 from run_results import identical, tensors
 from safetensors.torch import save_file
 from torch import nn
@@ -22,13 +22,18 @@ from trainer.model import build_model, may_download
 from trainer.weights import load_weights
 
 CLASSIFIERS = models.list_models(module=models)
+FAMILIES = (
+    *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3"),
+    *("maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "resnext50_32x4d"),
+    *("shufflenet_v2_x0_5", "squeezenet1_0", "swin_t", "swin_v2_t", "vgg11", "vgg11_bn", "vit_b_16", "wide_resnet50_2"),
+)
 
 
 def build(name: str, num_classes: int | None = None, weights: Path | str | None = None, **args: Any) -> Any:
     return build_model(ModelConfig(name=name, args=args, weights=weights and str(weights)), num_classes)
 
 
-@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("name", few(CLASSIFIERS, *FAMILIES))
 def test_every_torchvision_classifier(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def on_the_cpu(*args: Any, **kwargs: Any) -> Any:
         with torch.device("cpu"):  # RegNet computes its layer widths with tensors

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import Train, WriteConfig
+from conftest import Train, WriteConfig, nightly
 from fitted_model import Stack
 from run_results import losses
 from sharded_models import Odd
@@ -306,6 +306,7 @@ def planner_of(shard_size: int) -> Planner:
     return Planner(job, find_device("a100-40g"))
 
 
+@nightly
 def test_the_plan_is_that_of_the_strategy() -> None:
     whole, shared, pairs = planner_of(1), planner_of(4), planner_of(2)
     ddp, fsdp = whole.uniform(128, "none"), shared.uniform(128, "none")

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, Outcome, WriteConfig
+from conftest import REPOSITORY, Outcome, WriteConfig, few, nightly
 from launching import run
 
 from launch.cli import main
 
 DIGITS = str(REPOSITORY / "configs" / "digits.yaml")
-VIT = {"patch_size": 8, "num_layers": 4, "num_heads": 4, "hidden_dim": 128, "mlp_dim": 512, "image_size": 64}
+VIT = {"patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 128, "mlp_dim": 512, "image_size": 64}
 Plan = Callable[..., Outcome]
 
 
@@ -96,6 +96,7 @@ def test_averages_have_a_line(plan: Plan) -> None:
     assert size["averages"] == size["parameters"]
 
 
+@nightly
 def test_two_processes_may_share_the_model(plan: Plan, vit: Path) -> None:
     code, out, err = plan("--config", vit, "--device", "h100-80g", "--processes", "2")
     assert code == 0, err
@@ -127,6 +128,7 @@ def test_what_it_proposes_fits(plan: Plan, vit: Path) -> None:
     assert "   fits: " in peak_line(second.out)
 
 
+@nightly
 def test_what_is_left_open_is_chosen_as_a_run_would(plan: Plan, vit: Path) -> None:
     left_open = ("train.micro_batch_size=auto", "memory.checkpointing=auto")
     code, out, err = plan("--config", vit, "--device", "64MiB", *left_open)
@@ -134,6 +136,7 @@ def test_what_is_left_open_is_chosen_as_a_run_would(plan: Plan, vit: Path) -> No
     assert f"per process with {' '.join(fastest(out))}, predicted:" in out
 
 
+@nightly
 def test_nothing_fits_a_tiny_device(plan: Plan, vit: Path) -> None:
     code, out, _ = plan("--config", vit, "--device", "5MiB", "train.micro_batch_size=auto")
     assert code == 1
@@ -142,6 +145,7 @@ def test_nothing_fits_a_tiny_device(plan: Plan, vit: Path) -> None:
     assert {tuple(row[2:]) for row in rows(out)} == {("does", "not", "fit")}
 
 
+@nightly
 def test_dropout_does_not_hinder_recomputing(plan: Plan, vit: Path) -> None:
     """Blocks run again in backward, and must then take the same kernels as before."""
     code, out, err = plan("--config", vit, "--device", "24GiB", "model.args.dropout=0.1", "memory.checkpointing=full")
@@ -149,7 +153,7 @@ def test_dropout_does_not_hinder_recomputing(plan: Plan, vit: Path) -> None:
     assert "memory.checkpointing=full, predicted:" in out
 
 
-@pytest.mark.parametrize("suffix", ["html", "png"])
+@pytest.mark.parametrize("suffix", few(["html", "png"], "html"))
 def test_a_drawing(suffix: str, plan: Plan, vit: Path, tmp_path: Path) -> None:
     pytest.importorskip("trainer.memory.plot")
     file = tmp_path / f"step.{suffix}"
@@ -263,6 +267,7 @@ print("GREW", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1
 """
 
 
+@nightly
 def test_a_large_model_takes_no_memory_here(tmp_path: Path) -> None:
     """ViT-L/16 has 1.2 GB of weights; a step of it on one of 8 processes takes many times that."""
     config = {

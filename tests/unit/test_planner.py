@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import nightly
 from torch import nn
 from torch.nn import functional
 from torchvision import models
@@ -75,6 +76,7 @@ def test_the_peak_grows_with_the_micro_batch(of: Any) -> None:
     assert grown == pytest.approx(16 / 4, rel=0.1)  # evenly
 
 
+@nightly
 def test_recomputing_more_takes_less_and_longer() -> None:
     full, selective, none = (planner().uniform(24, policy) for policy in ("full", "selective", "none"))
     assert full.peak_bytes < selective.peak_bytes < none.peak_bytes
@@ -168,6 +170,7 @@ def test_the_largest_micro_batch_is_the_largest() -> None:
         assert found is None or found.peak_bytes <= limit
 
 
+@nightly
 def test_the_largest_with_given_policies() -> None:
     policies = planner().uniform(1, "full").policies
     limit = planner().uniform(24, "full").peak_bytes
@@ -234,6 +237,7 @@ def test_the_fastest_recomputes_where_plain_does_not_fit() -> None:
     assert planner().fastest(1000) is None
 
 
+@nightly
 def test_the_fastest_is_no_slower_than_any_uniform_setting_that_fits() -> None:
     limit = planner().uniform(12, "none").peak_bytes
     fitting = [
@@ -252,6 +256,7 @@ def test_choosing_among_fewer_micro_batches() -> None:
     assert planner().job.micro_batch_sizes == SIZES
 
 
+@nightly
 def test_policies_that_keep_a_share() -> None:
     example = planner().job.example
     policies = solve_policies(vit(), loss_of, example, 24, 0.6, "none", H100, "cuda")

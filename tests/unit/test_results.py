@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Train, WriteConfig, forget_accelerate, tiny_config
+from conftest import Train, WriteConfig, few, forget_accelerate, nightly, tiny_config
 from odd_outputs import Normed
 from run_results import identical, summary, tensors, weights
 from safetensors import safe_open
@@ -77,7 +77,7 @@ def test_exported_weights_are_the_trained_ones(file_format: str, best: bool, run
     assert identical(found, weights(run_dir, 5 if best else 10))
 
 
-@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("file_format", few(FORMATS, "onnx", "safetensors"))
 def test_every_format_gives_the_models_outputs(
     file_format: str, averaged_run: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,6 +98,7 @@ def test_every_format_gives_the_models_outputs(
             assert torch.allclose(outputs(file, file_format, batch[:size]), expected, rtol=1e-4, atol=1e-5)
 
 
+@nightly
 @pytest.mark.parametrize("file_format", ["onnx", "torch_export"])
 def test_images_and_batch_statistics(file_format: str, train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
     """Convolutions and BatchNorm, trained in bfloat16 and channels_last, on images that the device scales."""
@@ -128,7 +129,7 @@ def test_a_graph_has_no_part_of_the_augmentation(write_config: WriteConfig, tmp_
     assert data.augment.erase == 0
 
 
-@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("file_format", few(FORMATS, "onnx", "safetensors"))
 def test_an_existing_file_is_replaced_whole_or_not_at_all(
     file_format: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,6 +170,7 @@ def test_a_graph_with_other_outputs_is_not_written(
         ("odd_outputs:Branching", "'odd_outputs:Branching' cannot be exported as torch_export"),
     ],
 )
+@nightly
 def test_models_that_are_no_graph(
     model: str, message: str, train: Train, write_config: WriteConfig, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -39,7 +39,8 @@ def main() -> None:
     )
     loader = DataLoader(dataset, batch_size=BATCH_SIZE // accelerator.num_processes, sampler=sampler)
     for step, (batch, targets) in zip(range(1, 3), loader, strict=False):
-        loss = nn.functional.cross_entropy(model(crop(batch)), targets)
+        images, targets = crop(batch).to(accelerator.device), targets.to(accelerator.device)
+        loss = nn.functional.cross_entropy(model(images), targets)
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()

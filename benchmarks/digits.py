@@ -6,7 +6,6 @@ the 355 images for evaluation from each run's `summary.json`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -16,9 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.telling import describe, publish, with_origin
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+from benchmarks.commands import new_parser, show_again
+from benchmarks.telling import REPOSITORY, describe, markdown_table, origin, publish
 
 
 def accuracy(seed: int, run_dir: Path) -> float:
@@ -44,22 +42,23 @@ def measure(seeds: int) -> dict[str, Any]:
 def table(result: Mapping[str, Any]) -> str:
     """Returns the result as a Markdown table."""
     found = result["accuracy"]
-    lines = [
-        "| seed | " + " | ".join(str(seed) for seed in range(len(found))) + " | mean |",
-        "|---|" + "---|" * (len(found) + 1),
-        "| eval accuracy | " + " | ".join(f"{value:.2f}%" for value in (*found, result["mean"])) + " |",
+    rows = [
+        ["seed", *map(str, range(len(found))), "mean"],
+        ["---", *["---:"] * (len(found) + 1)],
+        ["eval accuracy", *(f"{value:.2f}%" for value in (*found, result["mean"]))],
     ]
-    return with_origin(lines, "`configs/digits.yaml`, one process", result)
+    return markdown_table(rows, ["`configs/digits.yaml`, one process", *origin(result)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, shows the table and writes the figures."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.digits", description=__doc__.splitlines()[0])
+    parser = new_parser("benchmarks.digits", __doc__)
     parser.add_argument("--seeds", type=int, default=5, metavar="N")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    packages = ["accelerate", "torchvision", "scikit-learn"]
-    publish({**describe("benchmarks.digits", arguments, packages), **measure(options.seeds)}, table, options.json)
+    if options.markdown:
+        return show_again(options.json, table)
+    environment = describe("benchmarks.digits", arguments, ["accelerate", "torchvision", "scikit-learn"])
+    publish({"environment": environment, **measure(options.seeds)}, table, options.json)
     return 0
 
 

@@ -12,40 +12,35 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import random
-import shlex
-import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from benchmarks.commands import add_rounds, new_parser, show_again
+from benchmarks.drawing import Bar, draw_bars
 from benchmarks.measure import EXIT_NOT_INSTALLED, Measurement
 from benchmarks.peers import ENTRIES, Entry
-from benchmarks.pictures import DEFAULT_FOLDER, SHAPES, describe, list_pictures, make_pictures
+from benchmarks.pictures import DEFAULT_FOLDER, SHAPES, describe_pictures, list_pictures, make_pictures
+from benchmarks.rounds import MOST_FOREIGN_CORES, Problem, in_rounds, is_quiet, load_note
+from benchmarks.telling import REPOSITORY, describe, goal_text, markdown_table, origin, publish, range_text, spread
 
 BATCH_SIZE = 64
 WARM_UP_IMAGES = 200
-MOST_FOREIGN_CORES = 0.15  # that others may keep busy on average; rounds with more are dropped
 TIMEOUT = 900  # seconds, of one measurement
 
-_REPOSITORY = Path(__file__).resolve().parent.parent
+GOALS = (
+    ("ours", "torchvision", 2.4),
+    ("ours", "torchvision", 3.0),  # beyond what was asked for
+    ("ours", "dali", 1.4),
+    ("ours-packed-jpeg", "torchvision", 5.0),  # as the cache's defaults are
+    ("ours-packed-jpeg-256", "torchvision", 5.0),
+    ("ours-packed-raw", "torchvision", 5.0),
+)
 _YARDSTICKS = ("torchvision", "dali")
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-
-
-class Problem(Exception):
-    """Why an entry could not be measured; `is_absence` where its library is merely not installed."""
-
-    def __init__(self, message: str, is_absence: bool) -> None:
-        super().__init__(message)
-        self.is_absence = is_absence
 
 
 def run_rounds(
@@ -60,21 +55,20 @@ def run_rounds(
     problems: dict[str, Problem] = {}
     for file in list_pictures(folder):
         file.read_bytes()  # so that all find them in the page cache
-    for number in range(rounds):
-        order = [name for name in names if name not in problems]
-        random.Random(seed + number).shuffle(order)
-        for name in order:
-            try:
-                measurement = measure_apart(ENTRIES[name], folder, images, seed + number)
-            except Problem as problem:
-                problems[name] = problem
-                sys.stderr.write(f"round {number + 1}: {name}: {problem}\n")
-                continue
-            taken[name].append(measurement)
-            sys.stderr.write(
-                f"round {number + 1}: {name}: {measurement.images_per_core_second:.0f} images/s/core, "
-                f"others kept {measurement.foreign_cores:.2f} cores busy\n"
-            )
+    remaining = list(names)
+    for number, name in in_rounds(remaining, rounds, seed):
+        try:
+            measurement = measure_apart(ENTRIES[name], folder, images, seed + number)
+        except Problem as problem:
+            problems[name] = problem
+            remaining.remove(name)
+            sys.stderr.write(f"round {number + 1}: {name}: {problem}\n")
+            continue
+        taken[name].append(measurement)
+        sys.stderr.write(
+            f"round {number + 1}: {name}: {measurement.images_per_core_second:.0f} images/s/core, "
+            f"others kept {measurement.foreign_cores:.2f} cores busy\n"
+        )
     return taken, problems
 
 
@@ -90,7 +84,7 @@ def measure_apart(entry: Entry, folder: Path, images: int, seed: int) -> Measure
         try:
             ended = subprocess.run(
                 [*command, "--seed", str(seed)],
-                cwd=_REPOSITORY,
+                cwd=REPOSITORY,
                 env={**os.environ, **_ONE_THREAD, **variables},
                 capture_output=True,
                 text=True,
@@ -107,14 +101,14 @@ def measure_apart(entry: Entry, folder: Path, images: int, seed: int) -> Measure
 
 def summarize(entry: Entry, taken: Sequence[Measurement], problem: Problem | None, keep_loaded: bool) -> dict[str, Any]:
     """Returns what the JSON says about an entry, apart from its ratios to others."""
-    quiet = [m for m in taken if keep_loaded or m.foreign_cores <= MOST_FOREIGN_CORES]
+    quiet = [m for m in taken if is_quiet(m, keep_loaded)]
     return {
         "name": entry.name,
         "kind": entry.kind,
         "output": entry.output,
         "versions": entry.versions(),
-        "images_per_core_second": _spread([m.images_per_core_second for m in quiet]),
-        "images_per_second": _spread([m.images_per_second for m in quiet]),
+        "images_per_core_second": spread([m.images_per_core_second for m in quiet]),
+        "images_per_second": spread([m.images_per_second for m in quiet]),
         "dropped_rounds": len(taken) - len(quiet),
         "problem": str(problem) if problem else None,
         "rounds": [
@@ -129,12 +123,6 @@ def summarize(entry: Entry, taken: Sequence[Measurement], problem: Problem | Non
     }
 
 
-def _spread(values: Sequence[float]) -> dict[str, float] | None:
-    if not values:
-        return None
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
 def add_ratios(entries: Iterable[dict[str, Any]]) -> None:
     """Adds to every entry the ratio of its median to that of each yardstick, where both were measured."""
     entries = list(entries)
@@ -147,43 +135,17 @@ def add_ratios(entries: Iterable[dict[str, Any]]) -> None:
         }
 
 
-def describe_environment() -> dict[str, Any]:
-    """Returns on what and from what source the benchmark ran."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks.feed", *sys.argv[1:]]),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-    }
+def goals(entries: Iterable[Mapping[str, Any]]) -> str:
+    """Returns what has become of `GOALS`, a line each."""
+    ratios = {entry["name"]: entry["ratios"] for entry in entries}
+    return "".join(
+        goal_text(f"{ours} to {theirs}", ratios.get(ours, {}).get(theirs), least) for ours, theirs, least in GOALS
+    )
 
 
-def _git(*arguments: str) -> str | None:
-    try:
-        ended = subprocess.run(
-            ["git", *arguments], cwd=_REPOSITORY, capture_output=True, text=True, timeout=60, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return ended.stdout.strip()
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor()
-
-
-def table(result: dict[str, Any]) -> str:
+def table(result: Mapping[str, Any]) -> str:
     """Returns the Markdown table of a result, with a line about what it was measured on."""
-    environment, settings = result["environment"], result["settings"]
+    settings = result["settings"]
     yardsticks = [y for y in _YARDSTICKS if any(y in entry["ratios"] for entry in result["entries"])]
     header = ["", "delivers", "images/s/core", "min to max", *(f"to `{y}`" for y in yardsticks), "version"]
     rows = [header, ["---", "---", "---:", "---:", *("---:" for _ in yardsticks), "---"]]
@@ -195,77 +157,74 @@ def table(result: dict[str, Any]) -> str:
             continue
         ratios = [f"{entry['ratios'][y]:.2f}" if y in entry["ratios"] else "" for y in yardsticks]
         versions = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
-        spread = f"{rate['min']:.0f} to {rate['max']:.0f}"
-        rows.append([f"`{entry['name']}`", entry["output"], f"{rate['median']:.0f}", spread, *ratios, versions])
-    dropped = sum(entry["dropped_rounds"] for entry in result["entries"])
-    measured = sum(len(entry["rounds"]) for entry in result["entries"])
+        rows.append(
+            [f"`{entry['name']}`", entry["output"], f"{rate['median']:.0f}", range_text(rate, 0), *ratios, versions]
+        )
     pictures = result["pictures"]
-    loaded = "kept whatever else ran" if settings["keep_loaded"] else f"{dropped} of {measured} dropped for other load"
     notes = [
         f"{pictures['pictures']} JPEGs of {', '.join(pictures['pixels'])} pixels in the page cache",
         f"{pictures['mean_bytes'] / 1000:.0f} kB on average, {100 * pictures['share_420']:.0f}% of them 4:2:0",
         f"one decoding worker or thread, batches of {settings['batch_size']}",
-        f"median of {settings['rounds']} alternating rounds of {settings['images']} images (measurements: {loaded})",
-        f"{environment['cpu']}, {environment['cores']} cores; Python {environment['python']}",
-        f"{environment['date'][:10]}, commit {(environment['commit'] or 'unknown')[:10]}",
+        f"median of {settings['rounds']} alternating rounds of {settings['images']} images",
+        load_note(result["entries"], settings["keep_loaded"]),
+        *origin(result),
     ]
-    return "\n".join([*("| " + " | ".join(row) + " |" for row in rows), "", "; ".join(notes) + "."]) + "\n"
+    return markdown_table(rows, notes) + "\n" + goals(result["entries"])
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.feed", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, help="where the result goes; read with --markdown")
-    parser.add_argument("--markdown", action="store_true", help="measure nothing: print the table of --json")
+def plot(result: Mapping[str, Any], file: Path) -> None:
+    """Draws images per second and core.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    shown = [entry for entry in result["entries"] if entry["images_per_core_second"]]
+    bars = [Bar(e["name"], e["images_per_core_second"], ours=e["kind"] == "ours") for e in shown]
+    draw_bars({"": bars}, "images per second and core (median, min to max)", file)
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = new_parser("benchmarks.feed", __doc__)
+    add_rounds(parser, rounds=5)
     parser.add_argument("--images", type=int, default=2000, help="JPEGs in the folder, and images counted per round")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=ENTRIES, help=f"of: {', '.join(ENTRIES)}")
     parser.add_argument("--size", choices=SHAPES, default="imagenet", help="large: 1600x1200 pixels")
     parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="where the JPEGs are kept")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep-loaded", action="store_true", help="keep rounds in which others used the machine too")
-    arguments = parser.parse_args()
-    if arguments.images < 1 or arguments.rounds < 1:
-        parser.error("--images and --rounds must be at least 1")
-    return arguments
+    options = parser.parse_args(arguments)
+    if options.images < 1:
+        parser.error("--images must be at least 1")
+    return options
 
 
-def _show_progress(made: int) -> None:
-    if made % 500 == 0:
-        sys.stderr.write(f"{made} pictures made\n")
-
-
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 1 where an entry failed for another reason than a missing library."""
-    arguments = _arguments()
-    if arguments.markdown:
-        sys.stdout.write(table(json.loads(arguments.json.read_text(encoding="utf-8"))))
-        return 0
-    names = [name for name in ENTRIES if arguments.only is None or name in arguments.only]
-    environment = describe_environment()  # before: a commit made meanwhile is not what was measured
-    folder = make_pictures(arguments.images, arguments.size, arguments.folder, progress=_show_progress)
-    taken, problems = run_rounds(names, folder, arguments.images, arguments.rounds, arguments.seed)
-    entries = [summarize(ENTRIES[n], taken[n], problems.get(n), arguments.keep_loaded) for n in names]
+    options = _arguments(arguments)
+    if options.markdown:
+        return show_again(options.json, table)
+    names = [name for name in ENTRIES if options.only is None or name in options.only]
+    environment = describe("benchmarks.feed", arguments, device_type="cpu")
+    folder = make_pictures(options.images, options.size, options.folder)
+    taken, problems = run_rounds(names, folder, options.images, options.rounds, options.seed)
+    entries = [summarize(ENTRIES[n], taken[n], problems.get(n), options.keep_loaded) for n in names]
     add_ratios(entries)
     result = {
         "environment": environment,
         "settings": {
-            "images": arguments.images,
-            "rounds": arguments.rounds,
-            "batch_size": min(BATCH_SIZE, arguments.images),
-            "warm_up_images": min(WARM_UP_IMAGES, arguments.images),
+            "images": options.images,
+            "rounds": options.rounds,
+            "batch_size": min(BATCH_SIZE, options.images),
+            "warm_up_images": min(WARM_UP_IMAGES, options.images),
             "most_foreign_cores": MOST_FOREIGN_CORES,
-            "keep_loaded": arguments.keep_loaded,
-            "seed": arguments.seed,
-            "size": arguments.size,
+            "keep_loaded": options.keep_loaded,
+            "seed": options.seed,
+            "size": options.size,
             "threads_per_process": 1,
         },
-        "pictures": describe(folder),
+        "pictures": describe_pictures(folder),
         "dropped_rounds": sum(entry["dropped_rounds"] for entry in entries),
         "entries": entries,
     }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    sys.stdout.write(table(result))
+    publish(result, table, options.json)
     return int(any(not problem.is_absence for problem in problems.values()))
 
 

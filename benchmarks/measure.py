@@ -10,14 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
-
 from benchmarks.peers import ENTRIES
+from benchmarks.rounds import Clocks
 
 EXIT_NOT_INSTALLED = 3
 
@@ -42,54 +40,19 @@ class Measurement:
         return self.images / self.wall_seconds
 
 
-@dataclass(frozen=True)
-class _Clocks:
-    wall: float
-    tree: float
-    machine: float
-
-    @classmethod
-    def read(cls) -> _Clocks:
-        return cls(time.perf_counter(), _tree_cpu_seconds(), _machine_cpu_seconds())
-
-
 def measure(name: str, folder: Path, images: int, warm_up: int, batch_size: int, seed: int) -> Measurement:
     """Counts whole batches of an entry until there are `images`, after `warm_up` that do not count."""
     with closing(ENTRIES[name].open(folder, batch_size, seed)) as batches:
         warmed = 0
         while warmed < warm_up:
             warmed += next(batches)
-        before = _Clocks.read()
+        before = Clocks.read()
         counted = 0
         while counted < images:
             counted += next(batches)
-        after = _Clocks.read()
-    wall, tree = after.wall - before.wall, after.tree - before.tree
-    foreign = max(0.0, after.machine - before.machine - tree)
-    return Measurement(counted, tree, wall, foreign / wall)
-
-
-def _tree_cpu_seconds() -> float:
-    """Returns the CPU time of this process, of those below it, and of those below it that have ended."""
-    this = psutil.Process()
-    ended = this.cpu_times()
-    alive = [this, *this.children(recursive=True)]
-    return sum(map(_cpu_seconds, alive)) + ended.children_user + ended.children_system
-
-
-def _cpu_seconds(process: psutil.Process) -> float:
-    if sys.platform == "linux":
-        # What clock_getcpuclockid(3) returns for it: nanoseconds, where /proc counts in ticks of 10 ms.
-        return time.clock_gettime((~process.pid << 3) | 2)
-    times = process.cpu_times()
-    return times.user + times.system
-
-
-def _machine_cpu_seconds() -> float:
-    """Returns how long the machine's cores were busy, with whatever."""
-    times = psutil.cpu_times()
-    parts = ("user", "nice", "system", "irq", "softirq")  # guests are in user
-    return float(sum(getattr(times, part, 0.0) for part in parts))
+        after = Clocks.read()
+    tree, wall = after.tree - before.tree, after.wall - before.wall
+    return Measurement(counted, tree, wall, after.foreign_cores(before))
 
 
 def _arguments() -> argparse.Namespace:

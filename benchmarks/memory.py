@@ -1,6 +1,6 @@
 """Gradient checkpointing: peak activation memory and time of a micro-batch, per policy and model.
 
-    python -m benchmarks.memory --json benchmarks/results/memory-cpu.json --plot docs/memory-cpu.svg
+    python -m benchmarks.memory --json benchmarks/results/memory-cpu.json
 
 Owns the policies that are compared, how their memory and time are measured, the JSON that comes of it, its table and
 its plot. Each model has a fresh process; in it every policy has a copy of the model that shares the parameters, and
@@ -12,28 +12,32 @@ from __future__ import annotations
 import argparse
 import collections
 import copy
-import importlib
-import json
-import multiprocessing
 import os
-import random
-import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.feed import MOST_FOREIGN_CORES, _spread, describe_environment
-from benchmarks.measure import _Clocks
+from benchmarks.commands import add_device, add_rounds, add_tiny, is_ready, new_parser, show_again
+from benchmarks.drawing import new_figure, save_figure
+from benchmarks.rounds import (
+    MOST_FOREIGN_CORES,
+    Timing,
+    alternate,
+    compare,
+    in_fresh_process,
+    load_note,
+    show_times,
+    waiting_for,
+)
+from benchmarks.telling import describe, markdown_table, origin, write
 from trainer.config_model import ModelConfig
 from trainer.data.tuning import cores_of_a_rank
 from trainer.errors import one_line
@@ -57,137 +61,12 @@ DESCRIPTIONS = {
 POLICIES = tuple(DESCRIPTIONS)
 DEFAULT_POLICIES = ("none", "full", "every_2", "selective", "auto", "auto-50")
 NUM_CLASSES = 1000
-PACKAGES = ("torch", "torchvision", "accelerate")
+PACKAGES = ("torchvision", "accelerate")
 
 _NUM_PARTS = {"cpu": 1, "cuda": 10}  # micro-batches in one measurement of time
 _MARKERS = {"none": "o", "full": "s", "every_2": "^", "selective": "D", "auto": "*", "auto-50": "P"}
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-
-
-# ---- timing, also of benchmarks.switches -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What one measurement of time gave."""
-
-    seconds: float  # of one run
-    own_cores: float  # that this process and those below it kept busy meanwhile, on average
-    foreign_cores: float  # that others kept busy
-
-
-def measure_time(run: Callable[[], object], num_runs: int, wait: Callable[[], object]) -> Timing:
-    """Runs several times between two waits for the device."""
-    wait()
-    before = _Clocks.read()
-    for _ in range(num_runs):
-        run()
-    wait()
-    after = _Clocks.read()
-    wall, own = after.wall - before.wall, after.tree - before.tree
-    foreign = max(0.0, after.machine - before.machine - own)
-    return Timing(wall / num_runs, own / wall, foreign / wall)
-
-
-def alternate(
-    runs: Mapping[str, Callable[[], object]],
-    rounds: int,
-    num_runs: int,
-    wait: Callable[[], object],
-    seed: int,
-    what: str,
-) -> dict[str, list[Timing]]:
-    """Measures each of `runs` once a round, in random order."""
-    taken: dict[str, list[Timing]] = {name: [] for name in runs}
-    for number in range(rounds):
-        order = list(runs)
-        random.Random(seed + number).shuffle(order)
-        for name in order:
-            timing = measure_time(runs[name], num_runs, wait)
-            taken[name].append(timing)
-            sys.stderr.write(
-                f"round {number + 1}: {what}: {name}: {1000 * timing.seconds:.2f} ms, "
-                f"others kept {timing.foreign_cores:.2f} cores busy\n"
-            )
-    return taken
-
-
-def compare(taken: Sequence[Timing], yardstick: Sequence[Timing], keep_loaded: bool) -> dict[str, Any]:
-    """Returns what the JSON says of the times of one entry and of how they compare with those of another.
-
-    The ratios are of measurements of the same round, so that a machine that slows down slows both.
-    """
-    kept = [keep_loaded or t.foreign_cores <= MOST_FOREIGN_CORES for t in taken]
-    comparable = [keep_loaded or t.foreign_cores <= MOST_FOREIGN_CORES for t in yardstick]
-    pairs = [(t, y) for t, y, k, c in zip(taken, yardstick, kept, comparable, strict=False) if k and c]
-    return {
-        "seconds": _spread([t.seconds for t, k in zip(taken, kept, strict=True) if k]),
-        "time_ratio": _spread([t.seconds / y.seconds for t, y in pairs]),
-        "dropped_rounds": kept.count(False),
-        "rounds": [{**asdict(t), "kept": k} for t, k in zip(taken, kept, strict=True)],
-    }
-
-
-def describe_machine(module: str, device_type: str) -> dict[str, Any]:
-    """Returns on what, with which libraries and from what source a benchmark ran."""
-    environment = {
-        **describe_environment(),
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
-        "packages": {name: metadata.version(name) for name in PACKAGES},
-        "gpu": None,
-        "cuda": None,
-    }
-    if device_type == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        environment["gpu"] = {"name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
-        environment["cuda"] = torch.version.cuda
-    return environment
-
-
-def machine_notes(environment: Mapping[str, Any], entries: Iterable[Mapping[str, Any]], keep_loaded: bool) -> list[str]:
-    """Returns what a table says of the machine, its load and the source."""
-    entries = list(entries)
-    dropped = sum(entry["dropped_rounds"] for entry in entries)
-    measured = sum(len(entry["rounds"]) for entry in entries)
-    loaded = "kept whatever else ran" if keep_loaded else f"{dropped} of {measured} dropped for other load"
-    gpu = environment["gpu"]
-    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
-    return [
-        f"measurements: {loaded}",
-        *([f"{gpu['name']} ({gpu['memory_gib']} GiB), CUDA {environment['cuda']}"] if gpu else []),
-        f"{environment['cpu']}, {environment['cores']} cores",
-        f"Python {environment['python']}, {packages}",
-        f"{environment['date'][:10]}, commit {(environment['commit'] or 'unknown')[:10]}",
-    ]
-
-
-def markdown_table(rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
-    """Returns a Markdown table, and under it its notes as one sentence."""
-    return "\n".join([*("| " + " | ".join(row) + " |" for row in rows), "", "; ".join(notes) + "."]) + "\n"
-
-
-def show_times(entry: Mapping[str, Any]) -> list[str]:
-    """Returns four cells: milliseconds with their spread, and the ratio with its spread."""
-    seconds, ratio = entry["seconds"], entry["time_ratio"]
-    if seconds is None:
-        return ["-", entry["problem"] or "no quiet round", "", ""]
-    digits = sum(1000 * seconds["median"] < limit for limit in (1, 10, 100))
-    cells = [f"{1000 * seconds['median']:.{digits}f}"]
-    cells.append(f"{1000 * seconds['min']:.{digits}f} to {1000 * seconds['max']:.{digits}f}")
-    if ratio is None:
-        return [*cells, "", ""]
-    return [*cells, f"{ratio['median']:.2f}", f"{ratio['min']:.2f} to {ratio['max']:.2f}"]
-
-
-def in_fresh_process() -> Executor:
-    """Returns an executor whose one process starts from nothing."""
-    return ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
-
-
-def waiting_for(device: torch.device) -> Callable[[], object]:
-    """Returns what waits until a device has done all its work."""
-    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
 # ---- one model ---------------------------------------------------------------------------------------------------
@@ -360,7 +239,7 @@ def summarize(model: str, taken: Mapping[str, Taken], keep_loaded: bool) -> list
     return entries
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: Mapping[str, Any]) -> str:
     """Returns the Markdown table of a result, with a line about what it was measured on."""
     settings = result["settings"]
     header = ["model", "policy", "", "blocks", "peak MiB", f"to `{YARDSTICK}`", "ms", "min to max"]
@@ -382,22 +261,19 @@ def table(result: dict[str, Any]) -> str:
         f"{settings['precision']}, channels_last where a model has convolutions",
         f"{settings['num_threads']} threads, median of {settings['rounds']} alternating rounds of "
         f"{settings['num_runs']} micro-batches, ratios within rounds",
-        *machine_notes(result["environment"], result["entries"], settings["keep_loaded"]),
+        load_note(result["entries"], settings["keep_loaded"]),
+        *origin(result),
     ]
     return markdown_table(rows, notes)
 
 
-def plot(result: dict[str, Any], file: Path) -> None:
+def plot(result: Mapping[str, Any], file: Path) -> None:
     """Draws time against memory, both as ratios to `none`: a colour per model, a marker per policy.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    matplotlib = importlib.import_module("matplotlib")
-    figures = importlib.import_module("matplotlib.figure")
-    matplotlib.rcParams["svg.hashsalt"] = "lockstep"  # the same file from the same figures
-    figure = figures.Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure(8, 5)
     shown = [e for e in result["entries"] if e["memory_ratio"] is not None and e["time_ratio"] is not None]
     models = list(dict.fromkeys(e["model"] for e in shown))
     colours = {model: f"C{position}" for position, model in enumerate(models)}
@@ -422,38 +298,31 @@ def plot(result: dict[str, Any], file: Path) -> None:
     axes.set_xlabel("peak activation memory, to none")
     axes.set_ylabel("time of a micro-batch, to none (median, min to max)")
     axes.set_xlim(left=0)
-    axes.grid(alpha=0.3)
     if shown:
         figure.legend(loc="outside right upper", frameon=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, format=file.suffix[1:] or "svg", metadata={"Date": None} if file.suffix == ".svg" else None)
+    save_figure(figure, file)
 
 
 # ---- command line ------------------------------------------------------------------------------------------------
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, help="where the result goes; read with --markdown")
-    parser.add_argument("--markdown", action="store_true", help="measure nothing: print the table of --json")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw time against memory, to an .svg file")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = new_parser("benchmarks.memory", __doc__)
+    add_device(parser)
+    add_rounds(parser, rounds=5)
+    add_tiny(parser)
     parser.add_argument("--models", nargs="+", metavar="NAME", default=list(MODELS))
     parser.add_argument("--policies", nargs="+", metavar="NAME", choices=POLICIES, default=list(DEFAULT_POLICIES))
     parser.add_argument("--batch-size", type=int, help="images of a micro-batch; 8 on a CPU, 64 on a GPU")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=cores_of_a_rank(1), help="of torch; default: one per core")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep-loaded", action="store_true", help="keep rounds in which others used the machine too")
-    parser.add_argument("--tiny", action="store_true", help="a check that all parts run: measures nothing of interest")
-    arguments = parser.parse_args()
-    arguments.batch_size = arguments.batch_size or (8 if arguments.device == "cpu" else 64)
-    if arguments.tiny:
-        arguments.models, arguments.batch_size, arguments.rounds = list(TINY_MODELS), 4, 1
-        arguments.threads, arguments.keep_loaded = 1, True
-    if min(arguments.batch_size, arguments.rounds, arguments.threads) < 1:
-        parser.error("--batch-size, --rounds and --threads must be at least 1")
-    return arguments
+    options = parser.parse_args(arguments)
+    options.batch_size = options.batch_size or (8 if options.device == "cpu" else 64)
+    if options.tiny:
+        options.models, options.batch_size, options.rounds = list(TINY_MODELS), 4, 1
+        options.threads, options.keep_loaded = 1, True
+    if min(options.batch_size, options.threads) < 1:
+        parser.error("--batch-size and --threads must be at least 1")
+    return options
 
 
 def _chosen(asked: Sequence[str]) -> tuple[str, ...]:
@@ -462,19 +331,19 @@ def _chosen(asked: Sequence[str]) -> tuple[str, ...]:
     return tuple(policy for policy in POLICIES if policy in needed)
 
 
-def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+def _run(options: argparse.Namespace, given: Sequence[str] | None) -> dict[str, Any]:
     """Measures, and writes what is known after each model: a run that is cut short leaves its models behind."""
     setup = Setup(
-        device_type=arguments.device,
-        policies=_chosen(arguments.policies),
-        batch_size=arguments.batch_size,
-        image_size=32 if arguments.tiny else 224,
-        rounds=arguments.rounds,
-        num_runs=1 if arguments.tiny else _NUM_PARTS[arguments.device],
-        num_threads=arguments.threads,
-        seed=arguments.seed,
+        device_type=options.device,
+        policies=_chosen(options.policies),
+        batch_size=options.batch_size,
+        image_size=32 if options.tiny else 224,
+        rounds=options.rounds,
+        num_runs=1 if options.tiny else _NUM_PARTS[options.device],
+        num_threads=options.threads,
+        seed=options.seed,
     )
-    environment = describe_machine("benchmarks.memory", arguments.device)  # before: of what is measured
+    environment = describe("benchmarks.memory", given, PACKAGES, options.device)
     started = time.monotonic()
     result: dict[str, Any] = {
         "environment": environment,
@@ -482,49 +351,36 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             **asdict(setup),
             "precision": setup.precision,
             "most_foreign_cores": MOST_FOREIGN_CORES,
-            "keep_loaded": arguments.keep_loaded,
-            "tiny": arguments.tiny,
+            "keep_loaded": options.keep_loaded,
+            "tiny": options.tiny,
         },
         "took_seconds": 0.0,
         "entries": [],
     }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    for model in arguments.models:
+    for model in options.models:
         with in_fresh_process() as process:
             try:
                 taken = process.submit(measure_model, model, setup).result()
             except Exception as error:  # the other models go on; one that was killed for memory ends up here too
                 sys.stderr.write(traceback.format_exc())
                 taken = {policy: Taken(problem=one_line(error)) for policy in setup.policies}
-        result["entries"] += summarize(model, taken, arguments.keep_loaded)
+        result["entries"] += summarize(model, taken, options.keep_loaded)
         result["took_seconds"] = round(time.monotonic() - started, 1)
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write(result, options.json)
     return result
 
 
-def main() -> int:
-    """Returns the exit code: 2 without what it needs, 1 where a policy of a model could not be measured."""
-    arguments = _arguments()
-    if arguments.plot is not None:
-        try:
-            importlib.import_module("matplotlib")
-        except ImportError:
-            sys.stderr.write("--plot needs matplotlib, which is not installed: pip install matplotlib\n")
-            return 2
-    if arguments.markdown:
-        result = json.loads(arguments.json.read_text(encoding="utf-8"))
-    elif arguments.device == "cuda" and not torch.cuda.is_available():
-        sys.stderr.write("there is no CUDA GPU here; use --device cpu\n")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 2 without a GPU, 1 where a policy of a model could not be measured."""
+    options = _arguments(arguments)
+    if options.markdown:
+        return show_again(options.json, table)
+    if not is_ready(options.device):
         return 2
-    else:
-        if arguments.device == "cpu":
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler would tell of each of its starts
-        result = _run(arguments)
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # the profiler would tell of each of its starts
+    result = _run(options, arguments)
     sys.stdout.write(table(result))
-    if arguments.plot is not None:
-        plot(result, arguments.plot)
-    return int(not arguments.markdown and any(entry["problem"] for entry in result["entries"]))
+    return int(any(entry["problem"] for entry in result["entries"]))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ def make_pictures(
     size: str = "imagenet",
     folder: Path = DEFAULT_FOLDER,
     seed: int = 0,
-    progress: Callable[[int], None] = lambda made: None,
+    progress: Callable[[int], None] | None = None,
 ) -> Path:
     """Returns a folder of `count` JPEGs in class folders, made now unless `folder` already holds it.
 
@@ -58,7 +59,7 @@ def make_pictures(
         size: a name in `SHAPES`.
         folder: where sets are kept.
         seed: seed of crops, grain and chroma subsampling.
-        progress: called with the number of pictures made so far.
+        progress: called with the number of pictures made so far; by default every 500th is told.
     """
     made = folder / f"{size}-{count}-seed{seed}"
     if made.is_dir():  # it gets this name only once it is complete
@@ -72,7 +73,7 @@ def make_pictures(
         for i in range(count):
             jpeg = make_picture(photos, SHAPES[size], seed, i)
             (partial / f"class-{i % NUM_CLASSES}" / f"{i:06d}.jpg").write_bytes(jpeg)
-            progress(i + 1)
+            (progress or _tell)(i + 1)
         partial.chmod(0o755)  # mkdtemp made it for us alone
         try:
             os.rename(partial, made)
@@ -82,6 +83,11 @@ def make_pictures(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return made
+
+
+def _tell(made: int) -> None:
+    if made % 500 == 0:
+        sys.stderr.write(f"{made} pictures made\n")
 
 
 def make_picture(photos: Sequence[Image.Image], shape: Shape, seed: int, index: int) -> bytes:
@@ -105,7 +111,7 @@ def list_pictures(folder: Path) -> list[Path]:
     return sorted(folder.glob("*/*.jpg"))
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe_pictures(folder: Path) -> dict[str, Any]:
     """Returns what the JPEGs of a set are: their number, shapes, bytes and the share with 4:2:0 chroma."""
     from PIL import JpegImagePlugin
 

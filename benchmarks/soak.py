@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import signal
 import subprocess
@@ -23,15 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 import yaml
 
+from benchmarks.commands import new_parser, show_again
+from benchmarks.telling import REPOSITORY, describe, markdown_table, origin, write
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.storage import LocalStorage
 from trainer.comparing import checkpoint_differences, logged_differences
 from trainer.errors import UserError
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 _CALIBRATION_SECONDS = 40
 _SHARE_OF_STEPS = 0.8  # of the time; the rest goes into starting again and into steps done twice
 
@@ -61,9 +60,7 @@ def config(run_dir: Path, steps: int, checkpoint_every: int) -> dict[str, Any]:
 class Report:
     """What the soak found, as it is written to JSON."""
 
-    command: str
-    hardware: str
-    versions: dict[str, str]
+    environment: dict[str, Any]
     processes: int
     steps: int
     checkpoint_every: int
@@ -78,10 +75,9 @@ class Report:
     damaged: list[str] = field(default_factory=list)  # checkpoints that were skipped
     exit_codes: list[int] = field(default_factory=list)
 
-    def write(self, file: Path | None) -> None:
+    def write(self, file: Path) -> None:
         """Writes what is known so far."""
-        if file is not None:
-            file.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        write(asdict(self), file)
 
 
 class Attempt:
@@ -193,8 +189,7 @@ def soak(options: argparse.Namespace, report: Report) -> None:
             break
         attempt.kill()
         report.num_kills += 1
-        sys.stdout.write(f"{report.minutes:5.1f} min: kill {report.num_kills}, step {last_step(run_dir)}\n")
-        sys.stdout.flush()
+        sys.stderr.write(f"{report.minutes:5.1f} min: kill {report.num_kills}, step {last_step(run_dir)}\n")
         report.write(options.json)
     if quiet.process.wait() != 0:
         report.differences.append(f"the run in peace ended with exit code {quiet.process.returncode}")
@@ -210,40 +205,37 @@ def table(result: Mapping[str, Any]) -> str:
     """Returns the Markdown table of a result."""
     lost = result["steps_lost"]
     rows = [
-        ("", "soak"),
-        ("---", "---:"),
-        ("minutes", f"{result['minutes']:.1f}"),
-        ("steps", f"{result['steps']:,}"),
-        ("kills", result["num_kills"]),
-        ("steps lost per kill, mean and most", f"{sum(lost) / len(lost):.0f} and {max(lost)}"),
-        ("steps between checkpoints", result["checkpoint_every"]),
-        ("the same, bit for bit", "yes" if result["is_same"] else "no"),
+        ["", "soak"],
+        ["---", "---:"],
+        ["minutes", f"{result['minutes']:.1f}"],
+        ["steps", f"{result['steps']:,}"],
+        ["kills", str(result["num_kills"])],
+        ["steps lost per kill, mean and most", f"{sum(lost) / len(lost):.0f} and {max(lost)}" if lost else "-"],
+        ["steps between checkpoints", str(result["checkpoint_every"])],
+        ["the same, bit for bit", "yes" if result["is_same"] else "no"],
     ]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    note = f"{result['processes']} process; {result['hardware']}; {versions}; `{result['command']}`."
-    return "\n".join(f"| {name} | {value} |" for name, value in rows) + f"\n\n{note}\n"
+    return markdown_table(rows, [f"{result['processes']} process", *origin(result)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 where both runs ended the same."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__.splitlines()[0])
+    parser = new_parser("benchmarks.soak", __doc__)
     parser.add_argument("--minutes", type=float, default=60.0, help="about how long the run that is killed takes")
     parser.add_argument("--kill-every", type=float, default=60.0, metavar="SECONDS")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS")
     parser.add_argument("--seed", type=int, default=0, help="of the instants of the kills")
     parser.add_argument("--folder", type=Path, required=True, help="for both runs; must not exist")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
+    if options.markdown:
+        return show_again(options.json, table)
     options.folder = options.folder.resolve()
     options.folder.mkdir(parents=True)
     rate = calibrate(options.folder, options.processes, options.checkpoint_every)
     steps = max(options.checkpoint_every, int(options.minutes * 60 * rate * _SHARE_OF_STEPS))
-    sys.stdout.write(f"{rate:.1f} steps/s beside each other: {steps} steps\n")
+    sys.stderr.write(f"{rate:.1f} steps/s beside each other: {steps} steps\n")
     report = Report(
-        command=f"python -m benchmarks.soak {' '.join(sys.argv[1:] if arguments is None else arguments)}",
-        hardware=f"{os.cpu_count()} CPU cores, {platform.processor() or platform.machine()}, no GPU",
-        versions={"python": platform.python_version(), "torch": torch.__version__},
+        environment=describe("benchmarks.soak", arguments, ["accelerate"]),
         processes=options.processes,
         steps=steps,
         checkpoint_every=options.checkpoint_every,
@@ -251,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     soak(options, report)
     report.write(options.json)
-    sys.stdout.write(json.dumps(asdict(report), indent=2) + "\n")
+    sys.stdout.write(table(asdict(report)))
     return 0 if report.is_same else 1
 
 

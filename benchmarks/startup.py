@@ -8,7 +8,6 @@ the run folder, writes logs, connects the watch of each rank and saves the envir
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -19,17 +18,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.telling import describe, publish, with_origin
+import torch
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from benchmarks.commands import add_device, is_ready, new_parser, show_again
+from benchmarks.drawing import Bar, draw_bars
+from benchmarks.rounds import in_rounds
+from benchmarks.telling import REPOSITORY, describe, markdown_table, origin, publish, range_text, spread
+
+SHOWN = {"lockstep": "`python -m launch local`", "bare": "bare torchrun script"}
 _BARE = Path(__file__).with_name("bare_script.py")
 _FIRST_STEP = "step 1/"  # which both print
 _TIMEOUT = 300
 
 
-def seconds_to_first_step(command: Sequence[str], cwd: Path) -> tuple[float, float]:
+def seconds_to_first_step(command: Sequence[str], cwd: Path, on_gpu: bool) -> tuple[float, float]:
     """Returns when a job said that its first step is done, and when it had ended, in seconds from the command."""
-    variables = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    if not on_gpu:
+        variables["ACCELERATE_USE_CPU"] = "true"
     began = time.perf_counter()
     first: float | None = None
     with subprocess.Popen(
@@ -55,17 +61,16 @@ def commands(processes: int, run_dir: Path) -> dict[str, list[str]]:
     return {"lockstep": ours, "bare": [*torchrun, str(_BARE)]}
 
 
-def measure(processes: int, rounds: int) -> dict[str, Any]:
+def measure(processes: int, rounds: int, on_gpu: bool) -> dict[str, Any]:
     """Runs both in turn; one round beforehand fills the system's caches."""
     seconds: dict[str, list[float]] = {"lockstep": [], "bare": []}
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(rounds + 1):
-            both = commands(processes, Path(folder, str(number)))
-            for name in sorted(both, reverse=bool(number % 2)):
-                first, _ = seconds_to_first_step(both[name], Path(folder))
-                if number:
-                    seconds[name].append(round(first, 3))
-                sys.stderr.write(f"{'warm-up' if not number else f'round {number}'}: {name} {first:.2f} s\n")
+        for number, name in in_rounds(seconds, rounds + 1, seed=0):
+            command = commands(processes, Path(folder, str(number)))[name]
+            first, _ = seconds_to_first_step(command, Path(folder), on_gpu)
+            if number:
+                seconds[name].append(round(first, 3))
+            sys.stderr.write(f"{f'round {number}' if number else 'warm-up'}: {name} {first:.2f} s\n")
     ratios = [ours / theirs for ours, theirs in zip(seconds["lockstep"], seconds["bare"], strict=True)]
     return {
         "processes": processes,
@@ -78,27 +83,47 @@ def measure(processes: int, rounds: int) -> dict[str, Any]:
 
 def table(result: Mapping[str, Any]) -> str:
     """Returns the result as a Markdown table."""
-    lines = ["| | seconds to the first step, median | least and most |", "|---|---|---|"]
-    names = {"lockstep": "`python -m launch local`", "bare": "bare torchrun script"}
-    for name, shown in names.items():
-        values = result["seconds"][name]
-        lines.append(f"| {shown} | {result['median'][name]:.2f} | {min(values):.2f}, {max(values):.2f} |")
-    lines.append(
-        f"| ratio, median of {len(result['ratios'])} rounds | {result['ratio']:.2f} | "
-        f"{min(result['ratios']):.2f}, {max(result['ratios']):.2f} |"
+    rows = [["", "seconds to the first step", "min to max"], ["---", "---:", "---:"]]
+    for name, shown in SHOWN.items():
+        rows.append([shown, f"{result['median'][name]:.2f}", range_text(_spread_of(result, name), 2)])
+    ratios = {"min": min(result["ratios"]), "max": max(result["ratios"])}
+    rows.append(["ratio within a round", f"{result['ratio']:.2f}", range_text(ratios, 2)])
+    return markdown_table(
+        rows, [f"{result['processes']} processes", f"median of {len(result['ratios'])} rounds", *origin(result)]
     )
-    return with_origin(lines, f"{result['processes']} processes", result)
+
+
+def plot(result: Mapping[str, Any], file: Path) -> None:
+    """Draws the seconds to the first step.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    bars = [Bar(shown.strip("`"), _spread_of(result, name), name == "lockstep") for name, shown in SHOWN.items()]
+    draw_bars({"": bars}, "seconds from the command to the end of the first step (median, min to max)", file)
+
+
+def _spread_of(result: Mapping[str, Any], name: str) -> dict[str, float]:
+    found = spread(result["seconds"][name])
+    assert found is not None
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, shows the table and writes the figures."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, default=2, metavar="N")
+    parser = new_parser("benchmarks.startup", __doc__)
+    add_device(parser)
+    parser.add_argument("--processes", type=int, metavar="N", help="default: 2 on a CPU, one per GPU")
     parser.add_argument("--rounds", type=int, default=7, metavar="N")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    result = {**describe("benchmarks.startup", arguments, ["accelerate"]), **measure(options.processes, options.rounds)}
-    publish(result, table, options.json)
+    if options.markdown:
+        return show_again(options.json, table)
+    if not is_ready(options.device):
+        return 2
+    on_gpu = options.device == "cuda"
+    processes = options.processes or (torch.cuda.device_count() if on_gpu else 2)
+    environment = describe("benchmarks.startup", arguments, ["accelerate"], options.device)
+    publish({"environment": environment, **measure(processes, options.rounds, on_gpu)}, table, options.json)
     return 0
 
 

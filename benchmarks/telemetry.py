@@ -8,9 +8,7 @@ spent in the stopwatch and the observer is added up.
 
 from __future__ import annotations
 
-import argparse
 import json
-import random
 import statistics
 import sys
 import tempfile
@@ -19,7 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.telling import describe, publish, with_origin
+from benchmarks.commands import add_device, is_ready, new_parser, show_again
+from benchmarks.rounds import in_rounds, waiting_for
+from benchmarks.telling import describe, markdown_table, origin, publish
 from trainer.config import load_config
 from trainer.loop import Trainer
 from trainer.window import Window
@@ -74,6 +74,7 @@ def step_seconds(trainer: Trainer, reports: bool) -> float:
     trainer.after_step()
     if reports:
         trainer.report()
+    waiting_for(trainer.runtime.device)()
     return time.perf_counter() - began
 
 
@@ -107,10 +108,9 @@ def measure(pairs: int, every: int) -> dict[str, Any]:
     reports: dict[str, list[float]] = {"with": [], "without": []}
     with tempfile.TemporaryDirectory() as folder:
         trainers = {"with": make(Trainer, Path(folder), True), "without": make(BareTrainer, Path(folder), False)}
-        for number in range(1, pairs + 1):
-            for name in random.sample(list(trainers), 2):
-                taken = reports if number % every == 0 else steps
-                taken[name].append(step_seconds(trainers[name], reports=taken is reports))
+        for number, name in in_rounds(trainers, pairs, seed=0):
+            taken = reports if (number + 1) % every == 0 else steps
+            taken[name].append(step_seconds(trainers[name], reports=taken is reports))
         own = own_seconds(trainers["with"], every)
         for trainer in trainers.values():
             trainer.close()
@@ -134,30 +134,34 @@ def measure(pairs: int, every: int) -> dict[str, Any]:
 def table(result: Mapping[str, Any]) -> str:
     """Returns the result as a Markdown table."""
     low, high = result["step_ratio_quartiles"]
+    own = f"{1e6 * result['own_seconds_per_step']:.0f} microseconds, {100 * result['own_share']:.3f}%"
     rows = [
-        "| | |",
-        "|---|---|",
-        f"| speed of a step with telemetry, of one without: median of {result['pairs']} pairs "
-        f"| {result['step_ratio']:.4f} |",
-        f"| quartiles | {low:.3f}, {high:.3f} |",
-        f"| the same with reports, one in {result['steps_per_report']} steps | {result['ratio']:.4f} |",
-        f"| a step without telemetry | {1e3 * result['step_seconds']:.1f} ms |",
-        f"| what reports take more, per step | {1e6 * result['report_seconds_per_step']:.0f} microseconds |",
-        f"| in the stopwatch and the observer, by timing each call, per step "
-        f"| {1e6 * result['own_seconds_per_step']:.0f} microseconds, {100 * result['own_share']:.3f}% |",
+        ["", ""],
+        ["---", "---:"],
+        ["speed of a step with telemetry, of one without", f"{result['step_ratio']:.4f}"],
+        ["quartiles", f"{low:.3f}, {high:.3f}"],
+        [f"the same with reports, one in {result['steps_per_report']} steps", f"{result['ratio']:.4f}"],
+        ["a step without telemetry", f"{1e3 * result['step_seconds']:.1f} ms"],
+        ["what reports take more, per step", f"{1e6 * result['report_seconds_per_step']:.0f} microseconds"],
+        ["in the stopwatch and the observer, by timing each call, per step", own],
     ]
-    return with_origin(rows, f"ResNet-18, {_JOB['train']['batch_size']} images of 32x32", result)
+    what = f"ResNet-18, {_JOB['train']['batch_size']} images of 32x32"
+    return markdown_table(rows, [what, f"median of {result['pairs']} pairs", *origin(result)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, shows the table and writes the figures."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.telemetry", description=__doc__.splitlines()[0])
+    parser = new_parser("benchmarks.telemetry", __doc__)
+    add_device(parser)
     parser.add_argument("--pairs", type=int, default=1000, metavar="N", help="of steps (default: 1000)")
     parser.add_argument("--every", type=int, default=50, metavar="N", help="steps to a report (default: 50)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    result = {**describe("benchmarks.telemetry", arguments, ["accelerate"]), **measure(options.pairs, options.every)}
-    publish(result, table, options.json)
+    if options.markdown:
+        return show_again(options.json, table)
+    if not is_ready(options.device):
+        return 2
+    environment = describe("benchmarks.telemetry", arguments, ["accelerate"], options.device)
+    publish({"environment": environment, **measure(options.pairs, options.every)}, table, options.json)
     return 0
 
 

@@ -7,7 +7,6 @@ history has come. The speed is that between two reports, by the clock in `metric
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -20,9 +19,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from benchmarks.telling import describe, publish, with_origin
+from benchmarks.commands import new_parser, show_again
+from benchmarks.drawing import Bar, draw_bars
+from benchmarks.rounds import in_rounds
+from benchmarks.telling import REPOSITORY, describe, markdown_table, origin, publish, range_text, spread
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 _SERVER = REPOSITORY / "tests" / "support" / "wandb_server.py"
 _TIMEOUT = 300
 _FIRST = 100  # step; before it all is warming up
@@ -77,17 +78,14 @@ def _server(case: str) -> Any:
 
 
 def measure(rounds: int, steps: int) -> dict[str, Any]:
-    """Runs all cases in turn, in another order each time; one round beforehand fills the system's caches."""
+    """Runs all cases in rounds; one round beforehand fills the system's caches."""
     speeds: dict[str, list[float]] = {case: [] for case in CASES}
-    for number in range(rounds + 1):
-        order = list(CASES)
-        order = order[number % 3 :] + order[: number % 3]
-        for case in order:
-            with tempfile.TemporaryDirectory() as folder:
-                speed = steps_per_second(case, Path(folder), steps if number else _FIRST + 10)
-            if number:
-                speeds[case].append(round(speed, 2))
-            sys.stderr.write(f"{'warm-up' if not number else f'round {number}'}: {case} {speed:.1f} steps/s\n")
+    for number, case in in_rounds(CASES, rounds + 1, seed=0):
+        with tempfile.TemporaryDirectory() as folder:
+            speed = steps_per_second(case, Path(folder), steps if number else _FIRST + 10)
+        if number:
+            speeds[case].append(round(speed, 2))
+        sys.stderr.write(f"{f'round {number}' if number else 'warm-up'}: {case} {speed:.1f} steps/s\n")
     return {"steps": steps, **compared(speeds)}
 
 
@@ -108,27 +106,42 @@ def compared(speeds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 
 def table(result: Mapping[str, Any]) -> str:
     """Returns the result as a Markdown table."""
-    lines = ["| | steps per second, median | ratio, median | least and most |", "|---|---|---|---|"]
+    rows = [["", "steps/s", "ratio", "min to max"], ["---", *["---:"] * 3]]
     for case, shown in CASES.items():
-        line = f"| {shown} | {result['median'][case]:.1f} |"
+        row = [shown, f"{result['median'][case]:.1f}", "", ""]
         if case in result["ratio"]:
             ratios = result["ratios"][case]
-            line += f" {result['ratio'][case]:.3f} | {min(ratios):.3f}, {max(ratios):.3f} |"
-        else:
-            line += " | |"
-        lines.append(line)
-    return with_origin(lines, f"1 process, {result['steps']} steps, a report every 10", result)
+            row[2:] = [f"{result['ratio'][case]:.3f}", range_text({"min": min(ratios), "max": max(ratios)}, 3)]
+        rows.append(row)
+    rounds = len(result["steps_per_second"]["none"])
+    notes = [
+        f"1 process, {result['steps']} steps, a report every 10",
+        f"median of {rounds} rounds, ratios within rounds",
+    ]
+    return markdown_table(rows, [*notes, *origin(result)])
+
+
+def plot(result: Mapping[str, Any], file: Path) -> None:
+    """Draws steps per second.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    spreads = {shown: spread(result["steps_per_second"][case]) for case, shown in CASES.items()}
+    bars = [Bar(shown.replace("`", ""), found, ours=True) for shown, found in spreads.items() if found]
+    draw_bars({"": bars}, "steps per second (median, min to max)", file)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, shows the table and writes the figures."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tracking", description=__doc__.splitlines()[0])
+    parser = new_parser("benchmarks.tracking", __doc__)
     parser.add_argument("--rounds", type=int, default=7, metavar="N")
     parser.add_argument("--steps", type=int, default=1000, metavar="N")
-    parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    result = {**describe("benchmarks.tracking", arguments, ["wandb"]), **measure(options.rounds, options.steps)}
-    publish(result, table, options.json)
+    if options.markdown:
+        return show_again(options.json, table)
+    environment = describe("benchmarks.tracking", arguments, ["wandb"])
+    publish({"environment": environment, **measure(options.rounds, options.steps)}, table, options.json)
     return 0
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.feed_training import count_overlapping_copies
+from benchmarks.plain_loop import count_overlapping_copies
 from trainer.config_data import DataConfig
 from trainer.data.arrays import ArrayPictures, as_array_pictures
 from trainer.data.datasets import ImageFolder, TorchFile

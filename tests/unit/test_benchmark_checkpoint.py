@@ -11,7 +11,8 @@ from conftest import REPOSITORY, Train, WriteConfig
 from launching import run
 
 from benchmarks import checkpoint, soak
-from benchmarks.feed import MOST_FOREIGN_CORES
+from benchmarks.checkpoint_methods import Cost
+from benchmarks.rounds import MOST_FOREIGN_CORES
 from trainer.checkpoint.storage import LocalStorage
 
 
@@ -48,7 +49,7 @@ def test_bars_are_ratios_of_medians() -> None:
 
 def test_loaded_saves_are_dropped() -> None:
     rounds = checkpoint.Rounds.__new__(checkpoint.Rounds)
-    rounds.costs = {"ours": [checkpoint.Cost(1, 2, 0.0), checkpoint.Cost(9, 9, MOST_FOREIGN_CORES + 0.1)]}
+    rounds.costs = {"ours": [Cost(1, 2, 0.0), Cost(9, 9, MOST_FOREIGN_CORES + 0.1)]}
     rounds.warm_ups = {}
     (entry,) = checkpoint.summarize(rounds, keep_loaded=False)
     assert (entry["stall"]["median"], entry["dropped_rounds"]) == (1, 1)

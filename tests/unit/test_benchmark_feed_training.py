@@ -12,19 +12,10 @@ import torch
 from conftest import REPOSITORY
 from launching import run
 
-from benchmarks.feed import Problem
-from benchmarks.feed_training import (
-    TINY_MODEL,
-    Measurement,
-    PlainLoop,
-    Setup,
-    _read_reports,
-    count_overlapping_copies,
-    main,
-    measure,
-    summarize,
-    table,
-)
+from benchmarks.feed_training import main, measure, summarize, table
+from benchmarks.plain_loop import TINY_MODEL, Measurement, PlainLoop, Setup, count_overlapping_copies
+from benchmarks.rounds import Problem
+from benchmarks.whole_trainer import read_reports
 
 COMMAND = [sys.executable, "-m", "benchmarks.feed_training"]
 
@@ -49,7 +40,7 @@ def measured(*rates: float) -> list[Measurement]:
 
 
 def test_a_run_measures_every_feed_and_prints_the_same_table_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "results" / "training.json"
     feeds = ["synthetic", "host", "device_decode", "resident"]
@@ -72,8 +63,7 @@ def test_a_run_measures_every_feed_and_prints_the_same_table_again(
     assert result["pictures"]["pixels"] == ["96x72"]
     assert result["environment"]["gpu"] is None
     assert "benchmarks.feed_training" in result["environment"]["command"]
-    monkeypatch.setattr(sys, "argv", ["feed_training", "--json", str(file), "--markdown"])
-    assert main() == 0
+    assert main(["--json", str(file), "--markdown"]) == 0
     assert capsys.readouterr().out == ended.stdout
     assert f"| {TINY_MODEL} | `resident` |" in ended.stdout
 
@@ -81,9 +71,8 @@ def test_a_run_measures_every_feed_and_prints_the_same_table_again(
 def test_without_a_gpu_it_says_so_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["feed_training", "--json", str(tmp_path / "no.json")])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main() == 2
+    assert main(["--json", str(tmp_path / "no.json")]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
@@ -99,8 +88,14 @@ def test_table_shows_medians_shares_and_what_is_missing() -> None:
     }
     problems = {("resnet50", "timm"): Problem("No module named 'timm'", is_absence=True)}
     environment = {"cpu": "Chip", "cores": 16, "python": "3.12", "date": "2026-11-23T01:02:03", "commit": "a" * 40}
+    environment["command"] = "python -m benchmarks.feed_training"
     result = {
-        "environment": {**environment, "packages": {"torch": "2.11"}, "gpu": {"name": "GPU X", "memory_gib": 79.2}},
+        "environment": {
+            **environment,
+            "packages": {"torch": "2.11"},
+            "gpu": {"name": "GPU X", "memory_gib": 79.2},
+            "cuda": "13.0",
+        },
         "settings": {
             "rounds": 3,
             "seconds": 10.0,
@@ -123,7 +118,7 @@ def test_table_shows_medians_shares_and_what_is_missing() -> None:
         ["3000", "3000 to 3000", ""],
     ]
     assert {line.count("|") for line in lines[:6]} == {7}
-    assert "GPU X (79.2 GiB); Chip, 16 cores, 15 workers" in lines[-1]
+    assert "GPU X (79.2 GiB), CUDA 13.0; Chip, 16 cores" in lines[-1]
     assert "15 of 16 copies to the device overlap" in lines[-1]
 
 
@@ -159,11 +154,11 @@ def test_copies_overlap_with_kernels_of_other_streams_only() -> None:
 def test_reports_of_the_trainer_are_counted_after_the_warm_up(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     one = setup(tmp_path, seconds=2.0, warm_up_seconds=1.0)
-    assert _read_reports(file, one) is None
+    assert read_reports(file, one) is None
     rates = [10, 200, 100, 400, 50]  # 100 images each: 10, 0.5, 1, 0.25 and 2 s
     reports = [json.dumps({"samples": 100 * (i + 1), "train/samples_per_second": r}) for i, r in enumerate(rates)]
     file.write_text("\n".join([*reports, '{"samples": 600, "train/samp']))
-    taken = _read_reports(file, one)
+    taken = read_reports(file, one)
     assert taken == Measurement(200, 2.25)
     file.write_text("\n".join(reports))  # the last is not complete yet
-    assert _read_reports(file, one) is None
+    assert read_reports(file, one) is None

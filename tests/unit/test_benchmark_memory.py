@@ -13,10 +13,10 @@ from conftest import NIGHTLY, REPOSITORY, nightly
 from launching import run
 from torch import nn
 
-from benchmarks import memory, switches
-from benchmarks.feed import MOST_FOREIGN_CORES
-from benchmarks.memory import Taken, Timing, compare, measure_peak
-from benchmarks.switches import Switch, Workload, as_text
+from benchmarks import memory, switch_list, switches
+from benchmarks.memory import Taken, measure_peak
+from benchmarks.rounds import MOST_FOREIGN_CORES, Timing, compare
+from benchmarks.switch_list import Switch, Workload, as_text
 
 MIB = 2**20
 
@@ -60,7 +60,7 @@ def test_the_switches_benchmark_measures_every_switch_or_says_why_not(tmp_path: 
     ended = run(command, REPOSITORY)
     assert ended.returncode == 0, ended.stderr
     result = json.loads(file.read_text())
-    chosen = [s for s in switches.switches("cpu", tiny=True) if s.path.startswith(only)]
+    chosen = [s for s in switch_list.switches("cpu", tiny=True) if s.path.startswith(only)]
     expected = [(s.path, as_text(value)) for s in chosen for value in s.values]
     assert [(entry["switch"], entry["value"]) for entry in result["entries"]] == expected
     left_out = {entry["switch"] for entry in result["entries"] if entry["is_left_out"]}
@@ -90,7 +90,7 @@ def test_all_switches_are_settings_with_these_values() -> None:
     }
     given: dict[str, dict[str, Any]] = {"model": {"name": "resnet18"}, "optim": {"name": "adamw", "lr": 0.1}}
     for device_type in ("cpu", "cuda"):
-        for switch in switches.switches(device_type, tiny=False):
+        for switch in switch_list.switches(device_type, tiny=False):
             for value in switch.values:
                 if switch.section in sections:
                     values = {**given.get(switch.section, {}), **switch.fixed, switch.key: value}
@@ -99,7 +99,7 @@ def test_all_switches_are_settings_with_these_values() -> None:
 
 def test_switches_of_several_gpus_are_left_out_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    reasons = {s.path: s.lacks for s in switches.switches("cuda", tiny=False)}
+    reasons = {s.path: s.lacks for s in switch_list.switches("cuda", tiny=False)}
     assert reasons["parallel.bucket_mb"] == "needs 2 GPUs"
     assert reasons["backends.cudnn_benchmark"] is None
 
@@ -145,6 +145,7 @@ def test_times_are_compared_within_quiet_rounds() -> None:
 def _environment() -> dict[str, Any]:
     packages = {"torch": "2.15.0"}
     environment = {"cpu": "Chip", "cores": 2, "python": "3.11", "date": "2026-11-24T01:02:03", "commit": "a" * 40}
+    environment["command"] = "python -m benchmarks.memory"
     return {**environment, "packages": packages, "gpu": None, "cuda": None}
 
 

@@ -16,10 +16,11 @@ from launching import run
 from PIL import Image
 
 from benchmarks import digits, feed
-from benchmarks.feed import MOST_FOREIGN_CORES, Problem, add_ratios, summarize, table
+from benchmarks.feed import add_ratios, summarize, table
 from benchmarks.measure import Measurement, measure
 from benchmarks.peers import ENTRIES, Batches, Entry, random_crop
-from benchmarks.pictures import SHAPES, describe, list_pictures, make_pictures
+from benchmarks.pictures import SHAPES, describe_pictures, list_pictures, make_pictures
+from benchmarks.rounds import MOST_FOREIGN_CORES, Problem
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_pictures_have_imagenets_shape_size_and_chroma(pictures: Path) -> None:
-    described = describe(pictures)
+    described = describe_pictures(pictures)
     assert described["pictures"] == 60
     assert described["pixels"] == ["500x375"]
     assert 90_000 < described["mean_bytes"] < 110_000
@@ -96,7 +97,14 @@ def _result() -> dict[str, Any]:
     ]
     add_ratios(entries)
     return {
-        "environment": {"cpu": "Chip", "cores": 2, "python": "3.11", "date": "2026-11-23T01:02:03", "commit": "a" * 40},
+        "environment": {
+            "cpu": "Chip",
+            "cores": 2,
+            "python": "3.11",
+            "date": "2026-11-23T01:02:03",
+            "commit": "a" * 40,
+            "command": "python -m benchmarks.feed",
+        },
         "settings": {"rounds": 3, "images": 1000, "batch_size": 64, "keep_loaded": False},
         "pictures": {"pictures": 1000, "pixels": ["500x375"], "mean_bytes": 100_400, "share_420": 0.75},
         "entries": entries,
@@ -159,7 +167,7 @@ def test_a_measurement_counts_the_cpu_time_of_children_and_closes_its_entry(
 
 
 def test_a_run_measures_and_prints_the_same_table_again(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result_file = tmp_path / "results" / "feed.json"
     command = [sys.executable, "-m", "benchmarks.feed", "--json", str(result_file)]
@@ -179,8 +187,7 @@ def test_a_run_measures_and_prints_the_same_table_again(
     assert result["entries"][0]["ratios"] == {"torchvision": 1.0}
     assert result["pictures"]["pictures"] == 60
     assert result["environment"]["cores"] >= 1
-    monkeypatch.setattr(sys, "argv", ["feed", "--json", str(result_file), "--markdown"])
-    assert feed.main() == 0
+    assert feed.main(["--json", str(result_file), "--markdown"]) == 0
     assert capsys.readouterr().out == ended.stdout
     assert "| `ours` |" in ended.stdout
 

@@ -58,10 +58,9 @@ def index(page: str) -> str:
     for benchmark in BENCHMARKS:
         measured = {result.hardware: result.file.exists() for result in benchmark.results.values()}
         states = [{True: "measured", False: "not measured yet", None: "-"}[measured.get(h)] for h in ("cpu", "gpu")]
-        link = f"#{benchmark.name}" if benchmark.page == page else f"{benchmark.page}#{benchmark.name}"
-        lines.append(
-            f"| [{benchmark.name}]({link}) | {benchmark.measures} | {benchmark.peers} | {' | '.join(states)} |"
-        )
+        link = f"[{benchmark.name}]({benchmark.place.removeprefix(page)})"
+        name = link if (DOCS / benchmark.page).exists() else benchmark.name
+        lines.append(f"| {name} | {benchmark.measures} | {benchmark.peers} | {' | '.join(states)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.commands import new_parser, show_again
-from benchmarks.telling import REPOSITORY, describe, markdown_table, origin, write
+from benchmarks.telling import describe, markdown_table, origin, publish
+from benchmarks.tested import run_tests
 
-_SUITE = REPOSITORY / "tests" / "dist" / "test_faults_dist.py"
+_SUITE = "tests/dist/test_faults_dist.py"
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -53,20 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.markdown:
         return show_again(options.json, table)
     environment = describe("benchmarks.faults", arguments, ["accelerate"])
-    file = options.json.resolve()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    chosen = ["-k", options.only] if options.only else []
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *chosen, str(_SUITE)],
-        env={**os.environ, "LOCKSTEP_FAULTS_JSON": str(file)},
-        cwd=REPOSITORY,
-        stdout=sys.stderr,
-        check=False,
-    )
-    result = {"environment": environment, **json.loads(file.read_text())}
-    write(result, file)
-    sys.stdout.write(table(result))
-    return done.returncode
+    code, figures = run_tests([_SUITE], "LOCKSTEP_FAULTS_JSON", options.only)
+    if figures is None:
+        return code or 1
+    publish({"environment": environment, **figures}, table, options.json)
+    return code
 
 
 if __name__ == "__main__":

@@ -209,6 +209,17 @@ BENCHMARKS = (
         quick=("--rounds", "1", "--steps", "120"),
     ),
     Benchmark(
+        "advice",
+        "benchmarks.advice",
+        "what following an advice gains, beside what it promised",
+        "the same run before",
+        "advice.md#how-it-was-checked",
+        {"cpu": ()},
+        quick=("--only", "more_workers"),
+        needs=("pytest",),
+        has_plot=False,
+    ),
+    Benchmark(
         "scaling",
         "benchmarks.scaling",
         "a model of step time, efficiency and goodput up to 16,384 GPUs, and how it meets measured runs",

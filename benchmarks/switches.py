@@ -293,9 +293,7 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
         if entry["time_ratio"] is not None and entry["value"] != entry["compared_with"]:
             group = f"{entry['switch']} on {entry['model']}"
             groups.setdefault(group, []).append(Bar(entry["value"], entry["time_ratio"]))
-    draw_bars(
-        groups, "time to that of the first value of the switch (median, min to max); below 1 is faster", file, 1.0
-    )
+    draw_bars(groups, "time, to the first value of the switch (median, min to max)", file, 1.0)
 
 
 # ---- command line ----------------------------------------------------------------------------------------------

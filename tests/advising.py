@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,10 +99,29 @@ def check(
             return
         followed = _followed(run, config, folder, told, *instead)
         if holds(followed):
-            print(f"followed: {rule} {told.settings} promised {told.promised} measured {followed.gain:.3f}")
+            _write_down(rule, followed, number + 1)
             return
         failed.append(f"followed: {followed}")
     raise AssertionError("\n".join(failed))
+
+
+def _write_down(rule: str, followed: Followed, number: int) -> None:
+    """Prints what came of an advice, and adds it to the figures of `python -m benchmarks.advice`."""
+    told = followed.told
+    print(f"followed: {rule} {told.settings} promised {told.promised} measured {followed.gain:.3f}")
+    if name := os.environ.get("LOCKSTEP_ADVICE_JSON"):
+        test = os.environ["PYTEST_CURRENT_TEST"].partition("::test_")[2].partition(" ")[0]
+        case = {
+            "run": test.replace("_", " "),
+            "rule": rule,
+            "settings": told.settings,
+            "promised": told.promised,
+            "measured": round(followed.gain, 4),
+            "try": number,
+        }
+        file = Path(name)
+        cases = json.loads(file.read_text()) if file.exists() else []
+        file.write_text(json.dumps([*cases, case]))
 
 
 def _told(run: Run, config: Path, folder: Path, rule: str) -> Told | str:

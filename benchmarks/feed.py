@@ -136,11 +136,10 @@ def add_ratios(entries: Iterable[dict[str, Any]]) -> None:
 
 
 def goals(entries: Iterable[Mapping[str, Any]]) -> str:
-    """Returns what has become of `GOALS`, a line each."""
-    ratios = {entry["name"]: entry["ratios"] for entry in entries}
-    return "".join(
-        goal_text(f"{ours} to {theirs}", ratios.get(ours, {}).get(theirs), least) for ours, theirs, least in GOALS
-    )
+    """Returns what has become of those of `GOALS` that were measured, a line each."""
+    ratios = {(entry["name"], theirs): ratio for entry in entries for theirs, ratio in entry["ratios"].items()}
+    measured = [(ours, theirs, least) for ours, theirs, least in GOALS if (ours, theirs) in ratios]
+    return "".join(goal_text(f"{ours} to {theirs}", ratios[ours, theirs], least) for ours, theirs, least in measured)
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -169,7 +168,8 @@ def table(result: Mapping[str, Any]) -> str:
         load_note(result["entries"], settings["keep_loaded"]),
         *origin(result),
     ]
-    return markdown_table(rows, notes) + "\n" + goals(result["entries"])
+    told = goals(result["entries"])
+    return markdown_table(rows, notes) + (f"\n{told}" if told else "")
 
 
 def plot(result: Mapping[str, Any], file: Path) -> None:

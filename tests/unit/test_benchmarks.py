@@ -20,7 +20,8 @@ from benchmarks.feed import add_ratios, summarize, table
 from benchmarks.measure import Measurement, measure
 from benchmarks.peers import ENTRIES, Batches, Entry, random_crop
 from benchmarks.pictures import SHAPES, describe_pictures, list_pictures, make_pictures
-from benchmarks.rounds import MOST_FOREIGN_CORES, Problem
+from benchmarks.rounds import MOST_FOREIGN_CORES, Problem, in_rounds
+from benchmarks.telling import goal_text, origin
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +121,8 @@ def test_table_shows_medians_ratios_gaps_and_dropped_rounds() -> None:
     assert cells["`ours-all-on-cpu`"][1:5] == ["840", "630 to 1050", "4.00", "2.05"]
     assert cells["`timm`"][1:3] == ["-", "No module named 'timm'"]
     assert cells["`ours`"][1:3] == ["-", "no quiet round"]
-    assert "1 of 10 dropped for other load" in lines[-1]
-    assert "100 kB on average, 75% of them 4:2:0" in lines[-1]
+    assert "1 of 10 dropped for other load" in lines[8]
+    assert "100 kB on average, 75% of them 4:2:0" in lines[8]
 
 
 def test_a_round_is_dropped_where_others_used_the_machine() -> None:
@@ -190,6 +191,43 @@ def test_a_run_measures_and_prints_the_same_table_again(
     assert feed.main(["--json", str(result_file), "--markdown"]) == 0
     assert capsys.readouterr().out == ended.stdout
     assert "| `ours` |" in ended.stdout
+
+
+def test_every_name_has_its_turn_in_every_round_until_it_is_taken_out() -> None:
+    names = list("abcdefgh")
+    taken = []
+    for number, name in in_rounds(names, rounds=3, seed=0):
+        taken.append((number, name))
+        if (number, name) == (1, "c"):
+            names.remove(name)
+    orders = [[name for at, name in taken if at == number] for number in range(3)]
+    assert [sorted(order) for order in orders] == [list("abcdefgh"), list("abcdefgh"), list("abdefgh")]
+    assert len({tuple(order[:3]) for order in orders}) == 3
+    assert taken[:8] == list(in_rounds("abcdefgh", rounds=1, seed=0))
+
+
+def test_the_origin_names_the_gpus_where_they_took_part() -> None:
+    told = {"cpu": "Chip", "cores": 64, "python": "3.12", "date": "2026-11-23T01:02:03", "commit": None}
+    told |= {"packages": {"torch": "2"}, "command": "python -m benchmarks.feed"}
+    gpu = {"name": "GPU X", "memory_gib": 79.2}
+    lines = origin({"environment": {**told, "gpu": gpu, "gpus": 2, "cuda": "13.0"}})
+    assert lines[:2] == ["2 x GPU X (79.2 GiB), CUDA 13.0", "Chip, 64 cores"]
+    assert lines[2:] == ["Python 3.12, torch 2", "2026-11-23, commit unknown", "`python -m benchmarks.feed`"]
+    assert origin({"environment": {**told, "gpu": None, "gpus": 0, "cuda": None}})[0] == "Chip, 64 cores, no GPU"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "bar", "says"),
+    [
+        (2.4, {"least": 2.4}, "a to b: 2.400, at least 2.4: met"),
+        (2.39, {"least": 2.4}, "a to b: 2.390, at least 2.4: NOT MET"),
+        (0.1, {"most": 0.1}, "a to b: 0.100, at most 0.1: met"),
+        (0.11, {"most": 0.1}, "a to b: 0.110, at most 0.1: NOT MET"),
+        (None, {"most": 0.1}, "a to b: not measured"),
+    ],
+)
+def test_a_bar_is_met_or_not(ratio: float | None, bar: dict[str, float], says: str) -> None:
+    assert goal_text("a to b", ratio, **bar) == f"- {says}\n"
 
 
 def test_digits_are_measured_once_per_seed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,6 +180,8 @@ BENCHMARKS = (
         "no checkpointing",
         "memory.md#measured",
         _on_both("--rounds", "6"),
+        # Half of its memory is less than so small a model can do with.
+        quick=("--tiny", "--policies", "none", "full", "every_2", "selective", "auto"),
     ),
     Benchmark(
         "switches",

@@ -131,22 +131,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stderr.write("there is no CUDA GPU here; --suite cpu needs none\n")
             return 2
     chosen = [b.results[options.suite] for b in BENCHMARKS if options.suite in b.suites and b.name in options.only]
-    options.json.mkdir(parents=True, exist_ok=True)
-    problems: dict[str, list[str]] = {}
-    for number, result in enumerate(chosen, start=1):
-        name, file = result.benchmark.name, options.json.resolve() / f"{result.stem}.json"
-        sys.stdout.write(f"[{number}/{len(chosen)}] {name}: {result.benchmark.measures}\n")
-        sys.stdout.flush()
-        began = time.monotonic()
-        problems[name] = run(result, file, options.quick)
-        how = f"{len(problems[name])} problems" if problems[name] else "done"
-        sys.stdout.write(f"[{number}/{len(chosen)}] {name}: {how} after {time.monotonic() - began:.0f} s, {file}\n")
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended, too
+    try:
+        problems = run_all(chosen, options.json.resolve(), options.quick)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     for name, lines in problems.items():
         for line in lines:
             sys.stdout.write(f"{name}: {line}\n")
     return int(any(problems.values()))
 
 
+def run_all(chosen: Sequence[Result], folder: Path, is_quick: bool) -> dict[str, list[str]]:
+    """Runs one after the other, tells of each, and returns what went wrong, by benchmark."""
+    folder.mkdir(parents=True, exist_ok=True)
+    problems: dict[str, list[str]] = {}
+    for number, result in enumerate(chosen, start=1):
+        name, file = result.benchmark.name, folder / f"{result.stem}.json"
+        sys.stdout.write(f"[{number}/{len(chosen)}] {name}: {result.benchmark.measures}\n")
+        sys.stdout.flush()
+        began = time.monotonic()
+        problems[name] = run(result, file, is_quick)
+        how = f"{len(problems[name])} problems" if problems[name] else "done"
+        sys.stdout.write(f"[{number}/{len(chosen)}] {name}: {how} after {time.monotonic() - began:.0f} s, {file}\n")
+    return problems
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended, too
     sys.exit(main())

@@ -99,7 +99,9 @@ def test_every_result_has_one_block_at_its_place(benchmark: Benchmark) -> None:
 def test_a_benchmark_takes_the_arguments_of_its_suites(result: Result, capsys: pytest.CaptureFixture[str]) -> None:
     """With those of each, it prints a committed table; `launch` is no benchmark, and has tests of its own."""
     benchmark = result.benchmark
-    main, table = importlib.import_module(benchmark.module).main, benchmark.makers()[0](document.read(result))
+    module = importlib.import_module(benchmark.module)
+    main = importlib.import_module(f"{benchmark.module}.__main__").main if hasattr(module, "__path__") else module.main
+    table = benchmark.makers()[0](document.read(result))
     for arguments in benchmark.suites.values():
         assert main([*arguments, *benchmark.quick, "--markdown", "--json", str(result.file)]) == 0
         assert capsys.readouterr().out == table

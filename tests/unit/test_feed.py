@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from trainer.data.datasets import ImageFolder, TorchFile
 from trainer.data.feed import DeviceFeed
 from trainer.data.packing import pack_folder
 from trainer.data.resident import Share
-from trainer.data.sampler import BatchPlan, StepSampler
+from trainer.data.sampler import BatchPlan, SampleKey, StepSampler
 from trainer.errors import UserError
 from trainer.tasks.classification import Classification
 
@@ -113,6 +115,31 @@ def test_batches_are_functions_of_seed_and_step(way: str, folder: Path) -> None:
     assert on_ranks(dataset, data, 2, micro=2) == reference
     for start in (1, 2, 4):
         assert steps(dataset, data, start=start) == reference[start:], start
+
+
+@pytest.mark.parametrize(("prefetch", "prefetch_factor"), [(1, 1), (4, 3)])
+def test_so_much_is_loaded_ahead(prefetch: int, prefetch_factor: int, tmp_path: Path) -> None:
+    """A batch that was taken, those that wait on the device, and those of the worker."""
+    torch.save((torch.arange(400, dtype=torch.uint8).view(100, 1, 2, 2), torch.zeros(100)), tmp_path / "data.pt")
+    asked: list[int] = []
+
+    class Plan(StepSampler):
+        def keys(self, step: int) -> list[SampleKey]:
+            asked.append(step)
+            return super().keys(step)
+
+    data = config(
+        tmp_path, transforms={}, normalize=None, workers=1, prefetch=prefetch, prefetch_factor=prefetch_factor
+    )
+    feed = open_feed(TorchFile(str(tmp_path / "data.pt")), data)
+    feed.start(Plan(BatchPlan.split(100, 2, None, 1, False), 0, 3), 0, 40)
+    with closing(feed):
+        next(iter(feed.step_batches(0)))
+        most, until = 1 + prefetch + prefetch_factor, time.monotonic() + 20
+        while len(asked) < most and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.2)  # more would come now
+        assert len(asked) == most
 
 
 def test_ways_to_the_device_agree(folder: Path, tmp_path: Path) -> None:

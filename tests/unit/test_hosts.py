@@ -127,7 +127,8 @@ def test_a_setup_line_that_fails_stops_an_agent() -> None:
 def test_dry_run(write_config: WriteConfig, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(write_config())
     command = ["hosts", "--config", file, "--hosts", "a,me@b,c", "--nodes", "2", "--processes", "4", "--dry-run"]
-    assert main([*command, "launch.port=1234", "launch.hosts.folder=/code", "launch.hosts.python=/python"]) == 0
+    settings = ["launch.hosts.folder=/code", "launch.hosts.python=/python", "launch.hosts.ssh_options=[-F, file]"]
+    assert main([*command, "launch.port=1234", *settings]) == 0
     lines = capsys.readouterr().out.splitlines()
     agents = [line for line in lines if "launch agent" in line]
     assert len(agents) == 2
@@ -135,7 +136,8 @@ def test_dry_run(write_config: WriteConfig, capsys: pytest.CaptureFixture[str]) 
     for rank, (line, name) in enumerate(zip(agents, ["a", "me@b"], strict=True)):
         heartbeat, _, ssh = line.partition(" | ")
         assert heartbeat == "while sleep 5; do echo; done"
-        *_, host, script = shlex.split(ssh)
+        *options, host, script = shlex.split(ssh)
+        assert options[:3] == ["ssh", "-F", "file"]
         assert host == name
         inner = shlex.split(script)[-1]
         assert inner.startswith("cd /code && exec env ")
@@ -160,6 +162,27 @@ def test_a_trial_of_a_sweep_is_the_same_run_on_every_host(
     monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", "wandb/trial.yaml")
     assert hosts._ssh(launch.config).variables["WANDB_SWEEP_PARAM_PATH"] == "wandb/trial.yaml"
     assert host_facts.collect(file, []).config["run"]["name"] == "tiny-t"
+
+
+def test_lines_before_python(write_config: WriteConfig) -> None:
+    ssh = hosts.HostsLaunch(["a"], "file", [], load_config(str(write_config(launch__hosts__setup=["echo set up"])))).ssh
+    assert bash(ssh.line(HOSTS[0], ssh.script(["--version"]))[-1]).stdout.startswith("set up\nPython 3")
+
+
+def test_how_long_lost_hosts_are_waited_for(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Job(HostsJob):
+        def run(self, present: Sequence[Host], meeting: Meeting) -> int:
+            asked.append(self._settings)
+            return 0
+
+    found = Findings({Host("a", 0): []}, meeting=Meeting("a", 1))
+    monkeypatch.setattr(hosts, "HostsJob", Job)
+    monkeypatch.setattr(hosts.HostsLaunch, "check", lambda *_: found)
+    file = str(write_config(launch__hosts__return_timeout="7 s", launch__max_restarts=2))
+    assert hosts.HostsLaunch(["a"], file, [], load_config(file)).run() == 0
+    assert [(job.return_seconds, job.max_restarts) for job in asked] == [(7.0, 2)]
 
 
 def test_one_way_to_name_hosts(write_config: WriteConfig, capsys: pytest.CaptureFixture[str]) -> None:

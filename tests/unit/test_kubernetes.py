@@ -221,6 +221,11 @@ def test_what_pods_get(kind: str, made: Made) -> None:
     assert pod_of(made(**KINDS[kind], faults__grace="2 minutes"))["terminationGracePeriodSeconds"] == 150
 
 
+def test_another_kind_of_gpu(made: Made) -> None:
+    container = container_of(made(**{f"{PREFIX}gpus_per_node": 4, f"{PREFIX}gpu_resource": "amd.com/gpu"}))
+    assert container["resources"]["limits"] == {"amd.com/gpu": 4}
+
+
 @pytest.mark.parametrize("kind", ["job", "trainjob"])
 def test_which_pods_are_started_again(kind: str, made: Made) -> None:
     manifests = made(**KINDS[kind], **{f"{PREFIX}max_pod_failures": 7, f"{PREFIX}secrets": ["wandb", "bucket"]})

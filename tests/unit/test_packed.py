@@ -141,6 +141,10 @@ def test_quality(tmp_path: Path) -> None:
     picture(1, (200, 200)).save(file, "PNG")
     sizes = [len(packing.encode(file.getvalue(), False, 100, quality).data) for quality in (20, 60, 95)]
     assert sizes[0] < sizes[1] < sizes[2]
+    source = ImageFolder(str(make_folder(tmp_path / "source", 3, (90, 60))))
+    packs = [PackedImages(pack_folder(source, settings(tmp_path, max_size=30, quality=q))) for q in (20, 60, 95)]
+    sizes = [len(pack.encoded(0)[0]) for pack in packs]
+    assert sizes[0] < sizes[1] < sizes[2]
 
 
 @pytest.mark.parametrize("encoding", ["raw", "jpeg"])

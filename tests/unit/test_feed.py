@@ -117,6 +117,15 @@ def test_batches_are_functions_of_seed_and_step(way: str, folder: Path) -> None:
         assert steps(dataset, data, start=start) == reference[start:], start
 
 
+def test_each_split_has_its_own_transforms(folder: Path) -> None:
+    sizes = {"train": 12, "eval": 20}
+    transforms = {split: [{"name": "CenterCrop", "args": {"size": size}}] for split, size in sizes.items()}
+    data = config(folder, transforms=transforms)
+    for split, size in sizes.items():
+        feed = DeviceFeed(ImageFolder(str(folder)), data, split, CPU, 3, Classification(num_classes=3))
+        assert next(iter(feed.eval_batches(4, 0, 1))).data[0].shape == (4, 3, size, size)
+
+
 @pytest.mark.parametrize(("prefetch", "prefetch_factor"), [(1, 1), (4, 3)])
 def test_so_much_is_loaded_ahead(prefetch: int, prefetch_factor: int, tmp_path: Path) -> None:
     """A batch that was taken, those that wait on the device, and those of the worker."""

@@ -14,8 +14,10 @@ from resuming import assert_same_end
 from run_results import checkpoint, summary
 
 from trainer.checkpoint.storage import LocalStorage
+from trainer.config import load_config
 from trainer.faults.plan import VARIABLE, Event, write_plan
 from trainer.faults.stopping import REPEAT_SECONDS, STOP_FILE, StopRequests
+from trainer.loop import Trainer
 
 NORMED = {"name": "vectors_model:Normed", "args": {"dropout": 0.2}}
 STOPS: dict[str, tuple[Event, dict[str, Any], int]] = {
@@ -125,3 +127,13 @@ def test_the_file_stop_is_no_first_signal(tmp_path: Path) -> None:
         assert requests.seconds_ago() > REPEAT_SECONDS
     finally:
         requests.release_signals()
+
+
+@pytest.mark.parametrize(("limit", "seconds"), [("7 minutes", 420.0), (None, None)])
+def test_the_watch_has_the_limit_of_the_config(
+    limit: str | None, seconds: float | None, write_config: WriteConfig
+) -> None:
+    trainer = Trainer(load_config(str(write_config(faults__hang_timeout=limit))))
+    assert trainer.lookout is not None
+    assert trainer.lookout.watch._hang_seconds == seconds
+    trainer.close()

@@ -6,7 +6,6 @@ config, a stop on request and a fault that another start cannot mend end the job
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -31,6 +30,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, Rend
 from launch.logs import AgentLogs, RankLogs
 from trainer.cli import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USAGE
 from trainer.faults.fault import Fault, read_first
+from trainer.files import read_summary
 from trainer.system import LAUNCHER_VARIABLE
 
 logger = logging.getLogger("lockstep")
@@ -156,11 +156,7 @@ class _Job:
 
     def was_stopped_by_signal(self) -> bool:
         """Tells whether the ranks have stopped because of a signal to one of them, and not of the file STOP."""
-        try:
-            reason = json.loads((self._run_dir / "summary.json").read_text())["stopped_by"]
-        except (OSError, ValueError, KeyError):
-            return False
-        return str(reason).startswith("SIG")
+        return str(read_summary(self._run_dir).get("stopped_by")).startswith("SIG")
 
     def first_rank(self, codes: Mapping[int, int]) -> int:
         """Returns the rank on this machine that failed first."""

@@ -46,6 +46,7 @@ from trainer.faults.plan import (
     starts_file,
     write_plan,
 )
+from trainer.files import read_summary
 from trainer.system import adopt_orphans, die_with_parent
 
 logger = logging.getLogger("lockstep")
@@ -288,8 +289,7 @@ def _newest_step(run_dir: Path) -> int:
 
 def _told(run_dir: Path, began: float) -> dict[str, Any]:
     """Returns what a run says of itself, and its seconds since it began."""
-    file = run_dir / "summary.json"
-    summary = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    summary = read_summary(run_dir)
     keys = ("status", "goodput", "goodput_seconds", "num_attempts")
     return {"seconds": round(time.time() - began, 3), **{key: summary.get(key) for key in keys}}
 

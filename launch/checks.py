@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from launch.host_facts import Facts
+from launch.host_facts import Facts, listed
 from launch.ssh import Conversation, Host, Ssh
 from trainer.config import Config, flatten
 from trainer.errors import UserError
@@ -150,10 +150,10 @@ def judge(
         if wanted and found.devices and wanted > len(found.devices):
             wrong(f"{wanted} processes: it has {len(found.devices)} GPUs")
         if bool(found.devices) != bool(facts[first].devices):
-            wrong(f"has {_list_devices(found.devices)}; {first.name} has {_list_devices(facts[first].devices)}")
+            wrong(f"has {listed(found.devices)}; {first.name} has {listed(facts[first].devices)}")
         elif sorted(found.devices) != sorted(facts[first].devices):
-            theirs = _list_devices(facts[first].devices)
-            warnings.append(f"{host.name} has {_list_devices(found.devices)}; {first.name} has {theirs}")
+            theirs = listed(facts[first].devices)
+            warnings.append(f"{host.name} has {listed(found.devices)}; {first.name} has {theirs}")
         if not found.addresses:
             wrong(f"has no network interface {config.launch.interface} (launch.interface)")
     tolerance = config.launch.hosts.clock_tolerance
@@ -298,10 +298,3 @@ def _different(there: Mapping[str, Any], here: Mapping[str, Any], values: bool =
     keys = [key for key in {**here, **there} if there.get(key) != here.get(key)]
     shown = [f"{key} is {there.get(key)!r} (here {here.get(key)!r})" if values else key for key in keys[:_SHOWN]]
     return ", ".join(shown) + (f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else "")
-
-
-def _list_devices(devices: Sequence[str]) -> str:
-    if not devices:
-        return "no GPU"
-    counts = {name: devices.count(name) for name in devices}
-    return ", ".join(f"{count} x {name}" for name, count in counts.items())

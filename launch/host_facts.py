@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 
 from trainer.config import load_config
+from trainer.data.tuning import cores_of_a_rank
 from trainer.errors import UserError, one_line_text
 
 MARK = "::lockstep "  # before each answer
@@ -88,7 +89,7 @@ def collect(config_file: str, overrides: Sequence[str]) -> Facts:
         code=code_digests(),
         config=config.model_dump(mode="json"),
         devices=found,
-        num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        num_cores=cores_of_a_rank(1),
     )
 
 
@@ -149,6 +150,12 @@ def devices() -> tuple[str, ...]:
     assert kind is not None
     name = getattr(getattr(torch, kind.type, None), "get_device_name", lambda index: kind.type)
     return tuple(str(name(index)) for index in range(torch.accelerator.device_count()))
+
+
+def listed(names: Sequence[str]) -> str:
+    """Returns names of devices as a person reads them, such as `8 x NVIDIA H100`."""
+    counts = {name: names.count(name) for name in names}
+    return ", ".join(f"{count} x {name}" for name, count in counts.items()) or "no GPU"
 
 
 def addresses(interface: str | None = None) -> list[str]:

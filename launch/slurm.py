@@ -34,6 +34,7 @@ from trainer.cli import EXIT_FAILED, EXIT_FINISHED
 from trainer.config import Config
 from trainer.errors import UserError
 from trainer.faults.stopping import REPEAT_SECONDS
+from trainer.files import replacing
 
 logger = logging.getLogger("lockstep")
 
@@ -203,10 +204,9 @@ def _write(folder: Path, name: str, text: str) -> Path:
     file = folder / "launch" / name
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        staged = file.with_name(f".{name}.new")
-        staged.write_text(text, encoding="utf-8")
-        staged.chmod(0o755)
-        os.replace(staged, file)
+        with replacing(file) as staged:
+            staged.write_text(text, encoding="utf-8")
+            staged.chmod(0o755)
     except OSError as error:
         raise UserError(f"cannot write to '{file.parent}': {error.strerror}", path="run.dir") from error
     return file

@@ -19,6 +19,7 @@ from launch.slurm_script import CANCEL_SIGNAL
 from trainer.cli import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, EXIT_USAGE
 from trainer.config import Config
 from trainer.errors import UserError
+from trainer.files import read_summary, write_json
 
 logger = logging.getLogger("lockstep")
 
@@ -51,11 +52,7 @@ class Submission:
 
     def write(self, folder: Path) -> None:
         """Writes the note into a run folder."""
-        file = folder / "launch" / _NOTE
-        file.parent.mkdir(parents=True, exist_ok=True)
-        staged = file.with_name(f".{_NOTE}.new")
-        staged.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        os.replace(staged, file)
+        write_json(folder / "launch" / _NOTE, asdict(self))
 
     @classmethod
     def read(cls, folder: Path) -> Submission | None:
@@ -82,15 +79,6 @@ class Submission:
         if self.output_is_ours and "[" not in record.job:
             return self.folder_of(record, folder) / "launch" / f"slurm-{record.job}.out"
         return Path(record.output)
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """Returns what the run says at its end; nothing where it has not come to one."""
-    try:
-        found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 class _Output:

@@ -34,6 +34,7 @@ import psutil
 from pydantic import Field, TypeAdapter, ValidationError
 
 from trainer.errors import one_line_text
+from trainer.units import duration
 
 if TYPE_CHECKING:
     from trainer.run_folder import RunFolder
@@ -180,7 +181,7 @@ class Goodput:
     def line(self) -> str:
         """Returns one line for a person, with the largest losses first."""
         attempts = f"{self.num_attempts} attempt{'s' if self.num_attempts != 1 else ''}"
-        text = f"goodput {self.goodput:.1%} of {_duration(self.total)} in {attempts}"
+        text = f"goodput {self.goodput:.1%} of {duration(self.total)} in {attempts}"
         losses = sorted(((value, part) for part, value in self.seconds.items() if part != "train"), reverse=True)
         shown = [
             f"{PARTS.get(part, part.replace('_', ' '))} {value / self.total:.1%}"
@@ -442,11 +443,3 @@ def _age_of_run() -> float:
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError, AttributeError):
         return time.time() - psutil.Process().create_time()
-
-
-def _duration(seconds: float) -> str:
-    """Returns a time as a person reads it."""
-    for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"

@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -23,6 +22,7 @@ from trainer.checkpoint.manifest import Damaged
 from trainer.checkpoint.reading import Checkpoint
 from trainer.config import Config, load_config
 from trainer.errors import UserError, one_line_text
+from trainer.files import read_summary, replacing
 from trainer.system import sync_folder
 from trainer.weights import CheckpointWeights, Kind
 
@@ -94,10 +94,7 @@ def evaluate(run_dir: Path, *, best: bool, kind: Kind | None = None) -> dict[str
 
 
 def _micro_batch_that_trained(run_dir: Path) -> int | None:
-    try:
-        found = json.loads((run_dir / "summary.json").read_text(encoding="utf-8")).get("micro_batch_size")
-    except (OSError, ValueError):  # the run is still going, or was killed
-        return None
+    found = read_summary(run_dir).get("micro_batch_size")  # none while the run is going, or where it was killed
     return found if isinstance(found, int) else None
 
 
@@ -171,21 +168,17 @@ def _write_state_dict(weights: CheckpointWeights, file: Path) -> None:
 @contextlib.contextmanager
 def _replacing(output: Path, ending: str) -> Iterator[Path]:
     """Gives a file to write beside `output`, which takes its place once it is whole and on the disk."""
-    staged = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}{ending}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if output.is_dir():
             raise IsADirectoryError("it is a folder")
-        yield staged
-        with open(staged, "rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(staged, output)
+        with replacing(output, ending) as staged:
+            yield staged
+            with open(staged, "rb") as stream:
+                os.fsync(stream.fileno())
         sync_folder(output.parent)
     except OSError as error:
         raise UserError(f"cannot write '{output}': {one_line_text(error)}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            staged.unlink()
 
 
 def _read_config(run_dir: Path, *overrides: str) -> Config:

@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import torch
 
 from trainer.config import Config
 from trainer.errors import UserError, one_line_text
+from trainer.files import SUMMARY, replacing
 from trainer.report.curves import Curves
 
 logger = logging.getLogger("lockstep")
@@ -118,7 +118,7 @@ class RunFolder:
 
     def summarise(self, summary: Mapping[str, Any]) -> None:
         """Writes `summary.json`."""
-        self.write("summary.json", json.dumps(_finite(summary), indent=2))
+        self.write(SUMMARY, json.dumps(_finite(summary), indent=2))
 
     def write(self, name: str, text: str) -> None:
         """Replaces a file of this name, all at once."""
@@ -129,7 +129,8 @@ class RunFolder:
         """Writes all that is not written yet. A full disk or a lost mount leaves it waiting, and ends no run."""
         try:
             for name, text in list(self._files.items()):
-                self._replace(name, text)
+                with replacing(self.path / name) as staged:
+                    staged.write_text(text, encoding="utf-8")
                 del self._files[name]
             if self._lines:
                 self._append("".join(self._lines).encode())
@@ -143,16 +144,6 @@ class RunFolder:
         if self._is_behind:
             logger.info("all records are in '%s' now", self.path)
         self._is_behind = False
-
-    def _replace(self, name: str, text: str) -> None:
-        staged = self.path / f".{name}.new"
-        try:
-            staged.write_text(text, encoding="utf-8")
-            os.replace(staged, self.path / name)
-        except OSError:
-            with suppress(OSError):
-                staged.unlink()
-            raise
 
     def _append(self, data: bytes) -> None:
         with open(self.metrics_file, "ab", buffering=0) as file:

@@ -6,8 +6,6 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LAUNCHER_VARIABLE = "LOCKSTEP_LAUNCHER"  # id of our launcher's process, which tells the exit codes of its ranks apart
@@ -34,15 +32,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """Gives a file to write, which takes the place of another one once it is whole; not so if the body is left."""
-    staged = file.with_name(f".{file.name}.{os.getpid()}.new")
-    try:
-        yield staged
-        os.replace(staged, file)
-    finally:
-        with suppress(OSError):
-            staged.unlink()

@@ -173,7 +173,7 @@ def report_text(values: Mapping[str, float], seconds_left: float | None) -> str:
     if "time/data_wait" in values:
         parts.append(f"data wait {values['time/data_wait']:.0%}")
     if seconds_left is not None:
-        parts.append(f"ETA {duration(seconds_left)}")
+        parts.append(f"ETA {clock(seconds_left)}")
     return "  ".join(parts)
 
 
@@ -185,7 +185,7 @@ def _count(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def duration(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """Returns a time such as `0:42`, `12:05`, `3:12:05` or `2d 3:12:05`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -1,4 +1,4 @@
-"""Amounts of memory as text and as numbers of bytes."""
+"""Amounts of memory, times and counts as text, and text as numbers of bytes."""
 
 from __future__ import annotations
 
@@ -25,6 +25,18 @@ def format_bytes(num_bytes: float) -> str:
         if abs(num_bytes) >= 0.1 * 1024**power:
             return f"{num_bytes / 1024**power:.2f} {unit}"
     return f"{num_bytes / 1024:.0f} KiB"
+
+
+def duration(seconds: float) -> str:
+    """Returns a time as a person reads it, such as `12.5 s`, `3 min 05 s`, `2 h 07 min` or `3 d 4 h`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def counted(number: int, what: str) -> str:

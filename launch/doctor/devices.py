@@ -25,6 +25,7 @@ from launch.doctor.verdicts import (
     odd_ones,
     span,
 )
+from launch.host_facts import devices, listed
 
 _NO_GPU = "no GPU here"
 _CPU_SIZE, _GPU_SIZE = 1024, 8192  # rows and columns of the matrices
@@ -39,11 +40,7 @@ _NEAR_SLOWDOWN = 5  # degrees
 def measure_devices(situation: Situation) -> Values:
     """Returns kind and number of this machine's accelerators, and the fast links that it has."""
     kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    names: list[str] = []
-    if kind is not None and kind.type == "cuda":
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    elif kind is not None:
-        names = [kind.type] * torch.accelerator.device_count()
+    names = list(devices())
     memory = [torch.cuda.get_device_properties(i).total_memory for i in range(len(names))] if _is_cuda(kind) else []
     values: Values = {"names": names, "memory": memory, "nvlinks": None, "infiniband": infiniband_ports()}
     if situation.is_on_gpu:
@@ -74,7 +71,7 @@ def judge_devices(readings: Sequence[Reading]) -> Judgement:
     """Wants the same devices and links everywhere, and all links up."""
     findings: list[Finding] = []
     hint = "the slowest device sets the pace of all"
-    flat = [Reading(r.place, {**r.values, "names": describe(r.values["names"])}) for r in readings]
+    flat = [Reading(r.place, {**r.values, "names": listed(r.values["names"])}) for r in readings]
     findings += odd_ones(flat, "names", hint, Verdict.WARN, "devices:")
     for reading in readings:
         ports, host = reading.values["infiniband"], reading.place.host
@@ -93,19 +90,14 @@ def judge_devices(readings: Sequence[Reading]) -> Judgement:
                 message = f"{reading.place.host} cuda:{i}: {number} NVLinks are up, and {usual} on its neighbours"
                 findings.append(Finding(Verdict.WARN, message, "nvidia-smi nvlink --status there"))
     values = readings[0].values
-    summary = describe(values["names"]) + (" on each machine" if len(readings) > 1 else "")
+    summary = listed(values["names"]) + ("" if values["names"] else ", training is on the CPU")
+    summary += " on each machine" if len(readings) > 1 else ""
     if values["nvlinks"] and any(values["nvlinks"]):
         summary += f", {max(n or 0 for n in values['nvlinks'])} NVLinks each"
     elif len(values["names"]) > 1:
         summary += ", NVLinks: " + values.get("nvlinks_unknown", "none")
     summary += f", {len(values['infiniband'])} InfiniBand ports" if values["infiniband"] else ", no InfiniBand"
     return Judgement(summary, tuple(findings))
-
-
-def describe(names: Sequence[str]) -> str:
-    """Returns `8 x NVIDIA H100`."""
-    counts = {name: list(names).count(name) for name in names}
-    return ", ".join(f"{count} x {name}" for name, count in counts.items()) or "no GPU, training is on the CPU"
 
 
 # ---- a fixed product ----------------------------------------------------------------------------------------------

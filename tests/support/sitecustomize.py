@@ -1,4 +1,4 @@
-"""Runs at the start of every Python that has this folder on PYTHONPATH: ignores a key of the config if it is told to."""
+"""Runs at the start of every Python with this folder on PYTHONPATH: ignores a key of the config if it is told to."""
 
 import os
 

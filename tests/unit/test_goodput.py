@@ -439,11 +439,11 @@ def test_random_lives_against_a_list_of_all_steps(seed: int, folder: RunFolder, 
 
 def test_lines() -> None:
     seconds = dict.fromkeys(PARTS, 0.0)
-    assert Goodput(1.0, seconds | {"train": 7200.0}, 2, 7200.0).line() == "goodput 100.0% of 2.0 h in 2 attempts"
+    assert Goodput(1.0, seconds | {"train": 7200.0}, 2, 7200.0).line() == "goodput 100.0% of 2 h 00 min in 2 attempts"
     assert Goodput(0.0, seconds, 1, 0.0).line() == "goodput 0.0% of 0.0 s in 1 attempt"
     assert Goodput.of([]).total == 0
     uneven = Goodput(0.9, seconds | {"train": 90.0, "lost": 2.0, "restarts": 7.97, "startup": 0.03}, 3, 100.0)
-    assert uneven.line() == "goodput 90.0% of 1.7 min in 3 attempts: restarts 8.0%, lost work 2.0%"
+    assert uneven.line() == "goodput 90.0% of 1 min 40 s in 3 attempts: restarts 8.0%, lost work 2.0%"
 
 
 def in_a_process(code: str, **variables: str) -> str:

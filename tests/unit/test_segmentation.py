@@ -182,7 +182,7 @@ def test_logits_of_another_size_are_resized() -> None:
     outputs = Segmentation().forward(Coarse(), batch())
     assert outputs.out.shape == (4, 3, 12, 10)
     assert outputs.aux is None
-    with pytest.raises(UserError, match=r"model: masks need logits .* the model returned \[4, 30\]"):
+    with pytest.raises(UserError, match=r"model: masks need logits .* the model returned float32 \[4, 30\]"):
         Segmentation().forward(nn.Flatten(1), [torch.ones(4, 30), batch()[1]])
 
 

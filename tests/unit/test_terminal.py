@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import Train, WriteConfig
 
-from trainer.terminal import ProgressDisplay, duration, report_text
+from trainer.terminal import ProgressDisplay, clock, report_text
 
 REPORT = {
     "train/loss": 0.12345,
@@ -33,7 +33,7 @@ def test_a_report_in_a_line() -> None:
     ("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (725, "12:05"), (11525, "3:12:05"), (266400, "3d 2:00:00")]
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+    assert clock(seconds) == text
 
 
 class _Terminal(io.StringIO):

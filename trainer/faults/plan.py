@@ -17,6 +17,7 @@ from typing import Any
 
 from trainer.errors import UserError, nearest, one_line
 from trainer.faults.judging import PLACES
+from trainer.files import replacing
 from trainer.system import sync_folder
 
 VARIABLE = "LOCKSTEP_FAULTS"
@@ -136,9 +137,8 @@ def write_plan(file: Path, run_dir: Path, events: Sequence[Event], seconds_valid
     for old in (done_file(file), starts_file(file)):
         old.unlink(missing_ok=True)
     text = json.dumps({**asdict(plan), "run_dir": str(plan.run_dir)}, indent=2)
-    staged = file.with_name(f".{file.name}.new")
-    staged.write_text(text + "\n", encoding="utf-8")
-    os.replace(staged, file)
+    with replacing(file) as staged:
+        staged.write_text(text + "\n", encoding="utf-8")
 
 
 def read_plan(file: Path) -> Plan:

@@ -21,7 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from trainer.memory.shrink import Shrink, folder_of, halved, read_shrink, write_json, write_shrink
+from trainer.files import write_json
+from trainer.memory.shrink import Shrink, folder_of, halved, read_shrink, write_shrink
 from trainer.units import format_bytes
 
 if TYPE_CHECKING:

@@ -10,11 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from trainer.files import write_json
 
 logger = logging.getLogger("lockstep")
 
@@ -88,11 +87,3 @@ def read_shrink(run_dir: Path) -> Shrink | None:
 def write_shrink(run_dir: Path, record: Shrink) -> None:
     """Writes the record. Ranks that fail together write the same size, so whichever comes last is right."""
     write_json(folder_of(run_dir) / "shrink.json", asdict(record))
-
-
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file whole or not at all, whatever other processes write there."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    staged = file.with_name(f".{file.name}.{os.getpid()}")
-    staged.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    os.replace(staged, file)

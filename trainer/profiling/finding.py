@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.files import replacing
 from trainer.profiling.tables import kernels_text
 from trainer.profiling.traces import analyse, read_trace
-from trainer.system import replacing
 from trainer.units import format_bytes
 
 TRACE = "trace.json.gz"

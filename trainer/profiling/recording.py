@@ -23,9 +23,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from trainer.config_reporting import ProfileConfig
 from trainer.errors import UserError, one_line, one_line_text
 from trainer.faults.judging import PROFILE
+from trainer.files import replacing
 from trainer.profiling.finding import MOST_BYTES, TRACE, about_text, begin_to_look_into, too_large
 from trainer.profiling.traces import step_range
-from trainer.system import replacing
 from trainer.telemetry.clock import Clock
 
 logger = logging.getLogger("lockstep")

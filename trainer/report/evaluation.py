@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from trainer.files import read_json, read_object
 from trainer.report.charts import Chart
 from trainer.report.parts import Html, figure, join, percent, safe, table, tag
-from trainer.report.reading import as_number, read_json, read_object
+from trainer.report.reading import as_number
 
 _MOST_SAMPLES = 48
 _MOST_CLASSES = 50

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import Any
 
+from trainer import units
+
 UNKNOWN = "\N{EN DASH}"  # stands for a value that is not known
 
 _SCRIPTS = ("scales.js", "marks.js", "charts.js")
@@ -108,16 +110,7 @@ def percent(value: float | None) -> str:
 
 def duration(seconds: float | None) -> str:
     """Returns a time as a person reads it."""
-    if seconds is None:
-        return UNKNOWN
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours} h"
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+    return UNKNOWN if seconds is None else units.duration(seconds)
 
 
 def moment(seconds: float | None) -> str:

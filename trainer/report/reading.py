@@ -6,7 +6,6 @@ Owns the meaning of the files; keeps nothing that is not of the expected kind, s
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from typing import Any
 import yaml
 
 from trainer.errors import UserError
+from trainer.files import read_json, read_object, read_summary, read_text
 from trainer.report.curves import Curves, records
 
 # Any of these makes a folder a run folder.
@@ -137,7 +137,7 @@ def read_run(folder: Path, curves: Curves | None = None) -> Run:
     if not is_run_folder(folder):
         what = "has no config.yaml, metrics.jsonl or summary.json" if folder.is_dir() else "does not exist"
         raise UserError(f"'{folder}' is not a run folder: it {what}")
-    summary, environment = read_object(folder / "summary.json"), read_object(folder / "environment.json")
+    summary, environment = read_summary(folder), read_object(folder / "environment.json")
     config_text = read_text(folder / "config.yaml")
     config = _parse_yaml(config_text)
     section = config.get("run")
@@ -176,28 +176,6 @@ def numbers(value: object) -> dict[str, float]:
     if not isinstance(value, Mapping):
         return {}
     return {str(key): number for key, entry in value.items() if (number := as_number(entry)) is not None}
-
-
-def read_text(file: Path) -> str:
-    """Returns what a file says, an empty string where it cannot be read."""
-    try:
-        return file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def read_json(file: Path) -> Any:
-    """Returns what a JSON file holds, None where it cannot be read."""
-    try:
-        return json.loads(read_text(file))
-    except (ValueError, RecursionError):
-        return None
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """Returns the object that a JSON file holds, an empty one where it cannot be read."""
-    value = read_json(file)
-    return value if isinstance(value, dict) else {}
 
 
 def _parse_yaml(text: str) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.errors import UserError, one_line_text
+from trainer.files import replacing
 from trainer.report.comparison import comparison_page
 from trainer.report.curves import Curves
 from trainer.report.page import run_page
 from trainer.report.reading import read_run
-from trainer.system import replacing
 
 logger = logging.getLogger("lockstep")
 

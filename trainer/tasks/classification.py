@@ -12,15 +12,15 @@ from torch import nn
 from trainer.data.augment import class_probabilities
 from trainer.errors import BadSample, UserError
 from trainer.tasks.base import Task
-from trainer.tasks.confusion import add_confusion
+from trainer.tasks.confusion import MOST_CLASSES, add_confusion, confusion_matrix
 from trainer.tasks.labels import (
     check_class_weights,
-    described,
     explained_loss_errors,
     logits_of,
     name_of,
     settled_num_classes,
 )
+from trainer.tasks.misfit import described
 
 
 class CrossEntropy(nn.CrossEntropyLoss):
@@ -208,8 +208,8 @@ class Classification(Task):
     def eval_tables(self, tables: dict[str, torch.Tensor], outputs: torch.Tensor, data: Any) -> None:
         """Counts the confusion matrix, up to 1000 classes; samples whose label is no class are not in it."""
         labels = _labels_of_logits(outputs, self.targets(data))
-        if labels is not None:
-            add_confusion(tables, labels, outputs.argmax(1), outputs.shape[1])
+        if labels is not None and outputs.shape[1] <= MOST_CLASSES:
+            add_confusion(tables, confusion_matrix(labels, outputs.argmax(1), outputs.shape[1]))
 
     def examples(self, outputs: torch.Tensor, data: Any, num: int) -> dict[str, torch.Tensor]:
         labels = _labels_of_logits(outputs, self.targets(data))

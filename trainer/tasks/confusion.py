@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-_MOST_CLASSES = 1000  # the matrix of more would take too much memory and time
+MOST_CLASSES = 1000  # the matrix of more would take too much memory and time to be shown
 
 
 def confusion_matrix(targets: torch.Tensor, predictions: torch.Tensor, num_classes: int) -> torch.Tensor:
@@ -24,10 +24,6 @@ def confusion_matrix(targets: torch.Tensor, predictions: torch.Tensor, num_class
     return counts.index_add_(0, cells, is_counted.long()).view(num_classes, num_classes)
 
 
-def add_confusion(
-    tables: dict[str, torch.Tensor], targets: torch.Tensor, predictions: torch.Tensor, num_classes: int
-) -> None:
-    """Adds the confusion matrix of a batch to the one in `tables`, up to 1000 classes: see `confusion_matrix`."""
-    if num_classes <= _MOST_CLASSES:
-        counts = confusion_matrix(targets, predictions, num_classes)
-        tables["confusion"] = tables["confusion"] + counts if "confusion" in tables else counts
+def add_confusion(tables: dict[str, torch.Tensor], counts: torch.Tensor) -> None:
+    """Adds the confusion matrix of a batch to the one in `tables`."""
+    tables["confusion"] = tables["confusion"] + counts if "confusion" in tables else counts

@@ -16,7 +16,8 @@ from torchvision.datasets import CocoDetection, Kitti, WIDERFace
 from trainer.data.coco import check_annotations
 from trainer.errors import BadSample, UserError
 from trainer.tasks.base import Task
-from trainer.tasks.labels import described, name_of
+from trainer.tasks.labels import name_of
+from trainer.tasks.misfit import described
 
 if TYPE_CHECKING:
     from trainer.config import Config

@@ -18,7 +18,7 @@ from trainer.checkpoint.manifest import new_checksum
 from trainer.config_model import TeacherConfig
 from trainer.errors import UserError
 from trainer.model import build_model, uses_channels_last
-from trainer.tasks.labels import described
+from trainer.tasks.misfit import described
 from trainer.weights import settled_weights, start_from_weights
 
 if TYPE_CHECKING:

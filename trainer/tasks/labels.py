@@ -18,11 +18,6 @@ def logits_of(outputs: Any) -> Any:
     return getattr(outputs, "logits", outputs)
 
 
-def described(value: Any) -> str:
-    """Returns the shape of a tensor, and of anything else the type."""
-    return str(list(value.shape)) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
-
-
 def name_of(label: int, names: Sequence[str]) -> str:
     """Returns the name of a label, or its number where it has none."""
     return names[label] if 0 <= label < len(names) else str(label)

@@ -12,7 +12,8 @@ from torch.nn import functional
 from trainer.components import is_import_path
 from trainer.errors import BadSample, UserError
 from trainer.tasks.base import Task
-from trainer.tasks.labels import described, logits_of
+from trainer.tasks.labels import logits_of
+from trainer.tasks.misfit import described
 
 if TYPE_CHECKING:
     from trainer.config import Config

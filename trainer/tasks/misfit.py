@@ -37,7 +37,7 @@ def explained_misfit(data: Any) -> Iterator[None]:
 
 
 def described(data: Any) -> str:
-    """Returns types and shapes of a batch, such as `[uint8 [8, 3, 32, 32], int64 [8]]`."""
+    """Returns types and shapes of a batch or of outputs, such as `[uint8 [8, 3, 32, 32], int64 [8]]`."""
     if isinstance(data, torch.Tensor):
         return f"{str(data.dtype).removeprefix('torch.')} {list(data.shape)}"
     if isinstance(data, Mapping):

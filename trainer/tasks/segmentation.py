@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -16,16 +17,16 @@ from torch.nn import functional
 from trainer.errors import BadSample, UserError
 from trainer.tasks.base import Task
 from trainer.tasks.classification import CrossEntropy
-from trainer.tasks.confusion import add_confusion, confusion_matrix
+from trainer.tasks.confusion import MOST_CLASSES, add_confusion, confusion_matrix
 from trainer.tasks.labels import (
     check_class_weights,
     class_weights,
-    described,
     explained_loss_errors,
     logits_of,
     name_of,
     settled_num_classes,
 )
+from trainer.tasks.misfit import described
 
 IGNORED = 255  # the label of pixels that do not count, as in VOC's masks
 _NAMED = 3  # classes that the caption of an example names
@@ -79,6 +80,7 @@ class Segmentation(Task):
         self.input_key = input_key
         self.target_key = target_key
         self._outputs_checked = False
+        self._last_confusion: tuple[weakref.ref[torch.Tensor], torch.Tensor] | None = None
         self._counts_pixels: bool | None = True if loss is None else None  # else known from the loss's first value
 
     def _check_ignored(self) -> None:
@@ -185,8 +187,16 @@ class Segmentation(Task):
         return {
             "loss": loss_sum,
             "count": torch.tensor(len(masks)) if count is None else count,
-            "confusion": confusion_matrix(self._counted(masks), outputs.out.argmax(1), outputs.out.shape[1]),
+            "confusion": self._confusion(outputs.out, masks),
         }
+
+    def _confusion(self, logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        """Counts pixels once per batch: its sums and what is shown of it both ask."""
+        known = self._last_confusion
+        if known is None or known[0]() is not logits:
+            counts = confusion_matrix(self._counted(masks), logits.argmax(1), logits.shape[1])
+            self._last_confusion = known = (weakref.ref(logits), counts)
+        return known[1]
 
     def _counted(self, masks: torch.Tensor) -> torch.Tensor:
         """Returns masks with -1 where pixels are ignored, also where that is the number of a class."""
@@ -217,8 +227,8 @@ class Segmentation(Task):
 
     def eval_tables(self, tables: dict[str, torch.Tensor], outputs: Logits, data: Any) -> None:
         """Counts the confusion matrix of pixels, up to 1000 classes."""
-        masks = self.targets(data)
-        add_confusion(tables, self._counted(masks), outputs.out.argmax(1), outputs.out.shape[1])
+        if outputs.out.shape[1] <= MOST_CLASSES:
+            add_confusion(tables, self._confusion(outputs.out, self.targets(data)))
 
     def examples(self, outputs: Logits, data: Any, num: int) -> dict[str, torch.Tensor]:
         """Returns images, and the masks that are drawn over them: what they are, and what the model says."""

@@ -6,11 +6,9 @@ and processes before, the result is one curve. Pictures of evaluations are not s
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +17,7 @@ from accelerate import PartialState
 
 from trainer.config import load_config
 from trainer.errors import UserError, one_line_text
+from trainer.files import read_summary
 from trainer.report.curves import records
 from trainer.tracking.wandb_run import WandbRun, answers, end_service, has_wandb_key, known_id, wandb_server
 
@@ -66,7 +65,7 @@ def sync(run_dir: Path) -> bool:
         run = WandbRun(config, run_dir, wandb_id, found, goals, arguments, must_be_online=True)
     except Exception as error:  # a key that the server refuses, a run that was deleted there, ...
         raise UserError(f"{host} does not take the run: {one_line_text(error)}") from error
-    summary = _summary(run_dir)
+    summary = read_summary(run_dir)
     run.summarise(_told(summary), 0)
     try:
         run.finish(summary.get("status", "failed") == "failed", None, _PATIENCE_SECONDS)
@@ -76,14 +75,6 @@ def sync(run_dir: Path) -> bool:
     if run.is_complete:
         logger.info("sent %d rows to the W&B run %s, which has all now", run.num_sent, run.id)
     return run.is_complete
-
-
-def _summary(run_dir: Path) -> dict[str, Any]:
-    """Returns `summary.json`; a killed run may have none."""
-    with suppress(OSError, ValueError):
-        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-        return summary if isinstance(summary, dict) else {}
-    return {}
 
 
 def _told(summary: Mapping[str, Any]) -> dict[str, Any]:

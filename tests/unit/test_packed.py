@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import pickle
+import shutil
 import signal
 import struct
 import subprocess
@@ -25,10 +26,12 @@ import torch
 from PIL import Image
 
 from trainer.config_data import CacheConfig
-from trainer.data import packed, packing
+from trainer.data import listing, pack_files, packed, packing
 from trainer.data.datasets import ImageFolder, class_names, is_image_data
+from trainer.data.encoding import encode
+from trainer.data.listing import Listing, cache_key
 from trainer.data.packed import MANIFEST, PackedImages
-from trainer.data.packing import Listing, cache_key, pack_folder
+from trainer.data.packing import pack_folder
 from trainer.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -67,7 +70,7 @@ def temporaries(folder: Path) -> list[Path]:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "SHARD_SAMPLES", 2)
+    monkeypatch.setattr(listing, "SHARD_SAMPLES", 2)
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -129,7 +132,7 @@ def test_large_jpegs_are_decoded_smaller_without_looking_different(tmp_path: Pat
     large = picture(1, (1600, 1000))
     file = BytesIO()
     large.save(file, "JPEG", quality=95)
-    stored = packing.encode(file.getvalue(), True, 100, 90)
+    stored = encode(file.getvalue(), True, 100, 90)
     assert (stored.width, stored.height) == (160, 100)
     mine = torch.frombuffer(bytearray(stored.data), dtype=torch.uint8).view(100, 160, 3).float()
     wanted = pixels(Image.open(file).convert("RGB").resize((160, 100), Image.Resampling.BICUBIC)).float()
@@ -139,7 +142,7 @@ def test_large_jpegs_are_decoded_smaller_without_looking_different(tmp_path: Pat
 def test_quality(tmp_path: Path) -> None:
     file = BytesIO()
     picture(1, (200, 200)).save(file, "PNG")
-    sizes = [len(packing.encode(file.getvalue(), False, 100, quality).data) for quality in (20, 60, 95)]
+    sizes = [len(encode(file.getvalue(), False, 100, quality).data) for quality in (20, 60, 95)]
     assert sizes[0] < sizes[1] < sizes[2]
     source = ImageFolder(str(make_folder(tmp_path / "source", 3, (90, 60))))
     packs = [PackedImages(pack_folder(source, settings(tmp_path, max_size=30, quality=q))) for q in (20, 60, 95)]
@@ -189,7 +192,7 @@ def test_every_mode_is_converted_as_the_folder_does(tmp_path: Path, encoding: st
 def test_a_picture_too_long_for_a_jpeg_is_stored_raw() -> None:
     file = BytesIO()
     Image.new("RGB", (66000, 1), (1, 2, 3)).save(file, "PNG")
-    stored = packing.encode(file.getvalue(), False, 400, 90)
+    stored = encode(file.getvalue(), False, 400, 90)
     assert (stored.kind, stored.height, stored.width, len(stored.data)) == (packed.RAW, 1, 66000, 198000)
 
 
@@ -266,7 +269,7 @@ def test_which_samples_are_in_which_shard() -> None:
     assert bounds([100 * 2**20] * 5, max_size=None) == [0, 2, 4, 5]
     assert bounds([2**30] * 2, max_size=None) == [0, 1, 2]
     assert bounds([10**6] * 1024, encoding="raw")[:2] == [0, 419]  # 640,000 bytes each
-    assert len(bounds([110_000] * 1_281_167)) <= 2 * packing.MOST_SHARDS + 2
+    assert len(bounds([110_000] * 1_281_167)) <= 2 * listing.MOST_SHARDS + 2
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -315,7 +318,7 @@ def waited(barrier: threading.Barrier) -> None:
 
 @pytest.mark.usefixtures("small_shards")
 def test_a_problem_of_one_rank_ends_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "VISIBLE_SECONDS", 0.3)
+    monkeypatch.setattr(pack_files, "VISIBLE_SECONDS", 0.3)
     root = make_folder(tmp_path / "source")
     (root / "class_1" / "002.jpg").write_bytes(b"no picture")  # in shard 1, of rank 1
     source = ImageFolder(str(root))
@@ -342,13 +345,13 @@ import sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from trainer.config_data import CacheConfig
-from trainer.data import packing
+from trainer.data import listing, packing
 from trainer.errors import UserError
 root, cache = sys.argv[1:]
 classes = sorted(folder.name for folder in Path(root).iterdir())
 samples = [(str(file), classes.index(file.parent.name)) for file in sorted(Path(root).rglob("*.jpg"))]
 source = SimpleNamespace(root=root, classes=classes, samples=samples)
-packing.SHARD_SAMPLES = 2
+listing.SHARD_SAMPLES = 2
 """
 
 KILLED = """
@@ -397,7 +400,7 @@ def test_a_kill_in_the_middle_costs_the_shard_at_work_and_nothing_else(tmp_path:
 
 
 KILLED_WITH_WORKERS = """
-packing.SHARD_SAMPLES = 20
+listing.SHARD_SAMPLES = 20
 if __name__ == "__main__":
     source.samples *= 200
     packing.pack_folder(source, CacheConfig(path=cache, max_size=40), num_workers=2)
@@ -436,7 +439,7 @@ def test_leftovers_are_removed_and_files_at_work_are_not(tmp_path: Path) -> None
     for file in foreign:
         file.write_bytes(b"x")
     os.utime(foreign[0], (0, 0))
-    with packing.whole_file(folder / "at-work") as file_at_work:
+    with pack_files.whole_file(folder / "at-work") as file_at_work:
         file_at_work.write(b"y")
         pack_folder(source, config)
     assert (folder / "at-work").read_bytes() == b"y"
@@ -552,7 +555,7 @@ def test_a_file_that_cannot_be_read_is_not_taken_for_a_broken_picture(tmp_path: 
 
 NO_SPACE = """
 import resource
-packing.MOST_SHARDS = 1000
+listing.MOST_SHARDS = 1000
 resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
 if __name__ == "__main__":
     try:
@@ -583,7 +586,7 @@ def test_a_disk_that_is_full_only_when_files_are_flushed(tmp_path: Path, monkeyp
 
     source = ImageFolder(str(make_folder(tmp_path / "source")))
     with monkeypatch.context() as patch:
-        patch.setattr(packing.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(UserError, match=r"no space left in .* free\): No space left"):
             pack_folder(source, settings(tmp_path / "cache"))
     assert list((tmp_path / "cache").rglob("*.*")) == []
@@ -594,9 +597,9 @@ def test_pixels_that_do_not_fit_are_refused_at_the_start(tmp_path: Path, monkeyp
     class Usage:
         free = 15_000
 
-    monkeypatch.setattr(packing.shutil, "disk_usage", lambda folder: Usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage)
     source = ImageFolder(str(make_folder(tmp_path / "source")))  # six times 3,600 bytes
-    with pytest.raises(UserError, match=r"has 14.6 KiB free, but the packed pictures need about 21.1 KiB; make room"):
+    with pytest.raises(UserError, match=r"has 15 KiB free, but the packed pictures need about 21 KiB; make room"):
         pack_folder(source, settings(tmp_path / "cache", encoding="raw"))
     assert list((tmp_path / "cache").rglob("shard*")) == []
     pack_folder(source, settings(tmp_path / "cache", encoding="mixed"))

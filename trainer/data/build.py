@@ -18,8 +18,9 @@ from trainer.data.datasets import (
     build_eval_dataset,
     gives_encoded,
 )
+from trainer.data.listing import cache_key
 from trainer.data.packed import PackedImages
-from trainer.data.packing import OtherRankFailed, cache_key, pack_folder
+from trainer.data.packing import OtherRankFailed, pack_folder
 from trainer.errors import UserError, place_at
 
 T = TypeVar("T")

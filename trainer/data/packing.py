@@ -11,42 +11,35 @@ Imports no torch: worker processes start at once.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import hashlib
-import json
 import logging
 import multiprocessing
 import os
-import secrets
 import shutil
 import signal
-import socket
-import struct
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from trainer.config_data import CacheConfig
+from trainer.data.encoding import Corrupt, Stored, encode, shrunk
+from trainer.data.listing import FolderSource, Listing, settings_of
+from trainer.data.pack_files import appears, remove_leftovers, whole_file, write_error
 from trainer.data.packed import (
     BROKEN,
     FOOTER,
     FORMAT_VERSION,
     INDEX,
-    JPEG,
     MAGIC,
     MANIFEST,
-    RAW,
     RECORD,
     TEXTS,
     Footer,
@@ -55,128 +48,18 @@ from trainer.data.packed import (
     is_complete,
     read_tail,
 )
-from trainer.errors import UserError, one_line_text
-from trainer.system import die_with_parent, sync_folder
+from trainer.errors import UserError
+from trainer.system import die_with_parent
+from trainer.units import format_bytes
 
 logger = logging.getLogger("lockstep")
 
-# The size of a shard is part of the format: raise FORMAT_VERSION when changing it.
-SHARD_SAMPLES = 2048
-SHARD_BYTES = 256 * 2**20
-MOST_SHARDS = 256  # of each limit: larger sources have larger shards, as every shard is an open file in each reader
 
-LARGEST_JPEG = 65500  # pixels of a side that libjpeg writes
-STAT_THREADS = 32  # they wait for a network file system, not for a core
-STAT_CHUNK = 1024
 REPORT_SECONDS = 10.0
-STALE_SECONDS = 3600.0
-VISIBLE_SECONDS = 10.0
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-
-
-class FolderSource(Protocol):
-    """What is packed: `trainer.data.datasets.ImageFolder`, or anything else with its attributes."""
-
-    root: str | Path
-    samples: list[tuple[str, int]]
-    classes: list[str]
 
 
 class OtherRankFailed(UserError):
     """A pack is not complete, for a reason that another rank knows."""
-
-
-class Corrupt(Exception):
-    """A picture that cannot be decoded; the text does not depend on where the source lies."""
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The files of a source, in its order, as they were when it was listed."""
-
-    root: str
-    classes: tuple[str, ...]
-    names: tuple[str, ...]  # paths relative to the root
-    labels: np.ndarray  # int64 (N,)
-    sizes: np.ndarray  # int64 (N,), bytes
-    mtimes: np.ndarray  # int64 (N,), nanoseconds
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @classmethod
-    def of(cls, source: FolderSource) -> Listing:
-        """Asks the file system for size and time of every file, many at a time.
-
-        Raises:
-            UserError: a file is gone or may not be looked at.
-        """
-        paths = [path for path, _ in source.samples]
-        chunks = [paths[start : start + STAT_CHUNK] for start in range(0, len(paths), STAT_CHUNK)]
-        with ThreadPoolExecutor(STAT_THREADS) as threads:
-            stats = np.concatenate(list(threads.map(_stat, chunks)))
-        prefix = os.path.join(str(source.root), "")
-        names = tuple(path.removeprefix(prefix) for path in paths)
-        labels = np.array([label for _, label in source.samples], dtype=np.int64)
-        return cls(str(source.root), tuple(source.classes), names, labels, stats[:, 0], stats[:, 1])
-
-    def key(self, config: CacheConfig) -> str:
-        """Returns 16 hex digits that another source, or another setting, would not have."""
-        head = {"version": FORMAT_VERSION, "settings": _settings(config), "classes": self.classes}
-        digest = hashlib.blake2b(json.dumps(head, sort_keys=True).encode(), digest_size=8)
-        for name, *numbers in zip(
-            self.names, self.labels.tolist(), self.sizes.tolist(), self.mtimes.tolist(), strict=True
-        ):
-            digest.update(os.fsencode(name) + b"\0" + struct.pack("<qqq", *numbers))
-        return digest.hexdigest()
-
-    def shard_bounds(self, config: CacheConfig) -> list[int]:
-        """Returns B + 1 sample numbers: shard i holds the samples from `bounds[i]` up to `bounds[i + 1]`."""
-        guess = _guess_bytes(self.sizes, config)
-        most_samples = max(SHARD_SAMPLES, len(self) // MOST_SHARDS)
-        most_bytes = max(SHARD_BYTES, int(guess.sum()) // MOST_SHARDS)
-        bounds, filled = [0], 0
-        for number, size in enumerate(guess.tolist()):
-            if number > bounds[-1] and (number - bounds[-1] >= most_samples or filled + size > most_bytes):
-                bounds.append(number)
-                filled = 0
-            filled += size
-        return [*bounds, len(self)]
-
-
-def _stat(paths: Sequence[str]) -> np.ndarray:
-    try:
-        return np.array([(s.st_size, s.st_mtime_ns) for s in map(os.stat, paths)], dtype=np.int64)
-    except OSError as error:
-        raise UserError(f"cannot read '{error.filename}': {error.strerror}") from None
-
-
-def _settings(config: CacheConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude={"path"})
-
-
-def _guess_bytes(sizes: np.ndarray, config: CacheConfig) -> np.ndarray:
-    """Returns about how many bytes each sample takes, int64 (N,), for files of `sizes` bytes (N,)."""
-    raw, jpeg = sizes * 20, sizes
-    if config.max_size is not None:
-        pixels = config.max_size**2 * 4 // 3
-        raw, jpeg = np.minimum(raw, pixels * 3), np.minimum(jpeg, pixels // 2)
-    if config.encoding == "mixed":
-        return np.where(np.arange(len(sizes)) % 2 == 1, raw, jpeg)
-    return raw if config.encoding == "raw" else jpeg
-
-
-def cache_key(source: FolderSource, config: CacheConfig) -> str:
-    """Returns the name of a source's folder in `config.path`: 16 hex digits of a hash of everything that matters.
-
-    That is the relative path, size, modification time and label of every file, the class names, the settings and
-    the version of the format. It costs one `stat` per file.
-
-    Raises:
-        UserError: a file cannot be looked at.
-    """
-    return Listing.of(source).key(config)
 
 
 def pack_folder(
@@ -238,7 +121,7 @@ def pack_folder(
     barrier()
     if failure is not None:
         raise failure
-    if not _appears(folder / MANIFEST):
+    if not appears(folder / MANIFEST):
         raise OtherRankFailed(f"the packed data set '{folder}' is not complete: another rank could not do its part")
     return folder
 
@@ -289,9 +172,9 @@ class PackJob:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(self.folder)
+            remove_leftovers(self.folder)
         except OSError as error:
-            raise _write_error(self.folder, error) from error
+            raise write_error(self.folder, error) from error
         if check_space:
             self._check_space()
         tasks = [self.task(shard) for shard in shards]
@@ -318,13 +201,14 @@ class PackJob:
                 contextlib.suppress(Exception),  # a broken picture is none of our concern yet
                 Image.open(os.path.join(self.listing.root, self.listing.names[number])) as image,
             ):
-                width, height = _shrunk(image.size, self.config.max_size)
+                width, height = shrunk(image.size, self.config.max_size)
                 areas.append(width * height)
         per_sample = 3 * sum(areas) / max(len(areas), 1) / (2 if self.config.encoding == "mixed" else 1)
         needed, free = int(per_sample * missing), shutil.disk_usage(self.folder).free
         if needed * 0.9 > free:  # it is an estimate
-            message = f"'{self.folder}' has {_size(free)} free, but the packed pictures need about {_size(needed)}"
-            raise UserError(f"{message}; make room, or choose a smaller data.cache.max_size or encoding jpeg")
+            message = f"'{self.folder}' has {format_bytes(free)} free, but the packed pictures need about"
+            advice = "make room, or choose a smaller data.cache.max_size or encoding jpeg"
+            raise UserError(f"{message} {format_bytes(needed)}; {advice}")
 
     def publish(self) -> None:
         """Joins the indices of all shards and writes the manifest, which makes the pack complete.
@@ -335,7 +219,7 @@ class PackJob:
         tails = []
         for shard in range(self.num_shards):
             task = self.task(shard)
-            tail = read_tail(task.file, task.footer) if _appears(task.file) else None
+            tail = read_tail(task.file, task.footer) if appears(task.file) else None
             if tail is None:
                 raise UserError(f"'{task.file}' was not packed completely; packing again goes on from there")
             tails.append(tail)
@@ -350,7 +234,7 @@ class PackJob:
             format_version=FORMAT_VERSION,
             key=self.key,
             source=self.listing.root,
-            settings=_settings(self.config),
+            settings=settings_of(self.config),
             classes=[str(name) for name in self.listing.classes],
             shards=[tail.file for tail in tails],
             index=joined[INDEX],
@@ -359,7 +243,7 @@ class PackJob:
         for name, data in {**parts, MANIFEST: manifest.to_json().encode()}.items():
             with whole_file(self.folder / name) as file:
                 file.write(data)
-        _remove_leftovers(self.folder)
+        remove_leftovers(self.folder)
 
 
 def write_shard(task: ShardTask, advance: Callable[[int, bool], None]) -> None:
@@ -411,16 +295,6 @@ def write_shard(task: ShardTask, advance: Callable[[int, bool], None]) -> None:
             file.write(part)
 
 
-class Stored(NamedTuple):
-    """A picture as it is written."""
-
-    kind: int  # RAW, JPEG or BROKEN
-    data: bytes
-    height: int = 0
-    width: int = 0
-    error: bytes = b""
-
-
 def _encode_sample(task: ShardTask, i: int) -> Stored:
     path = os.path.join(task.root, task.names[i])
     try:
@@ -435,58 +309,6 @@ def _encode_sample(task: ShardTask, i: int) -> Stored:
         if task.on_error == "raise":
             raise UserError(f"cannot read '{path}': {error}") from error
         return Stored(BROKEN, b"", error=os.fsencode(str(error)))
-
-
-def encode(data: bytes, as_raw: bool, max_size: int | None, quality: int) -> Stored:
-    """Turns an image file into what is stored of it.
-
-    A gray or RGB JPEG that needs not be shrunk stays as it is, byte for byte. Modes are converted as in
-    `trainer.data.datasets.ImageFolder`.
-
-    Args:
-        data: the file.
-        as_raw: store pixels, not a JPEG.
-        max_size: pixels that the shorter side has at most; None: any.
-        quality: of a JPEG that is made anew.
-
-    Raises:
-        Corrupt: it cannot be decoded, or has other than 8 bits per channel.
-    """
-    try:
-        with Image.open(BytesIO(data)) as image:
-            if image.mode.startswith(("I", "F")):  # PIL would clip it
-                raise Corrupt(f"{image.mode} image: convert it to 8 bits per channel first")
-            is_plain = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
-            width, height = _shrunk(image.size, max_size)
-            is_kept = (width, height) == image.size
-            if not is_kept:
-                image.draft(None, (2 * width, 2 * height))  # has libjpeg decode a half, a quarter or an eighth
-            image.load()  # also of a file that is kept: it may be truncated
-            pixels = image if image.mode == "RGB" else image.convert("RGB")
-        if not is_kept:
-            pixels = pixels.resize((width, height), Image.Resampling.BICUBIC)  # Lanczos takes 1.4 times as long
-        if as_raw or (not is_plain and max(width, height) > LARGEST_JPEG):
-            return Stored(RAW, pixels.tobytes(), height, width)
-        if is_plain and is_kept:
-            return Stored(JPEG, data, height, width)
-        encoded = BytesIO()
-        pixels.info = {}  # or its comment would be written
-        pixels.save(encoded, "JPEG", quality=quality)
-        return Stored(JPEG, encoded.getvalue(), height, width)
-    except (Corrupt, MemoryError):
-        raise
-    except Image.UnidentifiedImageError:
-        raise Corrupt("cannot identify image file") from None  # PIL's text has the address of the bytes
-    except Exception as error:  # PIL raises many types for broken files
-        raise Corrupt(one_line_text(error)) from error
-
-
-def _shrunk(size: tuple[int, int], max_size: int | None) -> tuple[int, int]:
-    shorter = min(size)
-    if max_size is None or shorter <= max_size:
-        return size
-    width, height = (round(side * max_size / shorter) for side in size)
-    return width, height
 
 
 class Progress:
@@ -580,95 +402,3 @@ def _advance_shared(samples: int, packed: bool) -> None:
         counter.value += samples
     if _shared.stop.is_set():
         raise Stopped
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file for writing that appears under its name, and on the disk, only when the body has ended well.
-
-    Raises:
-        UserError: the disk is full or cannot be written. OSErrors of the body are taken for that.
-    """
-    temporary = path
-    try:
-        try:
-            temporary, file = _open_temporary(path)
-            with file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(temporary, path)
-            sync_folder(path.parent)
-        except OSError as error:
-            raise _write_error(path.parent, error) from error
-    except BaseException:
-        if temporary != path:
-            temporary.unlink(missing_ok=True)
-        raise
-
-
-def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
-    while True:
-        temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-        file = open(temporary, "xb", buffering=2**20)  # noqa: SIM115  # the caller closes it
-        with contextlib.suppress(OSError):  # no locks on this file system: see _remove_leftovers
-            fcntl.flock(file, fcntl.LOCK_EX)  # tells that its writer lives
-        if temporary.exists():  # not taken for a leftover before it was locked
-            return temporary, file
-        file.close()
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Removes the temporary files of processes that were killed, and not those of another job at work.
-
-    A writer holds a lock, which ends with it. Locks may not reach other hosts, or may be missing altogether: there,
-    a file counts as left over when it has not been written for an hour.
-    """
-    for leftover in folder.glob(".*.tmp"):
-        with contextlib.suppress(FileNotFoundError), open(leftover, "rb") as file:
-            is_locking, is_stale = True, time.time() - os.fstat(file.fileno()).st_mtime > STALE_SECONDS
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
-                is_locking = False
-            if is_stale or (is_locking and f".{socket.gethostname()}." in leftover.name):
-                leftover.unlink()
-
-
-def _appears(file: Path) -> bool:
-    """Tells whether another host's file is there; what a network file system remembers may be seconds old."""
-    deadline = time.monotonic() + VISIBLE_SECONDS
-    while not file.exists():
-        if not file.parent.is_dir() or time.monotonic() > deadline:
-            return False
-        with contextlib.suppress(OSError):
-            # A change of our own makes an NFS client look at the folder again.
-            probe = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}.probe.tmp")
-            probe.touch()
-            probe.unlink()
-        time.sleep(0.2)
-    return True
-
-
-def _write_error(folder: Path, error: OSError) -> UserError:
-    if error.errno in _FULL:
-        free = ""
-        with contextlib.suppress(OSError):
-            free = f" ({_size(shutil.disk_usage(folder).free)} free)"
-        return UserError(
-            f"no space left in '{folder}'{free}: {error.strerror}; make room and start again: complete shards are kept"
-        )
-    return UserError(f"cannot write to '{folder}': {error.strerror or error}")
-
-
-def _size(number: int) -> str:
-    value, unit = float(number), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -118,7 +118,7 @@ def test_batches_are_functions_of_seed_and_step(way: str, folder: Path) -> None:
 
 
 def test_each_split_has_its_own_transforms(folder: Path) -> None:
-    sizes = {"train": 12, "eval": 20}
+    sizes: dict[Literal["train", "eval"], int] = {"train": 12, "eval": 20}
     transforms = {split: [{"name": "CenterCrop", "args": {"size": size}}] for split, size in sizes.items()}
     data = config(folder, transforms=transforms)
     for split, size in sizes.items():

@@ -170,18 +170,6 @@ def test_the_largest_micro_batch_is_the_largest() -> None:
         assert found is None or found.peak_bytes <= limit
 
 
-@nightly
-def test_the_largest_with_given_policies() -> None:
-    policies = planner().uniform(1, "full").policies
-    limit = planner().uniform(24, "full").peak_bytes
-    found = planner().largest_with(policies, limit)
-    assert found is not None
-    assert found.micro_batch_size == 24
-    plain = planner().largest_micro_batch("none", limit)
-    assert plain is not None
-    assert plain.micro_batch_size < 24
-
-
 def test_the_solver_stays_within_the_budget_and_costs_less_than_full() -> None:
     none, full = planner().uniform(24, "none"), planner().uniform(24, "full")
     for share in (0.2, 0.5, 0.8):

@@ -334,10 +334,6 @@ class Planner:
         """Returns the largest micro-batch that peaks at no more than the limit, all blocks treated alike."""
         return self._largest(lambda size: self.uniform(size, checkpointing), limit_bytes)
 
-    def largest_with(self, policies: Mapping[str, Policy], limit_bytes: int) -> Prediction | None:
-        """Returns the largest micro-batch that peaks at no more than the limit with these policies."""
-        return self._largest(lambda size: self.predict(size, "auto", policies), limit_bytes)
-
     def largest_sharded(self, checkpointing: Any, limit_bytes: int) -> Prediction | None:
         """Returns the same as `largest_micro_batch` under FSDP2."""
         return self._largest(lambda size: self.sharded(self.uniform(size, checkpointing)), limit_bytes)

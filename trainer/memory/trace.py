@@ -101,7 +101,6 @@ class MemoryTrace(TorchDispatchMode):
         granularity: bytes that each storage is rounded up to.
         device: what the seconds are estimated for; None: no seconds.
         allow_tf32: whether the seconds of float32 products are those of tf32.
-        device_type: count tensors on devices of this type only; None: all.
     """
 
     def __init__(
@@ -109,14 +108,12 @@ class MemoryTrace(TorchDispatchMode):
         granularity: int = CUDA_GRANULARITY,
         device: Device | None = None,
         allow_tf32: bool = False,
-        device_type: str | None = None,
     ) -> None:
         super().__init__()
         assert granularity > 0
         self.granularity = granularity
         self.device = device
         self.allow_tf32 = allow_tf32
-        self.device_type = device_type
         self.live_bytes = 0
         self.peak_bytes = 0
         self.peak_by_phase: dict[str, int] = {}
@@ -260,8 +257,6 @@ class MemoryTrace(TorchDispatchMode):
                 cost.cheap_seconds += seconds
 
     def _add(self, storage: torch.UntypedStorage, tensor: torch.Tensor, category: str, origin: str) -> None:
-        if self.device_type is not None and tensor.device.type != self.device_type:
-            return
         num_bytes = -(-storage.nbytes() // self.granularity) * self.granularity
         if num_bytes == 0:
             return
@@ -351,9 +346,9 @@ class MemoryTrace(TorchDispatchMode):
             at_peak[entry.category] += entry.num_bytes
         return at_peak
 
-    def largest_at_peak(self, num_tensors: int = _NUM_LARGEST) -> tuple[LargeTensor, ...]:
+    def largest_at_peak(self) -> tuple[LargeTensor, ...]:
         """Returns the largest storages at the moment of the peak, the largest first."""
-        largest = sorted(self._entries_at_peak(), key=lambda entry: -entry.num_bytes)[:num_tensors]
+        largest = sorted(self._entries_at_peak(), key=lambda entry: -entry.num_bytes)[:_NUM_LARGEST]
         return tuple(LargeTensor(x.shape, x.dtype, x.category, x.origin, x.num_bytes) for x in largest)
 
 

@@ -21,7 +21,7 @@ PARTS = {
     "restarts": ("restarts", "t-gap"),
 }
 _MOST_ATTEMPTS = 60
-_WIDTH = 1000
+_WIDTH, _HEIGHT = 1000, 14
 
 
 def address(path: Path, start: Path) -> str:
@@ -29,7 +29,7 @@ def address(path: Path, start: Path) -> str:
     return urllib.parse.quote(os.path.relpath(path, start))
 
 
-def bar(seconds: Mapping[str, float], width: float = _WIDTH, height: float = 14, left: float = 0) -> Html:
+def bar(seconds: Mapping[str, float], width: float = _WIDTH, left: float = 0) -> Html:
     """Returns the parts of a time side by side, as pieces of an SVG picture."""
     total = sum(seconds.values())
     pieces, at = [], left
@@ -39,15 +39,15 @@ def bar(seconds: Mapping[str, float], width: float = _WIDTH, height: float = 14,
             continue
         name, colour = PARTS.get(part, (part.replace("_", " "), "t-other"))
         hint = tag("title", f"{name}: {duration(seconds[part])} ({percent(share)})")
-        size = {"x": f"{at:.2f}", "y": 0, "width": f"{share * width:.2f}", "height": height}
+        size = {"x": f"{at:.2f}", "y": 0, "width": f"{share * width:.2f}", "height": _HEIGHT}
         pieces.append(tag("rect", hint, style=f"fill:var(--{colour})", **size))
         at += share * width
     return join(pieces)
 
 
-def picture(pieces: Html, label: str, height: int = 14) -> Html:
+def picture(pieces: Html, label: str) -> Html:
     """Returns pieces as a picture as wide as its box."""
-    box = f"0 0 {_WIDTH} {height}"
+    box = f"0 0 {_WIDTH} {_HEIGHT}"
     return tag("svg", pieces, class_="bar", viewBox=box, preserveAspectRatio="none", role="img", aria_label=label)
 
 
@@ -104,7 +104,7 @@ def timeline(run: Run, start: Path) -> Html:
 def _row(run: Run, attempt: Attempt, first: float, scale: float, start: Path) -> list[object]:
     left = (attempt.started - first) * scale
     width = max((attempt.last_seen - attempt.started) * scale, 4)
-    track = tag("rect", x=0, y=0, width=_WIDTH, height=14, class_="track")
+    track = tag("rect", x=0, y=0, width=_WIDTH, height=_HEIGHT, class_="track")
     pieces = bar(attempt.seconds, width, left=min(left, _WIDTH - width))
     steps = UNKNOWN
     if attempt.first_step is not None and attempt.step is not None:

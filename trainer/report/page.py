@@ -35,6 +35,7 @@ from trainer.report.reading import Advice, Run, as_number
 from trainer.units import counted
 
 _MOST_LINKS = 100
+_MOST_LISTED = 12  # ranks or samples of a bad step
 
 
 def run_page(run: Run, start: Path) -> str:
@@ -278,10 +279,10 @@ def trouble(run: Run) -> Html:
     return join((tag("p", "; ".join(facts) + ".", class_="fact") if facts else "", shown))
 
 
-def _short_list(value: Any, most: int = 12) -> str:
+def _short_list(value: Any) -> str:
     if not isinstance(value, list):
         return UNKNOWN if value is None else str(value)[:300]
-    return ", ".join(str(entry)[:80] for entry in value[:most]) + (", …" if len(value) > most else "")
+    return ", ".join(str(entry)[:80] for entry in value[:_MOST_LISTED]) + (", …" if len(value) > _MOST_LISTED else "")
 
 
 def predictions(run: Run, drawn: Drawn) -> Html:

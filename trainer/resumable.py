@@ -219,7 +219,7 @@ class Resumable(Assembly):
 
     def note_bad_steps(self) -> list[Fault]:
         """Writes down which steps are known to be bad, and with which samples; returns them, oldest first."""
-        mine = [(bad, self.sampler.share(bad.step)[1]) for bad in self.numbers.found]
+        mine = [(bad, self.sampler.samples(bad.step)) for bad in self.numbers.found]
         found = self.runtime.gather((mine, socket.gethostname(), os.getpid()))
         by_rank = [seen for seen, _, _ in found]
         self.numbers.found.clear()

@@ -154,7 +154,7 @@ def test_every_rank_takes_as_many_turns(num_samples: int, micro: int) -> None:
             loaded = [next(batches[rank]) for _ in sizes[rank]]
             assert [len(keys) for keys in loaded] == [max(n, 1) for n in sizes[rank]]
             seen = [key.sample for keys, n in zip(loaded, sizes[rank], strict=True) for key in keys[:n]]
-            assert seen == samplers[rank].share(step)[1]
+            assert seen == samplers[rank].samples(step)
         stood_in.append(any(0 in rank for rank in sizes))
     assert [plan.needs_stand_ins(step) for step in range(plan.steps_per_epoch)] == stood_in
     assert all(next(rank, None) is None for rank in batches)

@@ -27,11 +27,11 @@ def test_global_batch_is_a_slice_of_the_permutation(samples: int, ranks: int) ->
         p = plan(samples, batch, ranks)
         for k in range(p.steps_per_epoch):
             step = epoch * p.steps_per_epoch + k
-            shares = [sampler(p, r, seed).share(step) for r in range(ranks)]
-            assert all(e == epoch for e, _ in shares)
+            keys = [sampler(p, r, seed).keys(step) for r in range(ranks)]
+            assert all(key.epoch == epoch for share in keys for key in share)
             expected = permutation[k * batch : (k + 1) * batch]
-            assert sorted(i for _, share in shares for i in share) == sorted(expected)
-            assert [share for _, share in shares] == [expected[r::ranks] for r in range(ranks)]
+            assert sorted(key.sample for share in keys for key in share) == sorted(expected)
+            assert [[key.sample for key in share] for share in keys] == [expected[r::ranks] for r in range(ranks)]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -68,8 +68,7 @@ def test_micro_batches_are_the_share_in_pieces() -> None:
     batches = iter(micro)
     for step in range(5):
         pieces = [next(batches) for _ in micro.micro_batch_sizes(step)]
-        epoch, share = s.share(step)
-        assert [key for piece in pieces for key in piece] == [SampleKey(epoch, i) for i in share]
+        assert [key for piece in pieces for key in piece] == s.keys(step)
         assert [len(piece) for piece in pieces] == micro.micro_batch_sizes(step)
     assert next(batches, None) is None
 

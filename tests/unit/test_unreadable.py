@@ -248,9 +248,9 @@ def test_replacements_are_functions_of_seed_epoch_and_sample(transforms: list[An
         sampler = StepSampler(plan, 0, SEED)
         seen = train(mixed, transforms, batch_size=batch_size, epochs=2, seed=seed)
         return sorted(
-            (sampler.share(step)[0], asked, came)
+            (key.epoch, key.sample, came)
             for step, samples in enumerate(seen.steps)
-            for asked, came in zip(sampler.share(step)[1], samples, strict=True)
+            for key, came in zip(sampler.keys(step), samples, strict=True)
         )
 
     one, all_ = by_asked(1), by_asked(NUM_FILES)

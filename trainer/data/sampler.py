@@ -175,9 +175,9 @@ class StepSampler(DistributedSampler[int]):
         self.plan = plan
         self._permutation: tuple[int, torch.Tensor] | None = None
 
-    def share(self, step: int) -> tuple[int, list[int]]:
-        """Returns the epoch of global step `step`, and the sample indices of this rank in it, in order."""
-        return step // self.plan.steps_per_epoch, [key.sample for key in self.keys(step)]
+    def samples(self, step: int) -> list[int]:
+        """Returns the sample indices of this rank in global step `step`, in order."""
+        return [key.sample for key in self.keys(step)]
 
     def keys(self, step: int) -> list[SampleKey]:
         """Returns the sample keys of this rank in global step `step`, in order."""
@@ -212,7 +212,7 @@ class StepSampler(DistributedSampler[int]):
         """Yields this rank's samples of the epoch given to `set_epoch`."""
         first = self.epoch * self.plan.steps_per_epoch
         for step in range(first, first + self.plan.steps_per_epoch):
-            yield from self.share(step)[1]
+            yield from self.samples(step)
 
     def __len__(self) -> int:
         steps = range(self.plan.steps_per_epoch)

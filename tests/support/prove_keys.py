@@ -1,4 +1,4 @@
-"""Runs tests once more with a config key ignored, and tells which of them fail.
+"""Runs tests as they are and with a config key ignored, and tells for which keys the second fails.
 
 Each run is a fork of this process, which has imported torch, so it costs little more than the tests themselves.
 `python tests/support/prove_keys.py KEY=NODE_ID ...` prints a line per key.
@@ -7,6 +7,7 @@ Each run is a fork of this process, which has imported torch, so it costs little
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -14,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 for folder in ("examples", "tests/support", "tests", "."):
@@ -24,51 +24,50 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import ignoring  # noqa: E402
 import pytest  # noqa: E402
 
-
-class Ran(NamedTuple):
-    """What became of tests: node ids."""
-
-    passed: list[str]
-    failed: list[str]
-    skipped: list[str]
-    seconds: dict[str, float]
+_SECONDS = 300
 
 
 class _Notes:
+    """Takes note of how each phase of each test ended: `passed`, `failed` or `skipped`."""
+
     def __init__(self) -> None:
-        self.ran = Ran([], [], [], {})
+        self.outcomes: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.ran.seconds[report.nodeid] = self.ran.seconds.get(report.nodeid, 0.0) + report.duration
-        if report.when == "call" or report.outcome != "passed":
-            kept = {"passed": self.ran.passed, "failed": self.ran.failed, "skipped": self.ran.skipped}[report.outcome]
-            if report.nodeid not in kept:
-                kept.append(report.nodeid)
+        self.outcomes.add(report.outcome)
 
 
-def run(nodes: list[str], key: str | None, seconds: float = 300.0, *options: str) -> Ran:
-    """Runs tests in a fork in which `key` is ignored; all of them count as failed where they take too long."""
+def outcomes(test: str, key: str | None) -> set[str]:
+    """Runs a test in a fork in which `key` is ignored, and returns how its phases and cases ended.
+
+    Nothing is returned of a fork that came to no end. What the test writes goes to the file `PROVE_KEYS_LOG`.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "ran.json"
+        answer = Path(folder) / "outcomes.json"
         child = os.fork()
         if child == 0:
             os.setpgid(0, 0)
             log = os.open(os.environ.get("PROVE_KEYS_LOG", os.devnull), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            signal.alarm(int(seconds))
+            signal.alarm(2 * _SECONDS)
             if key is not None:
                 os.environ[ignoring.VARIABLE] = key
                 ignoring.install()
             notes = _Notes()
-            common = ("-q", "-p", "no:cacheprovider", f"--timeout={int(seconds / 2)}")
-            pytest.main([*common, *options, *nodes], plugins=[notes])
-            answer.write_text(json.dumps(notes.ran))
+            pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"--timeout={_SECONDS}", test], plugins=[notes])
+            answer.write_text(json.dumps(sorted(notes.outcomes)))
             os._exit(0)
         os.waitpid(child, 0)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)  # what a test that failed has left
-        return Ran(*json.loads(answer.read_text())) if answer.exists() else Ran([], nodes, [], {})
+        return set(json.loads(answer.read_text())) if answer.exists() else set()
+
+
+@functools.cache
+def passes(test: str) -> bool:
+    """Tells whether a test passes as things are."""
+    return outcomes(test, None) - {"skipped"} == {"passed"}
 
 
 def preload(files: Iterable[str]) -> None:
@@ -80,13 +79,12 @@ def preload(files: Iterable[str]) -> None:
 def main(pairs: list[str]) -> int:
     os.chdir(REPOSITORY)
     preload(sorted({pair.partition("=")[2].partition("::")[0] for pair in pairs}))
-    unproven = 0
+    is_proven = []
     for pair in pairs:
-        key, _, node = pair.partition("=")
-        ran = run([node], key)
-        unproven += not ran.failed
-        print(f"{'proven' if ran.failed else 'NOT PROVEN'} {key} {node} {sum(ran.seconds.values()):.1f} s", flush=True)
-    return 1 if unproven else 0
+        key, _, test = pair.partition("=")
+        is_proven.append(passes(test) and "failed" in outcomes(test, key))
+        print(f"{'proven' if is_proven[-1] else 'NOT PROVEN'} {key} {test}", flush=True)
+    return 0 if all(is_proven) else 1
 
 
 if __name__ == "__main__":

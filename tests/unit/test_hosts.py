@@ -258,6 +258,14 @@ def test_clocks(ahead: list[float], expected: list[str], config: Config) -> None
     assert [line for lines in errors.values() for line in lines] == expected
 
 
+def test_the_tolerance_of_clocks(write_config: WriteConfig) -> None:
+    config = load_config(str(write_config(launch__hosts__clock_tolerance="60 s")))
+    found = {host: facts(config) for host in HOSTS[:2]}
+    clocks = {HOSTS[0]: Clock(0.0, 0.01), HOSTS[1]: Clock(50.0, 0.01)}
+    errors, _ = checks.judge(found, clocks, facts(config), config)
+    assert not any(errors.values())
+
+
 def test_the_way_to_a_clock_and_back_is_not_its_difference() -> None:
     slow, quick = (100.0, 107.0, 104.0), (110.0, 112.1, 110.2)
     clock = Clock.from_readings([slow, quick])

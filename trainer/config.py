@@ -287,17 +287,20 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
         problems = [_problem(details, source) for details in error.errors()]
         raise UserError(*dict.fromkeys(problems)) from None
     config._source = source
-    if config.checkpoint.best is not None and config.data.eval is None:
+    if config.checkpoint.best is not None and not config.data.evaluates:
         problem = Problem("without data.eval nothing is ever the best", "checkpoint.best")
         raise UserError(config.locate(problem))
-    if config.train.early_stopping is not None and config.data.eval is None:
+    if config.train.early_stopping is not None and not config.data.evaluates:
         problem = Problem("without data.eval there is nothing that gets better", "train.early_stopping")
         raise UserError(config.locate(problem))
-    if config.task.metrics and config.data.eval is None:
+    if config.task.metrics and not config.data.evaluates:
         raise UserError(config.locate(Problem("without data.eval nothing is evaluated", "task.metrics")))
     if config.model.dtype == "bfloat16" and config.precision != "bf16":
         problem = Problem("bfloat16 parameters need precision: bf16", "model.dtype")
         raise UserError(config.locate(problem))
+    if config.data.eval_share is not None and config.task.name in ("detection", "language_model", "segmentation"):
+        message = f"the task {config.task.name} asks its data sets more than samples: set data.eval"
+        raise UserError(config.locate(Problem(message, "data.eval_share")))
     unteachable = _teacher_problem(config) if config.task.teacher is not None else None
     if unteachable is not None:
         raise UserError(config.locate(unteachable))

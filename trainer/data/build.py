@@ -18,6 +18,7 @@ from trainer.data.datasets import (
     build_eval_dataset,
     gives_encoded,
 )
+from trainer.data.held_out import hold_out
 from trainer.data.packed import PackedImages
 from trainer.data.packing import OtherRankFailed, cache_key, pack_folder
 from trainer.errors import UserError, place_at
@@ -45,7 +46,12 @@ def build_data(config: DataConfig, ranks: Ranks) -> tuple[SizedDataset, SizedDat
         UserError: one of them cannot be built, or there is nothing to pack; on all ranks alike.
     """
     train = ranks.agree(lambda: build_dataset(config.train, "data.train", ranks))
-    evaluation = ranks.agree(lambda: build_eval_dataset(config, train, ranks))
+    evaluation: SizedDataset | None
+    if (share := config.eval_share) is not None:
+        whole = train
+        train, evaluation = ranks.agree(lambda: hold_out(whole, share))
+    else:
+        evaluation = ranks.agree(lambda: build_eval_dataset(config, train, ranks))
     if config.cache is not None and not is_packable(train) and not is_packable(evaluation):
         message = "image folders are packed, and neither data.train nor data.eval is one"
         raise UserError(message, path="data.cache", agreed=True)

@@ -32,7 +32,7 @@ _KINDS_OF_VALUES = """\
 
 | kind | how it is written |
 |---|---|
-| component | `{name: ..., args: {...}}`. `name` is a built-in's short name or an import path `package.module:attribute`; it is called with `args` |
+| component | `{name: ..., args: {...}}`: a built-in's short name or an import path, `package.module:attribute`, and its `args` |
 | interval | optimizer steps such as `200`, or passes over the training data such as `5 epochs` |
 | minutes | `10 minutes` |
 | time | seconds such as `90`, or `90 seconds`, `10 minutes`, `1 hour` |
@@ -44,7 +44,12 @@ _KINDS_OF_VALUES = """\
 
 - `base: other.yaml` builds on another file, relative to this one. Sections are merged key by key; lists are replaced.
 - `section.key=value` on the command line wins over the files. The value is YAML: `'data.eval={name: digits}'`.
-- Another `name` drops the `args` beside it; the rest of its section stays. `null` unsets what a base has set.
+- Another `name` drops the `args` beside it; the rest of its section stays, such as `model.weights` and
+  `optim.rest`. `null` unsets what a base has set.
+- `train.batch_size` is global. Each device's share and the accumulation come from it, from `train.micro_batch_size`
+  (the most that one device holds) and from the number of processes; a split that does not work is refused with the
+  nearest sizes that do. BatchNorm sees one device's micro-batch at a time, as under DDP everywhere; for models with it,
+  and only for them, the split matters to the optimisation.
 - A mistake is one line with file, line, dotted path and the nearest valid name, and exit code 2.
 
 """
@@ -117,7 +122,7 @@ def _section_text(path: str, section: type[Section], field: FieldInfo) -> str:
     if field.default is None:
         text += "Default: `null`, which turns all of it off.\n\n"
     if path in _COMPONENTS:
-        text += f"A component; {_names(_COMPONENTS[path])}\n\n"
+        text += f"A component. {_names(_COMPONENTS[path])}\n\n"
     keys = {name: key for name, key in section.model_fields.items() if _section(key.annotation) is None}
     return text + (f"{_table(f'{path}.', keys)}\n" if keys else "")
 
@@ -129,8 +134,7 @@ def _table(prefix: str, keys: Mapping[str, FieldInfo]) -> str:
         assert field.description, path
         meaning = _one_line(field.description)
         if path in _COMPONENTS:
-            kind = _COMPONENTS[path]
-            meaning += f" {_names(kind).capitalize()}" if kind in BUILT_INS else ""
+            meaning += f" {_names(_COMPONENTS[path])}"
         value = _type(field.annotation, field.metadata)
         cells = (f"`{path}`", value, _default(field), meaning.replace("|", "\\|"))
         lines.append(f"| {' | '.join(cells)} |")
@@ -140,7 +144,7 @@ def _table(prefix: str, keys: Mapping[str, FieldInfo]) -> str:
 def _names(kind: Kind) -> str:
     """Returns what a component's name may be, besides an import path."""
     names = [f"`{name}`" for name in BUILT_INS[kind]]
-    return f"built in: {', '.join([*names, *([_LIBRARIES[kind]] if kind in _LIBRARIES else [])])}."
+    return f"Built in: {', '.join([*names, *([_LIBRARIES[kind]] if kind in _LIBRARIES else [])])}."
 
 
 def _type(annotation: Any, metadata: list[Any]) -> str:

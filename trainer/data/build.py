@@ -6,6 +6,7 @@ Owns the order of the steps that ranks take together: build, pack, open. What th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
@@ -22,6 +23,8 @@ from trainer.data.held_out import hold_out
 from trainer.data.packed import PackedImages
 from trainer.data.packing import OtherRankFailed, cache_key, pack_folder
 from trainer.errors import UserError, place_at
+
+logger = logging.getLogger("lockstep")
 
 T = TypeVar("T")
 
@@ -50,6 +53,7 @@ def build_data(config: DataConfig, ranks: Ranks) -> tuple[SizedDataset, SizedDat
     if (share := config.eval_share) is not None:
         whole = train
         train, evaluation = ranks.agree(lambda: hold_out(whole, share))
+        logger.info("held out   %d of %d samples for evaluation", len(evaluation), len(whole))
     else:
         evaluation = ranks.agree(lambda: build_eval_dataset(config, train, ranks))
     if config.cache is not None and not is_packable(train) and not is_packable(evaluation):

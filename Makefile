@@ -42,7 +42,7 @@ reference: $(INSTALLED)        ## write configs/schema.json and docs/config.md a
 	$(BIN)/python -m trainer reference > docs/config.md
 
 docs: $(INSTALLED)             ## the site of these pages, in build/site
-	$(BIN)/mkdocs build --strict --quiet --config-file docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/mkdocs.yml
 
 clean:
 	rm -rf $(VENV) build runs .mypy_cache .pytest_cache .ruff_cache *.egg-info

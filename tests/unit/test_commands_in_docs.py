@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,13 +173,13 @@ def check_python(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", arguments if module is None else [module, *arguments])
     for method in ("parse_args", "parse_intermixed_args"):
         monkeypatch.setattr(argparse.ArgumentParser, method, stopping_after(getattr(argparse.ArgumentParser, method)))
-    if module is not None:
-        monkeypatch.delitem(sys.modules, module, raising=False)  # runpy warns where another page's command has left it
-        run_it = lambda: runpy.run_module(module, run_name="__main__", alter_sys=True)
+    if module is None:
+        program = partial(runpy.run_path, arguments[0], run_name="__main__")
     else:
-        run_it = lambda: runpy.run_path(arguments[0], run_name="__main__")
+        monkeypatch.delitem(sys.modules, module, raising=False)  # runpy warns where another page's command has left it
+        program = partial(runpy.run_module, module, run_name="__main__", alter_sys=True)
     with pytest.raises(Understood):
-        run_it()
+        program()
 
 
 def stopping_after(parse: Any) -> Any:

@@ -268,6 +268,7 @@ RUN_NIGHTLY = [
 
 
 @nightly
+@pytest.mark.timeout(1200)
 def test_what_one_process_can_do_without_a_network_is_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

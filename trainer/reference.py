@@ -32,7 +32,7 @@ _KINDS_OF_VALUES = """\
 
 | kind | how it is written |
 |---|---|
-| component | `{name: ..., args: {...}}`: a built-in's short name or an import path `package.module:attribute`; `args` |
+| component | `{name: ..., args: {...}}`; `name` is a built-in's short name, or `package.module:attribute` |
 | interval | optimizer steps such as `200`, or passes over the training data such as `5 epochs` |
 | minutes | `10 minutes` |
 | time | seconds such as `90`, or `90 seconds`, `10 minutes`, `1 hour` |

@@ -11,6 +11,7 @@ _REPOSITORY = Path(__file__).resolve().parent.parent
 _SHOWN = (
     "README.md",
     "CONTRIBUTING.md",
+    "benchmarks/README.md",
     "docs/*.md",
     "docs/*.svg",
     "docs/images/*",

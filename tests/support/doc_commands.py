@@ -17,6 +17,7 @@ PAGES = sorted(
     [
         REPOSITORY / "README.md",
         REPOSITORY / "CONTRIBUTING.md",
+        REPOSITORY / "benchmarks" / "README.md",
         *(REPOSITORY / "docs").glob("*.md"),
         *(REPOSITORY / "examples").glob("*/README.md"),
     ]

@@ -73,7 +73,7 @@ def clone(folder: Path) -> Path:
     shutil.copytree(REPOSITORY / "examples", folder / "examples", ignore=shutil.ignore_patterns("runs", "data"))
     make_class_folders(folder, {"flowers/train": 5, "flowers/eval": 2})
     (folder / "examples" / "my-texts").mkdir()
-    for name in ("my-texts/one.txt", "my-texts/two.txt"):
+    for name in (f"my-texts/{number}.txt" for number in range(12)):  # ten is the least
         (folder / "examples" / name).write_text(f"A text called {name}.\n" * 200)
     (folder / "digits-pods.yaml").write_text(blocks_of("docs/launch-kubernetes.md", "yaml")[0])
     for block in blocks_of("docs/extending.md", "python"):

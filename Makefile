@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install train test test-unit test-gpu lint format schema clean
+.PHONY: install train test test-unit test-gpu lint format reference docs clean
 
 install: $(INSTALLED)
 
@@ -37,8 +37,12 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-schema: $(INSTALLED)           ## write configs/schema.json anew
+reference: $(INSTALLED)        ## write configs/schema.json and docs/config.md anew
 	$(BIN)/python -m trainer schema > configs/schema.json
+	$(BIN)/python -m trainer reference > docs/config.md
+
+docs: $(INSTALLED)             ## the site of these pages, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/mkdocs.yml
 
 clean:
-	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) build runs .mypy_cache .pytest_cache .ruff_cache *.egg-info

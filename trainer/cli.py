@@ -97,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sync = commands.add_parser("sync", help="send W&B what it lacks of a run that has ended")
     sync.add_argument("run_dir", metavar="RUN_DIR", help="run folder, such as runs/digits")
     commands.add_parser("schema", help="print the JSON Schema of config files")
+    commands.add_parser("reference", help="print the reference of all config keys, docs/config.md")
     options = parser.parse_args(arguments)
     return run_command(lambda: _run_main(options), log_to_stderr=True)  # stdout is the result
 
@@ -248,6 +249,11 @@ def _pack(options: argparse.Namespace) -> int:
 def _run_main(options: argparse.Namespace) -> int:
     if options.command == "schema":
         sys.stdout.write(schema_text())
+        return EXIT_FINISHED
+    if options.command == "reference":
+        from trainer.reference import reference_text
+
+        sys.stdout.write(reference_text())
         return EXIT_FINISHED
     if options.command == "pack":
         return _pack(options)

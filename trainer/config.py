@@ -287,17 +287,20 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
         problems = [_problem(details, source) for details in error.errors()]
         raise UserError(*dict.fromkeys(problems)) from None
     config._source = source
-    if config.checkpoint.best is not None and config.data.eval is None:
+    if config.checkpoint.best is not None and not config.data.evaluates:
         problem = Problem("without data.eval nothing is ever the best", "checkpoint.best")
         raise UserError(config.locate(problem))
-    if config.train.early_stopping is not None and config.data.eval is None:
+    if config.train.early_stopping is not None and not config.data.evaluates:
         problem = Problem("without data.eval there is nothing that gets better", "train.early_stopping")
         raise UserError(config.locate(problem))
-    if config.task.metrics and config.data.eval is None:
+    if config.task.metrics and not config.data.evaluates:
         raise UserError(config.locate(Problem("without data.eval nothing is evaluated", "task.metrics")))
     if config.model.dtype == "bfloat16" and config.precision != "bf16":
         problem = Problem("bfloat16 parameters need precision: bf16", "model.dtype")
         raise UserError(config.locate(problem))
+    if config.data.eval_share is not None and config.task.name in ("detection", "language_model", "segmentation"):
+        message = f"the task {config.task.name} asks its data sets more than samples: set data.eval"
+        raise UserError(config.locate(Problem(message, "data.eval_share")))
     unteachable = _teacher_problem(config) if config.task.teacher is not None else None
     if unteachable is not None:
         raise UserError(config.locate(unteachable))
@@ -309,7 +312,7 @@ def load_config(file: str, overrides: Sequence[str] = ()) -> Config:
         raise UserError(config.locate(Problem(message, "parallel.static_graph")))
     for i, key in enumerate(config.checkpoint.allow_changes):
         if not _is_key(key):
-            problem = Problem(f"'{key}' is no setting{nearest(key, _all_keys())}", f"checkpoint.allow_changes.{i}")
+            problem = Problem(f"'{key}' is no setting{nearest(key, all_keys())}", f"checkpoint.allow_changes.{i}")
             raise UserError(config.locate(problem))
     problems = _parallel_problems(config)
     if problems:
@@ -420,17 +423,17 @@ def _problem(details: ErrorDetails, source: yaml_source.Source) -> Problem:
 
 def _is_key(key: str) -> bool:
     """Tells whether a dotted path names a section or a setting, or something inside a component's `args`."""
-    return key in _all_keys() or any(key.startswith(f"{known}.") for known in _all_keys() if known.endswith(".args"))
+    return key in all_keys() or any(key.startswith(f"{known}.") for known in all_keys() if known.endswith(".args"))
 
 
-def _all_keys(section: type[Section] | None = None, prefix: str = "") -> list[str]:
+def all_keys(section: type[Section] | None = None, prefix: str = "") -> list[str]:
     """Returns the dotted paths of all sections and settings."""
     keys = []
     for name, field in (section or Config).model_fields.items():
         keys.append(prefix + name)
         inside = _section_inside(field.annotation)
         if inside is not None:
-            keys += _all_keys(inside, f"{prefix}{name}.")
+            keys += all_keys(inside, f"{prefix}{name}.")
     return keys
 
 

@@ -118,7 +118,14 @@ class DataConfig(Section):
     """What to train and evaluate on, and how samples reach the device."""
 
     train: Component = Field(description="Training data set.")
-    eval: Component | None = Field(None, description="Evaluation data set; without one the run never evaluates.")
+    eval: Component | None = Field(
+        None, description="Evaluation data set. Without one, and without `eval_share`, the run never evaluates."
+    )
+    eval_share: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = Field(
+        None,
+        description="Instead of `eval`: hold out this share of the training data, such as 0.1, for evaluation. The "
+        "same samples in every run, of every class its share where the data are sorted by class.",
+    )
     transforms: TransformsConfig = Field(
         default_factory=TransformsConfig, description="Transforms of a sample's input."
     )
@@ -168,6 +175,17 @@ class DataConfig(Section):
         False,
         description="Leave out the last, smaller batch of an epoch. Off: every sample is seen in every epoch.",
     )
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are evaluation data."""
+        return self.eval is not None or self.eval_share is not None
+
+    @model_validator(mode="after")
+    def _one_evaluation_set(self) -> DataConfig:
+        if self.eval is not None and self.eval_share is not None:
+            raise ValueError("set either eval or eval_share, not both (null unsets one)")
+        return self
 
     @model_validator(mode="after")
     def _decodable(self) -> DataConfig:

@@ -80,7 +80,7 @@ def evaluate(run_dir: Path, *, best: bool, kind: Kind | None = None) -> dict[str
     micro_batch_size = train.micro_batch_size
     if micro_batch_size == "auto":
         micro_batch_size = _micro_batch_that_trained(run_dir)
-    if config.data.eval is None:
+    if not config.data.evaluates:
         raise UserError(f"the run in '{run_dir}' has no evaluation data", path="data.eval")
     weights = CheckpointWeights(_choose(open_folder(config), best), kind)
     # On this one process, however many trained: no accumulation to fit, the same evaluation batches.

@@ -230,7 +230,9 @@ def _read(config: ModelConfig) -> Mapping[str, Any]:
     try:
         return named[config.weights].get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot get '{config.weights}': {one_line(error)}", path="model.weights") from error
+        way_out = "null starts fresh, and a file of weights on this machine is taken, too"
+        message = f"cannot get '{config.weights}': {one_line(error)}; {way_out}"
+        raise UserError(message, path="model.weights") from error
 
 
 def settled_weights(config: ModelConfig) -> ModelConfig:

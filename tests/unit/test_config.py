@@ -120,7 +120,7 @@ def test_shipped_config(file: Path) -> None:
 
 
 def test_number_of_shipped_configs() -> None:
-    assert len(SHIPPED) == 16
+    assert len(SHIPPED) == 17
 
 
 def test_committed_schema_is_current() -> None:

@@ -70,6 +70,13 @@ def test_image_folder(tmp_path: Path) -> None:
     assert is_image_data(data)
 
 
+def test_splits_are_not_taken_for_classes(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        folder(tmp_path / split, "ab")
+    with pytest.raises(UserError, match="are splits, not classes: train, val; name the one to train on"):
+        build("image_folder", root=str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("target_types", "names"),
     [("category", ["Abyssinian", "Beagle"]), ("binary-category", ["Cat", "Dog"]), ("segmentation", None)],

@@ -301,7 +301,7 @@ class Survey:
         )
 
     def _evaluations_in(self, stretch: _Stretch) -> int:
-        if self._config.data.eval is None:
+        if not self._config.data.evaluates:
             return 0
         return _due(self._config.eval.every.steps(self._plan.steps_per_epoch), stretch)
 

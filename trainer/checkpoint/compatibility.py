@@ -20,6 +20,7 @@ _NEVER = (
     "train.batch_size",
     "data.drop_last",
     "data.augment_repeats",
+    "data.eval_share",
     "model.name",
     "model.freeze",
     "optim.name",

@@ -6,6 +6,7 @@ Owns the order of the steps that ranks take together: build, pack, open. What th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
@@ -18,10 +19,13 @@ from trainer.data.datasets import (
     build_eval_dataset,
     gives_encoded,
 )
+from trainer.data.held_out import hold_out
 from trainer.data.listing import cache_key
 from trainer.data.packed import PackedImages
 from trainer.data.packing import OtherRankFailed, pack_folder
 from trainer.errors import UserError, place_at
+
+logger = logging.getLogger("lockstep")
 
 T = TypeVar("T")
 
@@ -46,7 +50,13 @@ def build_data(config: DataConfig, ranks: Ranks) -> tuple[SizedDataset, SizedDat
         UserError: one of them cannot be built, or there is nothing to pack; on all ranks alike.
     """
     train = ranks.agree(lambda: build_dataset(config.train, "data.train", ranks))
-    evaluation = ranks.agree(lambda: build_eval_dataset(config, train, ranks))
+    evaluation: SizedDataset | None
+    if (share := config.eval_share) is not None:
+        whole = train
+        train, evaluation = ranks.agree(lambda: hold_out(whole, share))
+        logger.info("held out   %d of %d samples for evaluation", len(evaluation), len(whole))
+    else:
+        evaluation = ranks.agree(lambda: build_eval_dataset(config, train, ranks))
     if config.cache is not None and not is_packable(train) and not is_packable(evaluation):
         message = "image folders are packed, and neither data.train nor data.eval is one"
         raise UserError(message, path="data.cache", agreed=True)

@@ -104,11 +104,18 @@ class ImageFolder(torchvision_datasets.ImageFolder):
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         """Returns the class names and their labels, as torchvision's `ImageFolder` asks for them."""
         if self._given_classes is None:
-            return super().find_classes(directory)
+            classes, labels = super().find_classes(directory)
+            if len(classes) > 1 and set(classes) <= _SPLITS:
+                message = f"the folders of '{directory}' are splits, not classes: {', '.join(classes)}"
+                raise UserError(f"{message}; name the one to train on, and in data.eval the one to evaluate on")
+            return classes, labels
         unknown = {p.name for p in Path(directory).iterdir() if p.is_dir()} - set(self._given_classes)
         if unknown:
             raise UserError(f"'{directory}' has class folders that are not in training: {', '.join(sorted(unknown))}")
         return self._given_classes, {name: label for label, name in enumerate(self._given_classes)}
+
+
+_SPLITS = {"eval", "test", "train", "training", "val", "valid", "validation"}
 
 
 def _load_rgb(path: str) -> Image.Image:

@@ -116,6 +116,11 @@ class _Alone:
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
+    gather_on_main = gather
+
+    def from_main(self, value: Callable[[], Any]) -> Any:
+        return value()
+
 
 def torch_save(job: Job, folder: Path, sync: bool) -> Cost:
     """`torch.save` of both state dicts into one file."""

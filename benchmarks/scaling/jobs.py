@@ -233,9 +233,9 @@ def vit_h(strategy: Strategy, constants: Mapping[str, Constant]) -> Job:
 
 
 @functools.cache
-def leaf_parts(name: str) -> tuple[tuple[Part, ...], int]:
+def leaf_parts(name: str, image_size: int = 224) -> tuple[tuple[Part, ...], int]:
     """Returns a torchvision model's modules with parameters of their own, and the FLOPs of one sample's forward."""
-    net, flops, by_module = _counted(name)
+    net, flops, by_module = _counted(name, image_size)
     parts = []
     for path, module in net.named_modules():
         num_parameters = sum(p.numel() for p in module.parameters(recurse=False))
@@ -258,10 +258,10 @@ def block_parts(name: str) -> tuple[Part, tuple[Part, ...], int]:
     return Part(rest, 1 - sum(block.work for block in blocks)), tuple(blocks), flops
 
 
-def _counted(name: str) -> tuple[nn.Module, int, dict[str, int]]:
+def _counted(name: str, image_size: int = 224) -> tuple[nn.Module, int, dict[str, int]]:
     with torch.device("meta"):
-        net = torchvision.models.get_model(name)
-        image = torch.empty(1, 3, 224, 224)
+        net = torchvision.models.get_model(name).eval()
+        image = torch.empty(1, 3, image_size, image_size)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(image)
     root = type(net).__name__

@@ -245,7 +245,7 @@ def expected_maximum(num_ranks: int) -> float:
     """
     if num_ranks == 1:
         return 0.0
-    normal, step, reach = NormalDist(), 1e-3, 10.0
+    normal, step, reach = NormalDist(), 5e-3, 10.0
     total = 0.0
     for i in range(round(reach / step)):
         x = (i + 0.5) * step
@@ -263,9 +263,11 @@ def optimal_interval(stall: float, mtbf: float) -> float:
     Young's sqrt(2 stall mtbf), 1974, is its first term.
 
     Args:
-        stall: that a checkpoint costs.
+        stall: that a checkpoint costs, more than 0.
         mtbf: mean seconds between failures of the whole job.
     """
+    if math.isinf(mtbf):
+        return math.inf
     if stall >= 2 * mtbf:
         return mtbf
     ratio = stall / (2 * mtbf)
@@ -286,7 +288,7 @@ def goodput(interval: float, stall: float, restart: float, mtbf: float) -> float
         mtbf: mean seconds between failures of the whole job.
     """
     if math.isinf(mtbf):
-        return interval / (interval + stall)
+        return 1 / (1 + stall / interval)
     exponent = (interval + stall) / mtbf
     if exponent > 700:
         return 0.0

@@ -1,7 +1,7 @@
 """`python -m benchmarks.scaling`: checks, simulates and estimates, and writes `benchmarks/results/scaling-cpu.json`.
 
-    python -m benchmarks.scaling --json FILE --plot docs/scaling-cpu.svg
-    python -m benchmarks.scaling --json FILE --estimate-only    # the figures of measured parts stay as they are there
+python -m benchmarks.scaling --json FILE --plot docs/scaling-cpu.svg
+python -m benchmarks.scaling --json FILE --estimate-only    # the figures of measured parts stay as they are there
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     settings = {"tiny": options.tiny, "check": dataclasses.asdict(setup), "mbits": options.mbits}
     result |= {"settings": settings, **estimates(constants.read())}
     result["check"] = check(setup, options.ranks, options.mbits)
-    result["simulated"] = simulate({part: numbers[:1] for part, numbers in SIMULATED.items()} if options.tiny else SIMULATED)
+    result["simulated"] = simulate(
+        {part: numbers[:1] for part, numbers in SIMULATED.items()} if options.tiny else SIMULATED
+    )
     return result
 
 

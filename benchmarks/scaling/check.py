@@ -106,9 +106,7 @@ def check(setup: Setup, max_ranks: int, mbits: Sequence[float]) -> list[dict[str
         entries.append(_entry(f"{num_ranks} on this machine", setup, measured))
     for rate in mbits:
         with hosts(rate) as commands:
-            measured = run(
-                setup, commands, f"tcp://{_ADDRESS.format(1)}:{_PORT}", {"GLOO_SOCKET_IFNAME": "eth0"}
-            )
+            measured = run(setup, commands, f"tcp://{_ADDRESS.format(1)}:{_PORT}", {"GLOO_SOCKET_IFNAME": "eth0"})
         entries.append(_entry(f"2 hosts, {rate:g} Mbit/s", setup, measured))
     return entries
 

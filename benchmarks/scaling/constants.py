@@ -71,7 +71,9 @@ def read(results: Path = RESULTS) -> dict[str, Constant]:
             "assumed",
             "one ConnectX-7 per GPU is DGX H100's (https://docs.nvidia.com/dgx/dgxh100-user-guide/); 92% of it: assumed",
         ),
-        "ranks_per_node": Constant("GPUs per node", 8, "8", "published", "https://docs.nvidia.com/dgx/dgxh100-user-guide/"),
+        "ranks_per_node": Constant(
+            "GPUs per node", 8, "8", "published", "https://docs.nvidia.com/dgx/dgxh100-user-guide/"
+        ),
         "latency": Constant(
             "latencies of a collective's steps",
             14e-6,

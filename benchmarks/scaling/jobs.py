@@ -77,9 +77,7 @@ class Machine:
     def from_constants(cls, constants: Mapping[str, Constant], network: Network) -> Machine:
         """Returns the machine of the tables."""
         restart = constants["back"].value + constants["start"].value
-        return cls(
-            network, 1.0, constants["spread"].value, constants["stall"].value, restart, constants["mtbf"].value
-        )
+        return cls(network, 1.0, constants["spread"].value, constants["stall"].value, restart, constants["mtbf"].value)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,10 @@ def _scaled(result: Result) -> str:
 
 
 def _recipes(result: Result) -> str:
-    notes = ["the batch of the recipe, shared among all GPUs; where GPUs are missing, it does not split", *_origin(result)]
+    notes = [
+        "the batch of the recipe, shared among all GPUs; where GPUs are missing, it does not split",
+        *_origin(result),
+    ]
     return _markdown(_HEAD, [_row(entry) for entry in result["recipes"]], notes)
 
 
@@ -74,7 +77,9 @@ def _sensitivity(result: Result) -> str:
 
 def _constants(result: Result) -> str:
     rows = [[known["name"], known["shown"], known["kind"], known["source"]] for known in result["constants"]]
-    lines = ["| " + " | ".join(row) + " |" for row in (["constant", "value", "how known", "source"], ["---"] * 4, *rows)]
+    lines = [
+        "| " + " | ".join(row) + " |" for row in (["constant", "value", "how known", "source"], ["---"] * 4, *rows)
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from benchmarks.scaling import simulated
 from benchmarks.scaling.simulated import Simulated, shapes, sharded_state, told_by
@@ -143,7 +145,26 @@ def test_what_only_some_ranks_hold_is_written_by_one_that_does() -> None:
     assert list(layouts[0].tensors) == ["a", "b"]  # type: ignore[union-attr]
 
 
+def test_each_shard_is_written_by_one_of_its_copies() -> None:
+    """HSDP on two nodes of two ranks."""
+    states = []
+    for rank in range(4):
+        mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2), _init_backend=False, _rank=rank)
+        local = torch.zeros(3, 2)
+        state: dict[str, torch.Tensor] = {}
+        for name in ("a", "b"):
+            state[name] = DTensor.from_local(
+                local, mesh, [Replicate(), Shard(0)], run_check=False, shape=torch.Size((6, 2)), stride=(2, 1)
+            )
+        states.append(state)
+    layouts = _together(states)
+    written = [[(item.name, item.offsets) for item in layout.items] for layout in layouts]  # type: ignore[union-attr]
+    assert written == [[("a", (0, 0))], [("a", (3, 0))], [("b", (0, 0))], [("b", (3, 0))]]
+
+
 def test_a_type_that_one_rank_cannot_write_is_everybodys_problem() -> None:
-    states = [{f"ranks.{rank}.own": torch.zeros(1, dtype=dtype)} for rank, dtype in enumerate((torch.int8, torch.cfloat))]
+    states = [
+        {f"ranks.{rank}.own": torch.zeros(1, dtype=dtype)} for rank, dtype in enumerate((torch.int8, torch.cfloat))
+    ]
     told = _together(states)
     assert told[0] == told[1] == "'ranks.1.own' has type torch.complex64, which a checkpoint cannot hold"

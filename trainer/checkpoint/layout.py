@@ -225,9 +225,7 @@ def spread(pieces: Iterable[tuple[int, int]]) -> list[int]:
     return chosen
 
 
-def _records(
-    forms: dict[str, Form], told: Sequence[Told]
-) -> TensorTable:
+def _records(forms: dict[str, Form], told: Sequence[Told]) -> TensorTable:
     """Returns all tensors, in the model's order; what only other ranks have comes last."""
     parts: dict[str, list[Part]] = {}
     for one in told:

@@ -28,6 +28,7 @@ SIMULATED = {
     "manifest": (8, 64, 1024),
     "planner": (8, 64, 1024, 16384),
 }
+TINY_SIMULATED = {part: (8,) for part in SIMULATED}
 SENSITIVE_AT = 1024
 TINY_SETUP = Setup("shufflenet_v2_x0_5", 2, 32, (2**12, 2**20), rounds=2, num_steps=1)
 
@@ -117,9 +118,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     settings = {"tiny": options.tiny, "check": dataclasses.asdict(setup), "mbits": options.mbits}
     result |= {"settings": settings, **estimates(constants.read())}
     result["check"] = check(setup, options.ranks, options.mbits)
-    result["simulated"] = simulate(
-        {part: numbers[:1] for part, numbers in SIMULATED.items()} if options.tiny else SIMULATED
-    )
+    result["simulated"] = simulate(TINY_SIMULATED if options.tiny else SIMULATED)
     return result
 
 

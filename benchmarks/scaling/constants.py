@@ -69,7 +69,7 @@ def read(results: Path = RESULTS) -> dict[str, Constant]:
             0.92 * 50e9,
             "46 GB/s (400 Gbit/s on the wire)",
             "assumed",
-            "one ConnectX-7 per GPU is DGX H100's (https://docs.nvidia.com/dgx/dgxh100-user-guide/); 92% of it: assumed",
+            "one ConnectX-7 per GPU is DGX H100's (https://docs.nvidia.com/dgx/dgxh100-user-guide/); 92%: assumed",
         ),
         "ranks_per_node": Constant(
             "GPUs per node", 8, "8", "published", "https://docs.nvidia.com/dgx/dgxh100-user-guide/"

@@ -214,7 +214,8 @@ def resnet50(recipe: str, micro_batch_size: int, constants: Mapping[str, Constan
 def vit_h(strategy: Strategy, constants: Mapping[str, Constant]) -> Job:
     """Returns ViT-H/14, recomputed in backward, whose arithmetic is that of a forward and two more."""
     config = load_config(str(CONFIGS / "fsdp_vit_h_14.yaml"))
-    assert config.memory.checkpointing == "full" and isinstance(config.train.micro_batch_size, int)
+    assert config.memory.checkpointing == "full"
+    assert isinstance(config.train.micro_batch_size, int)
     root, blocks, flops = block_parts(config.model.name)
     forward = flops / (constants["peak"].value * constants["mfu"].value)
     return Job(

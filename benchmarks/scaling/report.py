@@ -34,7 +34,7 @@ def _scaled(result: Result) -> str:
 
 def _recipes(result: Result) -> str:
     notes = [
-        "the batch of the recipe, shared among all GPUs; where GPUs are missing, it does not split",
+        "the batch of the recipe, shared among all GPUs as far as it splits",
         *_origin(result),
     ]
     return _markdown(_HEAD, [_row(entry) for entry in result["recipes"]], notes)
@@ -157,9 +157,9 @@ _SIMULATED: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("manifest", "manifest", _bytes("bytes")),
     ("manifest", "any rank: reads it, at a start", _s("read_seconds")),
     ("manifest", "rank 0: peak memory", _bytes("peak_bytes")),
-    ("planner", "planner: `launch plan`", _s("seconds")),
+    ("planner", "planner: a step under FSDP", _s("seconds")),
     ("planner", "planner: peak memory", _bytes("peak_bytes")),
-    ("planner", "planner: predicted for a GPU", lambda entry: entry["predicted"]),
+    ("planner", "planner: predicted for a GPU", _bytes("predicted_bytes")),
 )
 
 

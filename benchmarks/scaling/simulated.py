@@ -104,7 +104,7 @@ def sharded_state(whole: dict[str, torch.Size], rank: int, num_ranks: int) -> It
     with fake_mesh(num_ranks, rank) as mesh:
         state: dict[str, torch.Tensor] = {}
         for name, shape in whole.items():
-            first, rows = _rows(shape[0], rank, num_ranks)
+            _, rows = _rows(shape[0], rank, num_ranks)
             local = torch.empty((rows, *shape[1:]), device="meta")
             stride = torch.empty(shape, device="meta").stride()
             state[name] = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
@@ -174,19 +174,16 @@ def manifest(num_ranks: int) -> dict[str, Any]:
 
 
 def planner(num_ranks: int) -> dict[str, Any]:
-    """Runs `python -m launch plan` for FSDP."""
-    from contextlib import redirect_stdout
-    from io import StringIO
-
-    from launch.plan import run
+    """Predicts the memory of a step under FSDP with the recipe's setting, as `python -m launch plan` does."""
+    from launch.plan import _planner, _with_stand_in
     from trainer.config import load_config
+    from trainer.memory.devices import find_device
 
-    overrides = [f"train.batch_size={num_ranks * NUM_SAMPLES_OF_RANK}", "memory.checkpointing=full"]
-    config = load_config("configs/fsdp_vit_h_14.yaml", overrides)
-    with redirect_stdout(StringIO()) as out:
-        seconds, _ = _timed(lambda: run(config, "h100-80g", num_ranks, None, (3, 224, 224), 1000))
-    peak = next(line for line in out.getvalue().splitlines() if "peak" in line)
-    return {"seconds": seconds, "predicted": " ".join(peak.split())}
+    config = load_config("configs/fsdp_vit_h_14.yaml", [f"train.batch_size={num_ranks * NUM_SAMPLES_OF_RANK}"])
+    config = _with_stand_in(config, (3, 224, 224), 1000)
+    plans, _ = _planner(config, find_device("h100-80g"), num_ranks)
+    seconds, found = _timed(lambda: plans.uniform(NUM_SAMPLES_OF_RANK, "full"))
+    return {"seconds": seconds, "predicted_bytes": found.peak_bytes}
 
 
 def _timed(run: Callable[[], T]) -> tuple[float, T]:

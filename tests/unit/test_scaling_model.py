@@ -165,7 +165,9 @@ def test_every_constant_says_how_it_is_known() -> None:
     known = constants.read()
     assert {constant.kind for constant in known.values()} == {"measured", "published", "assumed"}
     for constant in known.values():
-        assert constant.value > 0 and constant.shown and constant.source
+        assert constant.value > 0
+        assert constant.shown
+        assert constant.source
         assert constant.kind != "published" or "http" in constant.source, constant.name
         assert constant.kind != "measured" or ".json" in constant.source, constant.name
 

@@ -140,7 +140,7 @@ def test_what_only_some_ranks_hold_is_written_by_one_that_does() -> None:
     states = [{"a": torch.zeros(8)}, {"a": torch.zeros(8), "b": torch.zeros(2)}, {"b": torch.zeros(2)}]
     layouts = _together(states)
     names = [[item.name for item in layout.items] for layout in layouts]  # type: ignore[union-attr]
-    assert sorted(sum(names, [])) == ["a", "b"]
+    assert sorted(name for of_rank in names for name in of_rank) == ["a", "b"]
     assert all(name in states[rank] for rank, of_rank in enumerate(names) for name in of_rank)
     assert list(layouts[0].tensors) == ["a", "b"]  # type: ignore[union-attr]
 

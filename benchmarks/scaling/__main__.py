@@ -11,7 +11,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,15 @@ from benchmarks.scaling.check import REPOSITORY, Setup, check
 from benchmarks.scaling.jobs import Job, Machine
 from benchmarks.scaling.report import plot, table
 
+PARTS = ("estimate", "check", "simulate")
 NUM_GPUS = (8, 64, 1024, 16384)
 SIMULATED = {
     "sampler": (8, 64, 1024, 16384),
     "layout": (8, 64, 1024, 16384),
-    "manifest": (8, 64, 1024),
     "planner": (8, 64, 1024, 16384),
+    "manifest": (8, 64, 1024),
 }
-TINY_SIMULATED = {part: (8,) for part in SIMULATED}
+TINY_SIMULATED = dict.fromkeys(SIMULATED, (8,))
 SENSITIVE_AT = 1024
 TINY_SETUP = Setup("shufflenet_v2_x0_5", 2, 32, (2**12, 2**20), rounds=2, num_steps=1)
 
@@ -82,23 +83,23 @@ def _row(job: Job, num_gpus: int, machine: Machine, batch_size: int | None = Non
     }
 
 
-def simulate(parts: dict[str, tuple[int, ...]]) -> dict[str, list[dict[str, Any]]]:
-    """Runs each part for each number of ranks, in a process of its own."""
+def simulate(numbers_by_part: dict[str, tuple[int, ...]]) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """Runs each part for each number of ranks, in a process of its own, and yields all that there is so far."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for part, numbers in parts.items():
+    for part, numbers in numbers_by_part.items():
         for num_ranks in numbers:
             sys.stderr.write(f"{part} of {num_ranks} ranks\n")
             command = [sys.executable, "-m", "benchmarks.scaling.simulated", part, str(num_ranks)]
             done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True)
             found.setdefault(part, []).append(json.loads(done.stdout))
-    return found
+            yield found
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, help="where the result goes; read with --markdown")
     parser.add_argument("--markdown", action="store_true", help="measure nothing: print the tables of --json")
-    parser.add_argument("--estimate-only", action="store_true", help="measure nothing: estimate anew into --json")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to do; default: all")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the estimates, to an .svg file")
     parser.add_argument("--ranks", type=int, default=3, metavar="N", help="processes of the check: 1 to N")
     parser.add_argument("--rounds", type=int, default=Setup.rounds)
@@ -110,15 +111,25 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
-    result: dict[str, Any] = {"environment": describe_machine("benchmarks.scaling", "cpu")}
-    if options.estimate_only:
+    """Does the parts that are asked for, and writes what is known after each: a run that is cut short leaves it."""
+    result: dict[str, Any] = {}
+    if set(options.parts) != set(PARTS) and options.json.exists():
         result = json.loads(options.json.read_text(encoding="utf-8"))
-        return {**result, **estimates(constants.read())}
     setup = TINY_SETUP if options.tiny else dataclasses.replace(Setup(), rounds=options.rounds)
-    settings = {"tiny": options.tiny, "check": dataclasses.asdict(setup), "mbits": options.mbits}
-    result |= {"settings": settings, **estimates(constants.read())}
-    result["check"] = check(setup, options.ranks, options.mbits)
-    result["simulated"] = simulate(TINY_SIMULATED if options.tiny else SIMULATED)
+    result["environment"] = describe_machine("benchmarks.scaling", "cpu")
+    result["settings"] = {"tiny": options.tiny, "check": dataclasses.asdict(setup), "mbits": options.mbits}
+
+    def write(**found: Any) -> None:
+        result.update(found)
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+    if "estimate" in options.parts:
+        write(**estimates(constants.read()))
+    if "check" in options.parts:
+        write(check=check(setup, options.ranks, options.mbits))
+    if "simulate" in options.parts:
+        for found in simulate(TINY_SIMULATED if options.tiny else SIMULATED):
+            write(simulated=found)
     return result
 
 
@@ -133,7 +144,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except RuntimeError as error:
             sys.stderr.write(f"{error}; without root, say --mbits and no number\n")
             return 2
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     sys.stdout.write(table(result))
     if options.plot is not None:
         try:

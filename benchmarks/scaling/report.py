@@ -37,7 +37,7 @@ def _recipes(result: Result) -> str:
         "the batch of the recipe, shared among all GPUs as far as it splits",
         *_origin(result),
     ]
-    return _markdown(_HEAD, [_row(entry) for entry in result["recipes"]], notes)
+    return _markdown(_HEAD, [[row[0].rpartition(", ")[0], *row[1:]] for row in map(_row, result["recipes"])], notes)
 
 
 _HEAD = (
@@ -112,7 +112,7 @@ def _check(result: Result) -> str:
 def _simulated(result: Result) -> str:
     rows = []
     for part, name, shown in _SIMULATED:
-        cells = {entry["ranks"]: shown(entry) for entry in result["simulated"][part]}
+        cells = {entry["ranks"]: shown(entry) for entry in result["simulated"].get(part, [])}
         rows.append([name, *(cells.get(number, "-") for number in _numbers(result))])
     notes = [
         "one process that is one of so many ranks; peak memory is of the whole process, torch included",

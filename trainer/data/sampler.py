@@ -134,9 +134,7 @@ class BatchPlan:
     def positions(self, step: int, rank: int) -> torch.Tensor:
         """Returns which positions of a step's global batch a rank has, int64, in order: groups in turn."""
         num_samples = self.step_samples(step)
-        first = (
-            rank * self.group_size
-        )  # and its other groups one round of all ranks further each: no others are looked at
+        first = rank * self.group_size  # and its other groups one round of all ranks further each
         groups = torch.arange(first, max(num_samples, first), self.num_ranks * self.group_size)
         positions = (groups[:, None] + torch.arange(self.group_size)).flatten()
         return positions[positions < num_samples]

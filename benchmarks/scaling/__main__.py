@@ -1,7 +1,7 @@
 """`python -m benchmarks.scaling`: checks, simulates and estimates, and writes `benchmarks/results/scaling-cpu.json`.
 
 python -m benchmarks.scaling --json FILE --plot docs/scaling-cpu.svg
-python -m benchmarks.scaling --json FILE --estimate-only    # the figures of measured parts stay as they are there
+python -m benchmarks.scaling --json FILE --parts estimate  # the others stay as they are there
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SIMULATED = {
     "planner": (8, 64, 1024, 16384),
     "manifest": (8, 64, 1024),
 }
-TINY_SIMULATED = dict.fromkeys(SIMULATED, (8,))
+TINY_SIMULATED: dict[str, tuple[int, ...]] = dict.fromkeys(SIMULATED, (8,))
 SENSITIVE_AT = 1024
 TINY_SETUP = Setup("shufflenet_v2_x0_5", 2, 32, (2**12, 2**20), rounds=2, num_steps=1)
 

@@ -15,11 +15,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memory import describe_machine
 from benchmarks.scaling import constants, jobs
 from benchmarks.scaling.check import REPOSITORY, Setup, check
 from benchmarks.scaling.jobs import Job, Machine
 from benchmarks.scaling.report import plot, table
+from benchmarks.telling import describe
 
 PARTS = ("estimate", "check", "simulate")
 NUM_GPUS = (8, 64, 1024, 16384)
@@ -116,7 +116,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     if set(options.parts) != set(PARTS) and options.json.exists():
         result = json.loads(options.json.read_text(encoding="utf-8"))
     setup = TINY_SETUP if options.tiny else dataclasses.replace(Setup(), rounds=options.rounds)
-    result["environment"] = describe_machine("benchmarks.scaling", "cpu")
+    result["environment"] = describe("benchmarks.scaling", options.given, ["torchvision", "accelerate"], "cpu")
     result["settings"] = {"tiny": options.tiny, "check": dataclasses.asdict(setup), "mbits": options.mbits}
 
     def write(**found: Any) -> None:
@@ -136,6 +136,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 2 without what it needs."""
     options = _arguments(arguments)
+    options.given = arguments
     if options.markdown:
         result = json.loads(options.json.read_text(encoding="utf-8"))
     else:

@@ -1,6 +1,6 @@
 """`python -m benchmarks.scaling`: checks, simulates and estimates, and writes `benchmarks/results/scaling-cpu.json`.
 
-python -m benchmarks.scaling --json FILE --plot docs/scaling-cpu.svg
+python -m benchmarks.scaling --json FILE --plot FILE
 python -m benchmarks.scaling --json FILE --parts estimate  # the others stay as they are there
 """
 

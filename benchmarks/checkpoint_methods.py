@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,11 @@ class _Alone:
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
+
+    gather_on_main = gather
+
+    def from_main(self, value: Callable[[], Any]) -> Any:
+        return value()
 
 
 def torch_save(job: Job, folder: Path, sync: bool) -> Cost:

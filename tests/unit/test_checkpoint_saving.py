@@ -35,6 +35,11 @@ class Alone:
     def gather(self, value: Any) -> list[Any]:
         return [value]
 
+    gather_on_main = gather
+
+    def from_main(self, value: Callable[[], Any]) -> Any:
+        return value()
+
 
 class Job:
     """A model, its optimizer and a saver of theirs."""

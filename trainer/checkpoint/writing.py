@@ -354,13 +354,13 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
 
 def _split(save: _Save) -> tuple[list[Item], list[Item]]:
     """Returns what only an optimizer's step changes, and what may change at any time."""
-    guarded = [item for item in save.layout.items if item.index.fqn in save.state.guarded]
-    return guarded, [item for item in save.layout.items if item.index.fqn not in save.state.guarded]
+    guarded = [item for item in save.layout.items if item.name in save.state.guarded]
+    return guarded, [item for item in save.layout.items if item.name not in save.state.guarded]
 
 
 def _local(state: State, item: Item) -> torch.Tensor:
     """Returns this rank's part of a tensor."""
-    return local_part(state.tensors[item.index.fqn])
+    return local_part(state.tensors[item.name])
 
 
 class _HostMemory:

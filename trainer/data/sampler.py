@@ -133,8 +133,11 @@ class BatchPlan:
 
     def positions(self, step: int, rank: int) -> torch.Tensor:
         """Returns which positions of a step's global batch a rank has, int64, in order: groups in turn."""
-        positions = torch.arange(self.step_samples(step))
-        return positions[positions // self.group_size % self.num_ranks == rank]
+        num_samples = self.step_samples(step)
+        first = rank * self.group_size  # and its other groups one round of all ranks further each
+        groups = torch.arange(first, max(num_samples, first), self.num_ranks * self.group_size)
+        positions = (groups[:, None] + torch.arange(self.group_size)).flatten()
+        return positions[positions < num_samples]
 
     def num_turns(self, step: int, rank: int) -> int:
         """Returns how many micro-batches a rank runs in a step, stand-ins included."""

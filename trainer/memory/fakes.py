@@ -227,23 +227,23 @@ def fake_step(device_type: str) -> Iterator[None]:
 
 
 @contextmanager
-def fake_mesh(num_ranks: int) -> Iterator[DeviceMesh]:
-    """Yields a mesh of processes of which only this one is there, as rank 0: what they send is nothing.
+def fake_mesh(num_ranks: int, rank: int = 0) -> Iterator[DeviceMesh]:
+    """Yields a mesh of processes of which only this one is there, as `rank`: what they send is nothing.
 
     Apart from the process's own groups, if it has any.
     """
-    group = dist.ProcessGroup(dist.HashStore(), 0, num_ranks)
+    group = dist.ProcessGroup(dist.HashStore(), rank, num_ranks)
     backend = dist.ProcessGroup.BackendType.CUSTOM
     group._set_default_backend(backend)
     create: Any = FakeProcessGroup._create_internal  # whose signature depends on torch's version
-    group._register_backend(torch.device("cpu"), backend, create(0, num_ranks, None))
+    group._register_backend(torch.device("cpu"), backend, create(rank, num_ranks, None))
     # torch remembers how it sharded an operation on a mesh like this one, and with it the name of that one's group.
-    name: Any = f"lockstep-fake-{num_ranks}"
+    name: Any = f"lockstep-fake-{num_ranks}-{rank}"
     group._set_group_name(name)
     _register_process_group(name, group)
     try:
         with unset_fake_temporarily():  # a mesh holds a tensor with the ranks
-            mesh = DeviceMesh("cpu", torch.arange(num_ranks), _init_backend=False, _rank=0)
+            mesh = DeviceMesh("cpu", torch.arange(num_ranks), _init_backend=False, _rank=rank)
         mesh._dim_group_names = [name]  # instead of groups that are made of the process's own
         yield mesh
     finally:

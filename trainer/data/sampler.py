@@ -7,6 +7,7 @@ arithmetic; loading the samples is `trainer.data.loader`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -132,9 +133,8 @@ class BatchPlan:
         return min(self.batch_size, self.num_samples - start)
 
     def positions(self, step: int, rank: int) -> torch.Tensor:
-        """Returns which positions of a step's global batch a rank has, int64, in order: groups in turn."""
-        positions = torch.arange(self.step_samples(step))
-        return positions[positions // self.group_size % self.num_ranks == rank]
+        """Returns which positions of a step's global batch a rank has, int64, in order: groups in turn. Not to be changed."""
+        return _positions(self.step_samples(step), self.group_size, self.num_ranks, rank)
 
     def num_turns(self, step: int, rank: int) -> int:
         """Returns how many micro-batches a rank runs in a step, stand-ins included."""
@@ -154,6 +154,12 @@ class BatchPlan:
         if self.drop_last:
             per_epoch = self.steps_per_epoch * self.batch_size
         return epochs * per_epoch + steps * self.batch_size
+
+
+@functools.lru_cache(maxsize=8)  # full steps and the last of an epoch, of this rank and of those it is compared with
+def _positions(num_samples: int, group_size: int, num_ranks: int, rank: int) -> torch.Tensor:
+    positions = torch.arange(num_samples)
+    return positions[positions // group_size % num_ranks == rank]
 
 
 class StepSampler(DistributedSampler[int]):

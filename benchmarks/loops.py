@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -52,7 +54,8 @@ class Work:
     @property
     def device(self) -> torch.device:
         """Where it trains."""
-        return torch.device(self.device_type, 0) if self.device_type == "cuda" else torch.device(self.device_type)
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        return torch.device("cuda", local_rank) if self.device_type == "cuda" else torch.device(self.device_type)
 
     def model_section(self) -> dict[str, Any]:
         """Returns the `model` section of our config."""
@@ -126,6 +129,15 @@ def open_loader(work: Work, sampler: Sampler[int] | None = None) -> Any:
         drop_last=True,
         pin_memory=work.device_type == "cuda",
     )
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Returns the versions of packages, without those that are missing."""
+    found = {}
+    for name in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 # ---- the loops -----------------------------------------------------------------------------------------------
@@ -314,7 +326,7 @@ def write_config(config: Mapping[str, Any], file: Path) -> Path:
     return file
 
 
-def ours(work: Work, after_step: AfterStep, folder: Path) -> None:
+def ours(work: Work, after_step: AfterStep, folder: Path, **sections: Any) -> None:
     """Our `Trainer`, whole, as `train.py` runs it: its feed, its watch, its reports every 50 steps."""
     from trainer.cli import set_up_logging
     from trainer.config import load_config
@@ -326,5 +338,5 @@ def ours(work: Work, after_step: AfterStep, folder: Path) -> None:
             after_step(work.batch_size)
 
     set_up_logging(to_stderr=False)
-    config = load_config(str(write_config(our_config(work, folder / "run"), folder / "config.yaml")))
+    config = load_config(str(write_config(our_config(work, folder / "run", **sections), folder / "config.yaml")))
     Counting(config).fit()

@@ -12,17 +12,13 @@ of theirs. The figures of a round are compared within it.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
-import importlib.metadata
 import json
 import os
-import random
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,8 +28,8 @@ import torch
 from benchmarks import loops
 from benchmarks.feed import MOST_FOREIGN_CORES, Problem, _spread
 from benchmarks.loops import AfterStep, Work, open_loader
-from benchmarks.memory import Timing, compare, describe_machine, machine_notes, markdown_table, show_times
-from benchmarks.turns import Entrant, Turn
+from benchmarks.memory import compare, describe_machine, machine_notes, markdown_table, show_times
+from benchmarks.turns import Loop, Measured, Turn, take_turns
 from trainer.data.tuning import cores_of_a_rank
 from trainer.precision import STEP_DTYPES
 from trainer.tasks.classification import Classification
@@ -58,7 +54,7 @@ DESCRIPTIONS = {
     OURS: "our Trainer, whole",
 }
 NAMES = tuple(DESCRIPTIONS)
-PACKAGES = {"accelerate": "accelerate", "timm": "timm", "lightning": "lightning"}
+PACKAGES = ("timm", "lightning")
 
 
 @dataclass(frozen=True)
@@ -109,57 +105,17 @@ def run_loop(name: str, work: Work, after_step: AfterStep, folder: Path) -> None
     LOOPS[name](work, after_step, folder)
 
 
-# ---- measuring -----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Measured:
-    """What is known of a loop."""
-
-    times: list[Timing] = field(default_factory=list)
-    num_threads: int | None = None
-    problem: Problem | None = None
-
-
 def measure(workload: Workload, names: Sequence[str], num_threads: int, seed: int) -> dict[str, Measured]:
-    """Measures every loop once a round; one that fails is left out of all rounds."""
-    measured = {name: Measured() for name in names}
+    """Measures every loop once a round."""
+    device = workload.work.device
+    entrants: dict[str, Loop | Problem] = {
+        name: Problem(IMPOSSIBLE[name], is_absence=True)
+        if name in IMPOSSIBLE
+        else partial(run_loop, name, workload.work)
+        for name in names
+    }
     turn = Turn(workload.lead, workload.steps)
-    with tempfile.TemporaryDirectory(prefix="lockstep-steps-", ignore_cleanup_errors=True) as folder:
-        entrants: dict[str, Entrant] = {}
-        with contextlib.ExitStack() as stack:
-            for name in names:
-                try:
-                    if name in IMPOSSIBLE:
-                        raise Problem(IMPOSSIBLE[name], is_absence=True)
-                    loop = partial(run_loop, name, workload.work)
-                    entrants[name] = Entrant(loop, workload.work.device, num_threads, turn, Path(folder, name))
-                    stack.callback(entrants[name].close)
-                except Problem as problem:
-                    _leave_out(measured[name], f"{workload.name}: {name}", problem)
-            for number in range(workload.rounds):
-                order = [name for name in entrants if measured[name].problem is None]
-                random.Random(seed + number).shuffle(order)
-                for name in order:
-                    where = f"round {number + 1}: {workload.name}: {name}"
-                    try:
-                        taken = entrants[name].take(turn)
-                    except Problem as problem:
-                        _leave_out(measured[name], where, problem)
-                        continue
-                    measured[name].times.append(taken.timing)
-                    measured[name].num_threads = taken.num_threads
-                    sys.stderr.write(
-                        f"{where}: {1000 * taken.timing.seconds:.3f} ms, others kept {taken.timing.foreign_cores:.2f} "
-                        "cores busy\n"
-                    )
-    return measured
-
-
-def _leave_out(entry: Measured, where: str, problem: Problem) -> None:
-    entry.problem = problem
-    entry.times.clear()
-    sys.stderr.write(f"{where}: {problem}\n")
+    return take_turns(entrants, device, num_threads, turn, workload.rounds, seed, workload.name)
 
 
 # ---- JSON, table and plot ------------------------------------------------------------------------------------
@@ -321,7 +277,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     chosen = list(_chosen(options))
     names = [name for name in NAMES if name in options.loops]
     environment = describe_machine("benchmarks.step_overhead", options.device)  # before: of what is measured
-    environment["packages"] |= _installed([PACKAGES[name] for name in names if name in PACKAGES])
+    environment["packages"] |= loops.installed([name for name in PACKAGES if name in names])
     started = time.monotonic()
     result: dict[str, Any] = {
         "environment": environment,
@@ -346,14 +302,6 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
         result["took_seconds"] = round(time.monotonic() - started, 1)
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
-
-
-def _installed(packages: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for name in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

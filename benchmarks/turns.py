@@ -1,7 +1,7 @@
 """Processes that take turns on one machine: each goes on with its loop for so many steps while the others wait.
 
-Owns the hand-over and what a turn costs. What the loops are, and in which order they have their turns, is the caller's
-business. Nothing is forked: each process starts from nothing, so that no library finds what another has left.
+Owns the hand-over, the rounds and what a turn costs. What the loops are is the caller's business. Nothing is forked:
+each process starts from nothing, so that no library finds what another has left.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import random
+import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -132,9 +135,7 @@ class Entrant:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         folder.mkdir()
-        self._process = context.Process(
-            target=_run, args=(theirs, loop, device, num_threads, first, folder), daemon=True
-        )
+        self._process = context.Process(target=_run, args=(theirs, loop, device, num_threads, first, folder))
         self._process.start()
         theirs.close()
         try:
@@ -175,3 +176,72 @@ class Entrant:
             self._process.kill()
             self._process.join()
         self._connection.close()
+
+
+@dataclass
+class Measured:
+    """What is known of a loop."""
+
+    times: list[Timing] = field(default_factory=list)  # of a step, once a round
+    num_threads: int | None = None
+    problem: Problem | None = None
+
+
+def take_turns(
+    loops: Mapping[str, Loop | Problem],
+    device: torch.device,
+    num_threads: int,
+    turn: Turn,
+    rounds: int,
+    seed: int,
+    what: str,
+) -> dict[str, Measured]:
+    """Gives each loop one turn a round, in random order; one that fails is left out of all rounds.
+
+    Args:
+        loops: by name; or why there is none.
+        device: on which they work.
+        num_threads: of torch, in each of them.
+        turn: how many steps.
+        rounds: how many turns each has.
+        seed: of the order.
+        what: they do, for messages.
+    """
+    measured = {name: Measured() for name in loops}
+
+    def leave_out(name: str, where: str, problem: Problem) -> None:
+        measured[name] = Measured(problem=problem)
+        sys.stderr.write(f"{where}: {problem}\n")
+
+    # Loops are ended where they stand; that Python then gives back their semaphores is no news.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
+    with (
+        tempfile.TemporaryDirectory(prefix="lockstep-turns-", ignore_cleanup_errors=True) as folder,
+        contextlib.ExitStack() as stack,
+    ):
+        entrants: dict[str, Entrant] = {}
+        for name, loop in loops.items():
+            try:
+                if isinstance(loop, Problem):
+                    raise loop
+                entrants[name] = Entrant(loop, device, num_threads, turn, Path(folder, name))
+                stack.callback(entrants[name].close)
+            except Problem as problem:
+                leave_out(name, f"{what}: {name}", problem)
+        for number in range(rounds):
+            order = [name for name in entrants if measured[name].problem is None]
+            random.Random(seed + number).shuffle(order)
+            for name in order:
+                where = f"round {number + 1}: {what}: {name}"
+                try:
+                    taken = entrants[name].take(turn)
+                except Problem as problem:
+                    leave_out(name, where, problem)
+                    continue
+                measured[name].times.append(taken.timing)
+                measured[name].num_threads = taken.num_threads
+                sys.stderr.write(
+                    f"{where}: {1000 * taken.timing.seconds:.3f} ms, "
+                    f"others kept {taken.timing.foreign_cores:.2f} cores busy\n"
+                )
+    return measured

@@ -133,7 +133,10 @@ class BatchPlan:
         return min(self.batch_size, self.num_samples - start)
 
     def positions(self, step: int, rank: int) -> torch.Tensor:
-        """Returns which positions of a step's global batch a rank has, int64, in order: groups in turn. Not to be changed."""
+        """Returns which positions of a step's global batch a rank has, int64, in order: groups in turn.
+
+        The next call may return the same tensor: it must not be changed.
+        """
         return _positions(self.step_samples(step), self.group_size, self.num_ranks, rank)
 
     def num_turns(self, step: int, rank: int) -> int:

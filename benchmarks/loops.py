@@ -67,7 +67,7 @@ class Work:
         config = ModelConfig.model_validate(self.model_section())
         model = build_model(config, self.num_classes).to(self.device).train()
         if uses_channels_last(config, model):
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model = model.to(memory_format=torch.channels_last)
         return model
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -235,7 +235,9 @@ def lightning(work: Work, loader: Any, after_step: AfterStep, folder: Path) -> N
         enable_model_summary=False,
     )
     module: Any = Module()
-    trainer.fit(torch.compile(module) if work.compile else module, loader)
+    if work.compile:
+        module = torch.compile(module)
+    trainer.fit(module, loader)
 
 
 def timm(work: Work, loader: Any, after_step: AfterStep) -> None:
@@ -249,7 +251,7 @@ def timm(work: Work, loader: Any, after_step: AfterStep) -> None:
     from timm.utils import AverageMeter
 
     model = work.build_model()
-    task = ClassificationTask(model=model, criterion=nn.CrossEntropyLoss().to(work.device), device=work.device)
+    task: Any = ClassificationTask(model=model, criterion=nn.CrossEntropyLoss().to(work.device), device=work.device)
     optimizer = create_optimizer_v2(task.get_trainable_module(), opt="momentum", lr=LEARNING_RATE, momentum=MOMENTUM)
     if work.compile:
         task.compile(backend="inductor", mode=None)

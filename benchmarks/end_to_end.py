@@ -27,12 +27,14 @@ from typing import Any
 import torch
 
 from benchmarks import loops
-from benchmarks.feed import MOST_FOREIGN_CORES, _show_progress, _spread
-from benchmarks.feed_training import TINY_MODEL, make_tiny_pictures
+from benchmarks.feed_training import make_tiny_pictures
 from benchmarks.loops import AfterStep, Work
-from benchmarks.memory import compare, describe_machine, machine_notes, markdown_table
 from benchmarks.peers import AREA, ASPECT, MEAN, STD, open_timm_loader, open_torchvision_loader
 from benchmarks.pictures import DEFAULT_FOLDER, NUM_CLASSES, describe, make_pictures
+from benchmarks.plain_loop import TINY_MODEL
+from benchmarks.rounds import MOST_FOREIGN_CORES, compare, load_note
+from benchmarks.telling import describe as describe_environment
+from benchmarks.telling import markdown_table, origin, spread
 from benchmarks.turns import Loop, Measured, Turn, take_turns
 from trainer.data.tuning import cores_of_a_rank
 from trainer.units import counted
@@ -45,7 +47,7 @@ DESCRIPTIONS = {
     OURS: "our feed, our Trainer",
 }
 NAMES = tuple(DESCRIPTIONS)
-PACKAGES = ("lightning", "timm")
+PACKAGES = ("torchvision", "accelerate", "lightning", "timm")
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,8 @@ def summarize(measured: Mapping[str, Measured], batch_size: int, keep_loaded: bo
             {
                 "entry": name,
                 **compared,
-                "images_per_second": _spread([batch_size / timing.seconds for timing in kept]),
-                "cpu_seconds_per_image": _spread([t.seconds * t.own_cores / batch_size for t in kept]),
+                "images_per_second": spread([batch_size / timing.seconds for timing in kept]),
+                "cpu_seconds_per_image": spread([t.seconds * t.own_cores / batch_size for t in kept]),
                 "num_threads": entry.num_threads,
                 "problem": str(entry.problem) if entry.problem else None,
                 "is_left_out": entry.problem is not None and entry.problem.is_absence,
@@ -173,7 +175,8 @@ def table(result: Mapping[str, Any]) -> str:
         f"{pictures['pictures']} JPEGs of {', '.join(pictures['pixels'])} pixels, "
         f"{pictures['mean_bytes'] / 1000:.0f} kB on average, in the page cache",
         f"median of {settings['rounds']} alternating rounds of {settings['steps']} steps",
-        *machine_notes(result["environment"], result["entries"], settings["keep_loaded"]),
+        load_note(result["entries"], settings["keep_loaded"]),
+        *origin(result),
     ]
     return markdown_table(rows, notes)
 
@@ -244,10 +247,11 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _run(options: argparse.Namespace, pictures: Path) -> dict[str, Any]:
+def _run(options: argparse.Namespace, given: Sequence[str] | None, pictures: Path) -> dict[str, Any]:
     on_gpu = options.device == "cuda"
-    environment = describe_machine("benchmarks.end_to_end", options.device)  # before: of what is measured
-    environment["packages"] |= loops.installed(PACKAGES)
+    environment = describe_environment(
+        "benchmarks.end_to_end", given, PACKAGES, options.device
+    )  # before: of what is measured
     setup = Setup(
         work=Work(
             options.model,
@@ -307,10 +311,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         if options.tiny:
             with tempfile.TemporaryDirectory(prefix="lockstep-tiny-pictures-") as temporary:
-                result = _run(options, make_tiny_pictures(options.images, Path(temporary)))
+                result = _run(options, arguments, make_tiny_pictures(options.images, Path(temporary)))
         else:
-            pictures = make_pictures(options.images, "imagenet", options.folder, progress=_show_progress)
-            result = _run(options, pictures)
+            pictures = make_pictures(options.images, "imagenet", options.folder)
+            result = _run(options, arguments, pictures)
     sys.stdout.write(table(result))
     if options.plot is not None:
         plot(result, options.plot)

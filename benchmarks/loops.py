@@ -12,10 +12,9 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -129,15 +128,6 @@ def open_loader(work: Work, sampler: Sampler[int] | None = None) -> Any:
         drop_last=True,
         pin_memory=work.device_type == "cuda",
     )
-
-
-def installed(packages: Iterable[str]) -> dict[str, str]:
-    """Returns the versions of packages, without those that are missing."""
-    found = {}
-    for name in packages:
-        with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
 
 
 # ---- the loops -----------------------------------------------------------------------------------------------

@@ -32,10 +32,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
 from benchmarks import loops
-from benchmarks.feed import MOST_FOREIGN_CORES, TIMEOUT, Problem, _spread
+from benchmarks.feed import TIMEOUT
 from benchmarks.loops import Work, open_loader, our_config, write_config
-from benchmarks.measure import _Clocks
-from benchmarks.memory import Timing, compare, describe_machine, machine_notes, markdown_table, waiting_for
+from benchmarks.rounds import MOST_FOREIGN_CORES, Clocks, Problem, Timing, compare, load_note, waiting_for
+from benchmarks.telling import describe, markdown_table, origin, spread
 
 OURS = "ours"
 DESCRIPTIONS = {
@@ -141,7 +141,7 @@ def run_job(entry: str, mode: str, setup: Setup) -> Timing:
         is_ours = entry == OURS
         command = _our_command(num_ranks, work, setup.steps, folder) if is_ours else None
         command = command or _peer_command(entry, num_ranks, work, setup.steps, folder)
-        before = _Clocks.read()
+        before = Clocks.read()
         try:
             ended = subprocess.run(
                 command,
@@ -154,7 +154,7 @@ def run_job(entry: str, mode: str, setup: Setup) -> Timing:
             )
         except subprocess.TimeoutExpired:
             raise Problem(f"not done after {TIMEOUT} s", is_absence=False) from None
-        after = _Clocks.read()
+        after = Clocks.read()
         if ended.returncode:
             sys.stderr.write(ended.stderr)
             last = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
@@ -266,8 +266,8 @@ def summarize(
                 "num_ranks": num_ranks,
                 "batch_size": work.batch_size,
                 **compared,
-                "samples_per_second": _spread([samples / t.seconds for t in kept]),
-                "efficiency": _spread(efficiencies) if mode != "one" else None,
+                "samples_per_second": spread([samples / t.seconds for t in kept]),
+                "efficiency": spread(efficiencies) if mode != "one" else None,
                 "problem": str(problem) if problem else None,
             }
         )
@@ -291,8 +291,8 @@ def table(result: Mapping[str, Any]) -> str:
         if efficiency is None:
             rows.append([*row, "", ""])
             continue
-        spread = f"{100 * efficiency['min']:.0f} to {100 * efficiency['max']:.0f}%"
-        rows.append([*row, f"{100 * efficiency['median']:.0f}%", spread])
+        spread_text = f"{100 * efficiency['min']:.0f} to {100 * efficiency['max']:.0f}%"
+        rows.append([*row, f"{100 * efficiency['median']:.0f}%", spread_text])
     settings = result["settings"]
     work = settings["work"]
     precision = "float32" if work["precision"] == "no" else work["precision"]
@@ -305,7 +305,8 @@ def table(result: Mapping[str, Any]) -> str:
         + f", {where}",
         "NCCL" if work["device_type"] == "cuda" else "gloo, one thread per process",
         f"median of {settings['rounds']} alternating rounds of {settings['steps']} steps after as many",
-        *machine_notes(result["environment"], result["entries"], settings["keep_loaded"]),
+        load_note(result["entries"], settings["keep_loaded"]),
+        *origin(result),
     ]
     return markdown_table(rows, notes)
 
@@ -384,8 +385,10 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _run(options: argparse.Namespace) -> dict[str, Any]:
-    environment = describe_machine("benchmarks.ranks", options.device)  # before: of what is measured
+def _run(options: argparse.Namespace, given: Sequence[str] | None) -> dict[str, Any]:
+    environment = describe(
+        "benchmarks.ranks", given, ["torchvision", "accelerate"], options.device
+    )  # before: of what is measured
     num_ranks = options.processes or (torch.cuda.device_count() if options.device == "cuda" else 2)
     setup = default_setup(options.device, options.tiny, num_ranks)
     names = [name for name in NAMES if name in options.only]
@@ -423,7 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         if options.device == "cpu":
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        result = _run(options)
+        result = _run(options, arguments)
     sys.stdout.write(table(result))
     if options.plot is not None:
         plot(result, options.plot)

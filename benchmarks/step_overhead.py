@@ -26,9 +26,9 @@ from typing import Any
 import torch
 
 from benchmarks import loops
-from benchmarks.feed import MOST_FOREIGN_CORES, Problem, _spread
 from benchmarks.loops import AfterStep, Work, open_loader
-from benchmarks.memory import compare, describe_machine, machine_notes, markdown_table, show_times
+from benchmarks.rounds import MOST_FOREIGN_CORES, Problem, compare, load_note, show_times
+from benchmarks.telling import describe, markdown_table, origin, spread
 from benchmarks.turns import Loop, Measured, Turn, take_turns
 from trainer.data.tuning import cores_of_a_rank
 from trainer.precision import STEP_DTYPES
@@ -54,7 +54,7 @@ DESCRIPTIONS = {
     OURS: "our Trainer, whole",
 }
 NAMES = tuple(DESCRIPTIONS)
-PACKAGES = ("timm", "lightning")
+PACKAGES = ("accelerate", "timm", "lightning")
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def summarize(
                 "model": workload.name,
                 "loop": name,
                 **compared,
-                "overhead_microseconds": _spread(beyond),
+                "overhead_microseconds": spread(beyond),
                 "samples_per_second": rate,
                 "mfu": rate * flops / peak if rate is not None and flops is not None else None,
                 "num_threads": entry.num_threads,
@@ -190,7 +190,8 @@ def table(result: Mapping[str, Any]) -> str:
         "SGD with momentum; the same memory format, in which our trainer keeps the model",
         f"torch's threads: {', '.join(threads)} in every loop",
         f"MFU: of {result['peak_flops'] / 1e12:.3g} TFLOP/s",
-        *machine_notes(result["environment"], result["entries"], settings["keep_loaded"]),
+        load_note(result["entries"], settings["keep_loaded"]),
+        *origin(result),
     ]
     return markdown_table(rows, notes)
 
@@ -272,12 +273,13 @@ def _chosen(options: argparse.Namespace) -> Iterator[Workload]:
             yield Workload(workload.work, workload.steps, workload.lead, rounds)
 
 
-def _run(options: argparse.Namespace) -> dict[str, Any]:
+def _run(options: argparse.Namespace, given: Sequence[str] | None) -> dict[str, Any]:
     """Measures, and writes what is known after each model: a run that is cut short leaves its models behind."""
     chosen = list(_chosen(options))
     names = [name for name in NAMES if name in options.loops]
-    environment = describe_machine("benchmarks.step_overhead", options.device)  # before: of what is measured
-    environment["packages"] |= loops.installed([name for name in PACKAGES if name in names])
+    environment = describe(
+        "benchmarks.step_overhead", given, [*PACKAGES, "torchvision"], options.device
+    )  # before: of what is measured
     started = time.monotonic()
     result: dict[str, Any] = {
         "environment": environment,
@@ -315,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         if options.device == "cpu":
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        result = _run(options)
+        result = _run(options, arguments)
     sys.stdout.write(table(result))
     if options.plot is not None:
         plot(result, options.plot)

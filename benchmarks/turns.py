@@ -22,10 +22,8 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.feed import Problem
 from benchmarks.loops import AfterStep
-from benchmarks.measure import _Clocks
-from benchmarks.memory import Timing, waiting_for
+from benchmarks.rounds import Clocks, Problem, Timing, waiting_for
 from trainer.errors import one_line
 
 TIMEOUT = 900  # seconds, of one turn
@@ -70,7 +68,7 @@ class Turns:
         self._wait = waiting_for(device)
         self._turn = first
         self._num_made = 0
-        self._before = _Clocks.read()
+        self._before = Clocks.read()
         self._began = time.perf_counter()
 
     def after_step(self, num_samples: int) -> None:
@@ -78,7 +76,7 @@ class Turns:
         self._num_made += 1
         if self._num_made == self._turn.lead:
             self._wait()
-            self._before = _Clocks.read()
+            self._before = Clocks.read()
             self._began = time.perf_counter()
         elif self._num_made == self._turn.lead + self._turn.steps:
             self._hand_over()
@@ -86,7 +84,7 @@ class Turns:
     def _hand_over(self) -> None:
         self._wait()
         seconds = time.perf_counter() - self._began
-        after = _Clocks.read()
+        after = Clocks.read()
         wall, own = after.wall - self._before.wall, after.tree - self._before.tree
         foreign = max(0.0, after.machine - self._before.machine - own)
         timing = Timing(seconds / self._turn.steps, own / wall, foreign / wall)

@@ -13,8 +13,7 @@ from launching import run
 
 from benchmarks import end_to_end
 from benchmarks.end_to_end import NAMES, plot, summarize, table
-from benchmarks.feed import Problem
-from benchmarks.memory import Timing
+from benchmarks.rounds import Problem, Timing
 from benchmarks.turns import Measured
 
 
@@ -25,7 +24,14 @@ def _result(**changes: Measured) -> dict[str, Any]:
         "ours": Measured([Timing(0.8, 2.0, 0.0), Timing(1.0, 2.0, 0.0)]),
         **changes,
     }
-    environment = {"cpu": "Chip", "cores": 2, "python": "3.11", "date": "2026-11-23T01:02:03", "commit": "a" * 40}
+    environment = {
+        "cpu": "Chip",
+        "cores": 2,
+        "python": "3.11",
+        "date": "2026-11-23T01:02:03",
+        "commit": "a" * 40,
+        "command": "python",
+    }
     work = {"model": "resnet18", "shape": [3, 96, 96], "batch_size": 32, "precision": "no", "compile": False}
     settings = {"work": work, "num_workers": 1, "num_threads": 2, "rounds": 2, "steps": 12, "keep_loaded": False}
     return {

@@ -12,9 +12,8 @@ from conftest import REPOSITORY, nightly
 from launching import run
 
 from benchmarks import ranks
-from benchmarks.feed import Problem
-from benchmarks.memory import Timing
 from benchmarks.ranks import MODES, NAMES, default_setup, plot, read_reports, run_rounds, summarize, table
+from benchmarks.rounds import Problem, Timing
 
 SETUP = default_setup("cpu", tiny=False, num_ranks=2)  # batches of 64
 
@@ -25,7 +24,14 @@ def _result(**changes: float) -> dict[str, Any]:
     taken |= {("ours", mode): [Timing(value, 1.0, 0.9 if mode == "weak" else 0.0)] for mode, value in seconds.items()}
     taken["accelerate", "one"] = []
     problems = {("accelerate", "one"): Problem("it had 1 processes instead of 2", is_absence=False)}
-    environment = {"cpu": "Chip", "cores": 2, "python": "3.11", "date": "2026-11-23T01:02:03", "commit": "a" * 40}
+    environment = {
+        "cpu": "Chip",
+        "cores": 2,
+        "python": "3.11",
+        "date": "2026-11-23T01:02:03",
+        "commit": "a" * 40,
+        "command": "python",
+    }
     return {
         "environment": {**environment, "packages": {"torch": "2"}, "gpu": None, "cuda": None},
         "settings": {**ranks.asdict(SETUP), "rounds": 1, "keep_loaded": False},

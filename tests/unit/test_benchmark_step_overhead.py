@@ -17,9 +17,8 @@ from conftest import REPOSITORY, nightly
 from launching import run
 
 from benchmarks import step_overhead
-from benchmarks.feed import MOST_FOREIGN_CORES, Problem
 from benchmarks.loops import AfterStep
-from benchmarks.memory import Timing
+from benchmarks.rounds import MOST_FOREIGN_CORES, Problem, Timing
 from benchmarks.step_overhead import NAMES, Measured, plot, summarize, table, workloads
 from benchmarks.turns import Entrant, Turn, Turns
 from trainer.config import LogConfig
@@ -79,7 +78,14 @@ def _result(**changes: Any) -> dict[str, Any]:
         "ours": _measured(0.110, 0.200),
         **changes,
     }
-    environment = {"cpu": "Chip", "cores": 2, "python": "3.11", "date": "2026-11-23T01:02:03", "commit": "a" * 40}
+    environment = {
+        "cpu": "Chip",
+        "cores": 2,
+        "python": "3.11",
+        "date": "2026-11-23T01:02:03",
+        "commit": "a" * 40,
+        "command": "python",
+    }
     result = {
         "environment": {**environment, "packages": {"torch": "2"}, "gpu": None, "cuda": None},
         "settings": {"workloads": [step_overhead.asdict(workload)], "keep_loaded": False},

@@ -30,11 +30,10 @@ from benchmarks import loops
 from benchmarks.feed_training import make_tiny_pictures
 from benchmarks.loops import AfterStep, Work
 from benchmarks.peers import AREA, ASPECT, MEAN, STD, open_timm_loader, open_torchvision_loader
-from benchmarks.pictures import DEFAULT_FOLDER, NUM_CLASSES, describe, make_pictures
+from benchmarks.pictures import DEFAULT_FOLDER, NUM_CLASSES, describe_pictures, make_pictures
 from benchmarks.plain_loop import TINY_MODEL
 from benchmarks.rounds import MOST_FOREIGN_CORES, compare, load_note
-from benchmarks.telling import describe as describe_environment
-from benchmarks.telling import markdown_table, origin, spread
+from benchmarks.telling import describe, markdown_table, origin, spread
 from benchmarks.turns import Loop, Measured, Turn, take_turns
 from trainer.data.tuning import cores_of_a_rank
 from trainer.units import counted
@@ -249,9 +248,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(options: argparse.Namespace, given: Sequence[str] | None, pictures: Path) -> dict[str, Any]:
     on_gpu = options.device == "cuda"
-    environment = describe_environment(
-        "benchmarks.end_to_end", given, PACKAGES, options.device
-    )  # before: of what is measured
+    environment = describe("benchmarks.end_to_end", given, PACKAGES, options.device)
     setup = Setup(
         work=Work(
             options.model,
@@ -289,7 +286,7 @@ def _run(options: argparse.Namespace, given: Sequence[str] | None, pictures: Pat
             "keep_loaded": options.keep_loaded,
             "tiny": options.tiny,
         },
-        "pictures": describe(pictures),
+        "pictures": describe_pictures(pictures),
         "took_seconds": round(time.monotonic() - started, 1),
         "entries": summarize(measured, options.batch_size, options.keep_loaded),
     }

@@ -386,9 +386,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(options: argparse.Namespace, given: Sequence[str] | None) -> dict[str, Any]:
-    environment = describe(
-        "benchmarks.ranks", given, ["torchvision", "accelerate"], options.device
-    )  # before: of what is measured
+    environment = describe("benchmarks.ranks", given, ["torchvision", "accelerate"], options.device)
     num_ranks = options.processes or (torch.cuda.device_count() if options.device == "cuda" else 2)
     setup = default_setup(options.device, options.tiny, num_ranks)
     names = [name for name in NAMES if name in options.only]

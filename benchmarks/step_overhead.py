@@ -277,9 +277,7 @@ def _run(options: argparse.Namespace, given: Sequence[str] | None) -> dict[str, 
     """Measures, and writes what is known after each model: a run that is cut short leaves its models behind."""
     chosen = list(_chosen(options))
     names = [name for name in NAMES if name in options.loops]
-    environment = describe(
-        "benchmarks.step_overhead", given, [*PACKAGES, "torchvision"], options.device
-    )  # before: of what is measured
+    environment = describe("benchmarks.step_overhead", given, [*PACKAGES, "torchvision"], options.device)
     started = time.monotonic()
     result: dict[str, Any] = {
         "environment": environment,

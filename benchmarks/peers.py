@@ -90,14 +90,31 @@ def _torchvision_bytes(folder: Path, batch_size: int, seed: int) -> Batches:
 
 
 def _torchvision_loader(folder: Path, batch_size: int, seed: int, as_floats: bool) -> Batches:
-    """The reference's `ClassificationPresetTrain` with PIL; `persistent_workers` spares it a start per epoch."""
+    return _epochs(open_torchvision_loader(folder, batch_size, seed, SIZE, as_floats, num_workers=1))
+
+
+def open_torchvision_loader(
+    folder: Path, batch_size: int, seed: int, size: int, as_floats: bool = True, **options: Any
+) -> Any:
+    """Returns the loader of torchvision's reference, its `ClassificationPresetTrain` with PIL.
+
+    `persistent_workers` spares it a start per epoch.
+
+    Args:
+        folder: class folders of JPEGs.
+        batch_size: pictures per batch.
+        seed: seed of order and augmentation.
+        size: pixels of both sides of the crops.
+        as_floats: whether pictures are normalised on the host; else they stay bytes.
+        **options: further arguments of torch's `DataLoader`.
+    """
     import torch
     from torch.utils.data import DataLoader, default_collate
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import InterpolationMode, v2
 
     transforms: list[Callable[[Any], Any]] = [
-        v2.RandomResizedCrop(SIZE, interpolation=InterpolationMode.BILINEAR, antialias=True),
+        v2.RandomResizedCrop(size, interpolation=InterpolationMode.BILINEAR, antialias=True),
         v2.RandomHorizontalFlip(),
         v2.PILToTensor(),
     ]
@@ -105,15 +122,14 @@ def _torchvision_loader(folder: Path, batch_size: int, seed: int, as_floats: boo
         transforms += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
     torch.manual_seed(seed)
     dataset = ImageFolder(str(folder), v2.Compose([*transforms, v2.ToPureTensor()]))
-    loader = DataLoader(
+    return DataLoader(
         dataset,
         batch_size=batch_size,
         shuffle=True,
-        num_workers=1,
         collate_fn=default_collate,
         persistent_workers=True,
+        **options,
     )
-    return _epochs(loader)
 
 
 def _epochs(loader: Any) -> Batches:

@@ -236,7 +236,7 @@ class Trainer(Evaluating):
             with self.clock.phase("checkpoint"):
                 self.saver.before_update()
         self.progress.skipped_steps += self.runtime.step(self.optimizer, unless=is_left_out)
-        self.optimizer.zero_grad()
+        self.runtime.zero_grad(self.optimizer)
         self.progress.step += 1
         if self.ema is not None:
             self.ema.update(self.progress.step)
@@ -372,7 +372,7 @@ class Trainer(Evaluating):
         generators = generator_states(self.runtime.device)
 
         def undo() -> None:
-            self.optimizer.zero_grad()
+            self.runtime.zero_grad(self.optimizer)
             self.buffers.put_back()
             restore_generators(generators, self.runtime.device)
 

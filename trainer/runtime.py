@@ -226,13 +226,20 @@ class Runtime:
             scale = self.scaler.get_scale()
             optimizer.step()
             return self.scaler.get_scale() < scale
+        inner = _inner(optimizer)
         if unless is None:
-            optimizer.step()
-        elif self.device.type == "cuda" and not self.is_sharded and leaves_out_on_device(optimizer):
-            step_unless(optimizer, unless)
+            inner.step()
+        elif self.device.type == "cuda" and not self.is_sharded and leaves_out_on_device(inner):
+            step_unless(inner, unless)
         elif not unless.item():
-            optimizer.step()
+            inner.step()
         return False
+
+    def zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        """Drops the gradients of a prepared optimizer's parameters."""
+        inner = _inner(optimizer)
+        is_plain = type(inner).zero_grad is torch.optim.Optimizer.zero_grad
+        (inner if is_plain else optimizer).zero_grad()
 
     def new_host_group(self) -> dist.ProcessGroup | None:
         """Returns another gloo group of all ranks, for a thread of its own; None for a single process."""
@@ -367,9 +374,14 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+def _inner(optimizer: torch.optim.Optimizer) -> Any:
+    """Returns the optimizer inside Accelerate's, whose every call looks up signatures and installed packages."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 def leaves_out_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Tells whether an optimizer can leave a step out without the host knowing."""
-    inner = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's
+    inner = _inner(optimizer)
     # At the first step SGD takes memory for its momentum that it then does not fill.
     is_filled = bool(inner.state) or not any(group.get("momentum") for group in inner.param_groups)
     return is_filled and bool(getattr(inner, "_step_supports_amp_scaling", False))
@@ -377,7 +389,7 @@ def leaves_out_on_device(optimizer: torch.optim.Optimizer) -> bool:
 
 def step_unless(optimizer: torch.optim.Optimizer, unless: torch.Tensor) -> None:
     """Takes a fused optimizer's step where a boolean scalar is false, by the way in which GradScaler skips steps."""
-    inner: Any = getattr(optimizer, "optimizer", optimizer)
+    inner = _inner(optimizer)
     inner.grad_scale, inner.found_inf = None, unless.to(torch.float32)
     try:
         optimizer.step()

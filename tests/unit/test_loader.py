@@ -10,14 +10,21 @@ import numpy as np
 import pytest
 import torch
 from picture_trees import make_class_folders
+from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 from vectors import Vectors
 
 from trainer.config import load_config
 from trainer.config_data import DataConfig
-from trainer.data.datasets import ImageFolder, Synthetic
+from trainer.data.datasets import ImageFolder, Synthetic, draws_nothing
 from trainer.data.feed import DeviceFeed
-from trainer.data.loader import preserved_generators, sample_seed, seed_global_generators
+from trainer.data.loader import (
+    LoadedBatch,
+    SampleLoader,
+    preserved_generators,
+    sample_seed,
+    seed_global_generators,
+)
 from trainer.data.sampler import BatchPlan, SampleKey, StepSampler
 from trainer.data.transforms import HostTransform
 from trainer.errors import UserError
@@ -108,6 +115,43 @@ def test_loading_leaves_the_global_generators_alone() -> None:
     with preserved_generators():
         draw()
     assert draw() == expected
+
+
+class _Drawing(TensorDataset):
+    """Vectors that differ each time that they are looked at."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        return torch.rand(3), torch.tensor(0)
+
+
+def test_generators_are_seeded_for_samples_that_may_draw_from_them() -> None:
+    """The others are loaded without: that takes longer than to load a small one."""
+    data = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+    drawn = []
+    for dataset in (TensorDataset(*data), _Drawing(*data)):
+        loader = SampleLoader(dataset, HostTransform([], "input"), None, 0, "data.train", "raise")
+        torch.manual_seed(5)
+        batch = loader.load([SampleKey(0, i) for i in (2, 1)], _allocate, lambda sample: None)
+        assert isinstance(batch, LoadedBatch)
+        drawn.append((torch.initial_seed() == 5, batch.data[0]))
+    (is_untouched, zeros), (is_unseeded, random_numbers) = drawn
+    assert is_untouched
+    assert not zeros.any()
+    assert not is_unseeded
+    torch.manual_seed(sample_seed(0, SampleKey(0, 2)))
+    assert torch.equal(random_numbers[0], torch.rand(3))
+
+
+def test_data_sets_with_a_transform_of_their_own_may_draw() -> None:
+    data = TensorDataset(torch.zeros(4, 3))
+    assert draws_nothing(data)
+    data.transform = v2.RandomHorizontalFlip()  # type: ignore[attr-defined]
+    assert not draws_nothing(data)
+    assert not draws_nothing(Vectors(4))
+
+
+def _allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
 
 
 def test_synthetic_data_needs_no_loader_and_is_the_same_for_any_share() -> None:

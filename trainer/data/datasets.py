@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, TensorDataset
 from torchvision import datasets as torchvision_datasets
 
 from trainer.components import accepts, call, is_import_path, resolve
@@ -330,6 +330,28 @@ def gives_encoded(dataset: Any) -> bool:
 
 
 _ITEM_METHODS = ("encoded", "__getitem__")
+
+
+def draws_nothing(dataset: SizedDataset) -> bool:
+    """Tells whether items are known to be the same each time: then no generator has to be seeded for them.
+
+    That is so where they are made by code of this module or of the libraries, and go through nothing of the user's.
+    """
+    is_known = getattr(type(dataset), "__getitem__", None) in _DRAW_NOTHING
+    return is_known and all(getattr(dataset, name, None) is None for name in ("transform", "target_transform"))
+
+
+_DRAW_NOTHING = {
+    known.__getitem__
+    for known in (
+        Digits,
+        TorchFile,
+        TensorDataset,
+        torchvision_datasets.CIFAR10,
+        torchvision_datasets.MNIST,
+        torchvision_datasets.SVHN,
+    )
+}
 
 
 def is_image_data(dataset: SizedDataset) -> bool:

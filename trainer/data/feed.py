@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -350,7 +351,7 @@ class DeviceFeed:
         """Loads in this process, on this thread: users' transforms draw from its global generators."""
         for keys in requests:
             started, cpu_started = time.perf_counter(), time.thread_time()
-            with preserved_generators():
+            with preserved_generators() if loader.is_random else nullcontext():
                 load = loader.load if self._decoder is None else loader.load_encoded
                 batch = load(keys, _in_own_memory, self._begin_reading)
             self._reading = None

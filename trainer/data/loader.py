@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from trainer.data.datasets import SizedDataset
+from trainer.data.datasets import SizedDataset, draws_nothing
 from trainer.data.decode import UNREADABLE, Encoded, crop_and_resize, read_size
 from trainer.data.draws import Stream, sample_keys, uniforms
 from trainer.data.geometry import Geometry
@@ -146,6 +146,8 @@ class SampleLoader:
         self.name = name
         self.on_error = on_error
         self.stacks = stacks
+        self.is_random = bool(transform.transforms) or not draws_nothing(dataset)
+        """Whether samples may draw from the global generators."""
 
     def load(self, keys: Sequence[Sequence[int]], allocate: Allocate, reading: OnRead) -> LoadedBatch | LoadFailure:
         """Loads one batch, its tensors in memory from `allocate`. Disturbs the global generators.
@@ -156,7 +158,8 @@ class SampleLoader:
         skipped: list[Skipped] = []
         load = self._load_items if self.geometry is None else self._load_pictures
         try:
-            read, data = load([SampleKey(*map(int, key)) for key in keys], allocate, reading, skipped)
+            asked = [key if type(key) is SampleKey else SampleKey(*map(int, key)) for key in keys]
+            read, data = load(asked, allocate, reading, skipped)
         except UserError as error:
             return LoadFailure(place_at(self.name, error).problems)
         return LoadedBatch(key_array(read), data, tuple(skipped))
@@ -215,7 +218,8 @@ class SampleLoader:
         return read, self._collate([item for _, item in pairs], read, allocate)
 
     def _read_item(self, key: SampleKey) -> tuple[SampleKey, Any]:
-        seed_global_generators(sample_seed(self.seed, key))
+        if self.is_random:
+            seed_global_generators(sample_seed(self.seed, key))
         return key, self.transform(self.dataset[key.sample])
 
     # ---- encoded pictures, of which only what the crop keeps is decoded ------------------------------------

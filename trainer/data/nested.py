@@ -156,10 +156,13 @@ def in_lists(items: Sequence[Any], allocate: Allocate) -> Any:
 def _stacked(items: Sequence[Any], allocate: Allocate) -> torch.Tensor:
     first = items[0]
     is_plain = first.layout == torch.strided and first.device.type == "cpu" and not first.is_nested
-    if not is_plain or any(
-        type(item) is not type(first) or item.shape != first.shape or item.dtype != first.dtype for item in items
-    ):
+    kind, dtype = type(first), first.dtype
+    if not is_plain or any(type(item) is not kind or item.dtype != dtype for item in items):
         return default_collate(list(items))  # which says what differs, or converts
-    stacked = allocate((len(items), *first.shape), first.dtype)
-    torch.stack([item.as_subclass(torch.Tensor) for item in items], out=stacked)
+    stacked = allocate((len(items), *first.shape), dtype)
+    plain = items if kind is torch.Tensor else [item.as_subclass(torch.Tensor) for item in items]
+    try:
+        torch.stack(plain, out=stacked)  # type: ignore[arg-type]
+    except RuntimeError:  # of other shapes
+        return default_collate(list(items))
     return stacked

@@ -7,6 +7,7 @@ arithmetic; loading the samples is `trainer.data.loader`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -132,12 +133,11 @@ class BatchPlan:
         return min(self.batch_size, self.num_samples - start)
 
     def positions(self, step: int, rank: int) -> torch.Tensor:
-        """Returns which positions of a step's global batch a rank has, int64, in order: groups in turn."""
-        num_samples = self.step_samples(step)
-        first = rank * self.group_size  # and its other groups one round of all ranks further each
-        groups = torch.arange(first, max(num_samples, first), self.num_ranks * self.group_size)
-        positions = (groups[:, None] + torch.arange(self.group_size)).flatten()
-        return positions[positions < num_samples]
+        """Returns which positions of a step's global batch a rank has, int64, in order: groups in turn.
+
+        The next call may return the same tensor: it must not be changed.
+        """
+        return _positions(self.step_samples(step), self.group_size, self.num_ranks, rank)
 
     def num_turns(self, step: int, rank: int) -> int:
         """Returns how many micro-batches a rank runs in a step, stand-ins included."""
@@ -157,6 +157,14 @@ class BatchPlan:
         if self.drop_last:
             per_epoch = self.steps_per_epoch * self.batch_size
         return epochs * per_epoch + steps * self.batch_size
+
+
+@functools.lru_cache(maxsize=8)  # full steps and the last of an epoch, of this rank and of those it is compared with
+def _positions(num_samples: int, group_size: int, num_ranks: int, rank: int) -> torch.Tensor:
+    first = rank * group_size  # its other groups are a round of all ranks further each: no others are looked at
+    groups = torch.arange(first, max(num_samples, first), num_ranks * group_size)
+    positions = (groups[:, None] + torch.arange(group_size)).flatten()
+    return positions[positions < num_samples]
 
 
 class StepSampler(DistributedSampler[int]):

@@ -43,6 +43,8 @@ class HostTransform:
         self.as_bytes = as_bytes
 
     def __call__(self, item: Item) -> Item:
+        if not self.transforms and type(item) is tuple and item and type(item[0]) is torch.Tensor:
+            return item
         if isinstance(item, Mapping):
             if self.input_key not in item:
                 return item

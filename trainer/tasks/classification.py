@@ -111,6 +111,10 @@ class Classification(Task):
     def _check_labels(self, targets: torch.Tensor, sample_ids: torch.Tensor | None) -> None:
         if self.num_classes is None or targets.ndim != 1 or targets.is_floating_point():
             return
+        if targets.numel():
+            least, most = targets.aminmax()
+            if least >= 0 and most < self.num_classes:  # as ever; what follows looks for the sample
+                return
         wrong = (targets < 0) | (targets >= self.num_classes)
         wrong &= targets != getattr(self.loss, "ignore_index", -1 - self.num_classes)
         if wrong.any():

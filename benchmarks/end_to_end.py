@@ -1,0 +1,323 @@
+"""From a folder of JPEGs to a trained model: pictures per second and CPU time, ours against our peers in the same run.
+
+    python -m benchmarks.end_to_end --json benchmarks/results/end-to-end-cpu.json
+    python -m benchmarks.end_to_end --device cuda --json benchmarks/results/end-to-end-gpu.json
+
+Owns which loader goes with which loop, the JSON that comes of it, its table and its plot. Each has its own loader and
+its own loop, with the same crops, flips, model, precision, optimizer and number of workers. The loops are
+`benchmarks.loops`, their loaders are in `benchmarks.peers`, how they take turns is `benchmarks.turns`. What a feed
+alone is worth, under one loop on a GPU, is `benchmarks.feed_training`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import loops
+from benchmarks.feed_training import make_tiny_pictures
+from benchmarks.loops import AfterStep, Work
+from benchmarks.peers import AREA, ASPECT, MEAN, STD, open_timm_loader, open_torchvision_loader
+from benchmarks.pictures import DEFAULT_FOLDER, NUM_CLASSES, describe_pictures, make_pictures
+from benchmarks.plain_loop import TINY_MODEL
+from benchmarks.rounds import MOST_FOREIGN_CORES, compare, load_note
+from benchmarks.telling import describe, markdown_table, origin, spread
+from benchmarks.turns import Loop, Measured, Turn, take_turns
+from trainer.data.tuning import cores_of_a_rank
+from trainer.units import counted
+
+OURS = "ours"
+DESCRIPTIONS = {
+    "torchvision": "torchvision's loader, a loop by hand",
+    "lightning": "torchvision's loader, Lightning's Trainer",
+    "timm": "timm's loader, the loop of its train.py",
+    OURS: "our feed, our Trainer",
+}
+NAMES = tuple(DESCRIPTIONS)
+PACKAGES = ("torchvision", "accelerate", "lightning", "timm")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all entries have in common."""
+
+    work: Work
+    pictures: Path  # class folders
+    num_workers: int
+    lead: int  # steps of a turn that are not counted: what was loaded while others had their turn is used up
+    steps: int
+    seed: int
+
+
+def _torchvision(setup: Setup) -> Any:
+    size, on_gpu = setup.work.shape[-1], setup.work.device_type == "cuda"
+    return open_torchvision_loader(
+        setup.pictures,
+        setup.work.batch_size,
+        setup.seed,
+        size,
+        num_workers=setup.num_workers,
+        pin_memory=on_gpu,
+        drop_last=True,
+    )
+
+
+def run_torchvision(setup: Setup, after_step: AfterStep, folder: Path) -> None:
+    """A hand-written loop."""
+    loops.raw(setup.work, _torchvision(setup), after_step)
+
+
+def run_lightning(setup: Setup, after_step: AfterStep, folder: Path) -> None:
+    """Lightning, with the same loader."""
+    loops.lightning(setup.work, _torchvision(setup), after_step, folder)
+
+
+def run_timm(setup: Setup, after_step: AfterStep, folder: Path) -> None:
+    """The loop of timm's train.py with its loader and prefetcher."""
+    loader = open_timm_loader(
+        setup.pictures,
+        setup.work.batch_size,
+        setup.seed,
+        setup.work.shape[-1],
+        num_workers=setup.num_workers,
+        pin_memory=setup.work.device_type == "cuda",
+        device=setup.work.device,
+    )
+    loops.timm(setup.work, loader, after_step)
+
+
+def run_ours(setup: Setup, after_step: AfterStep, folder: Path) -> None:
+    """Our Trainer, on what `data.feed: auto` chooses."""
+    crop = {"size": setup.work.shape[-1], "scale": list(AREA), "ratio": list(ASPECT)}
+    data = {
+        "train": {"name": "image_folder", "args": {"root": str(setup.pictures)}},
+        "transforms": {"train": [{"name": "RandomResizedCrop", "args": crop}, {"name": "RandomHorizontalFlip"}]},
+        "normalize": {"mean": list(MEAN), "std": list(STD)},
+        "workers": setup.num_workers,
+        "drop_last": True,
+    }
+    loops.ours(setup.work, after_step, folder, data=data)
+
+
+ENTRIES: dict[str, Callable[[Setup, AfterStep, Path], None]] = {
+    "torchvision": run_torchvision,
+    "lightning": run_lightning,
+    "timm": run_timm,
+    OURS: run_ours,
+}
+
+
+# ---- JSON, table and plot ------------------------------------------------------------------------------------
+
+
+def summarize(measured: Mapping[str, Measured], batch_size: int, keep_loaded: bool) -> list[dict[str, Any]]:
+    """Returns what the JSON says of every entry, compared with ours.
+
+    Args:
+        measured: by entry, the times of a step.
+        batch_size: pictures of a step.
+        keep_loaded: whether rounds count in which others used the machine.
+    """
+    ours = measured.get(OURS, Measured()).times
+    entries = []
+    for name, entry in measured.items():
+        compared = compare(entry.times, ours, keep_loaded)
+        kept = [timing for timing, taken in zip(entry.times, compared["rounds"], strict=True) if taken["kept"]]
+        entries.append(
+            {
+                "entry": name,
+                **compared,
+                "images_per_second": spread([batch_size / timing.seconds for timing in kept]),
+                "cpu_seconds_per_image": spread([t.seconds * t.own_cores / batch_size for t in kept]),
+                "num_threads": entry.num_threads,
+                "problem": str(entry.problem) if entry.problem else None,
+                "is_left_out": entry.problem is not None and entry.problem.is_absence,
+            }
+        )
+    return entries
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Returns the Markdown table of a result, with a line about what it was measured on."""
+    rows = [["", "", "images/s", "min to max", f"time, to `{OURS}`", "min to max", "CPU ms per image"]]
+    rows.append(["---"] * 2 + ["---:"] * 5)
+    for entry in result["entries"]:
+        name, rate, ratio = entry["entry"], entry["images_per_second"], entry["time_ratio"]
+        row = [f"`{name}`", DESCRIPTIONS[name]]
+        if rate is None:
+            rows.append([*row, "-", entry["problem"] or "no quiet round", "", "", ""])
+            continue
+        row += [f"{rate['median']:.0f}", f"{rate['min']:.0f} to {rate['max']:.0f}"]
+        row += ["", ""] if ratio is None else [f"{ratio['median']:.2f}", f"{ratio['min']:.2f} to {ratio['max']:.2f}"]
+        rows.append([*row, f"{1000 * entry['cpu_seconds_per_image']['median']:.1f}"])
+    settings, pictures = result["settings"], result["pictures"]
+    work = settings["work"]
+    precision = "float32" if work["precision"] == "no" else work["precision"]
+    notes = [
+        f"time, to `{OURS}`: of a step, within the same round, above 1 is slower than ours",
+        f"{work['model']}, {work['shape'][-1]} pixels, batches of {work['batch_size']}, {precision}"
+        + (", compiled" if work["compile"] else ""),
+        f"each with {counted(settings['num_workers'], 'worker')} and {counted(settings['num_threads'], 'thread')} "
+        "of torch",
+        f"{pictures['pictures']} JPEGs of {', '.join(pictures['pixels'])} pixels, "
+        f"{pictures['mean_bytes'] / 1000:.0f} kB on average, in the page cache",
+        f"median of {settings['rounds']} alternating rounds of {settings['steps']} steps",
+        load_note(result["entries"], settings["keep_loaded"]),
+        *origin(result),
+    ]
+    return markdown_table(rows, notes)
+
+
+def plot(result: Mapping[str, Any], file: Path) -> None:
+    """Draws pictures per second, a bar for each.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    matplotlib = importlib.import_module("matplotlib")
+    figures = importlib.import_module("matplotlib.figure")
+    matplotlib.rcParams["svg.hashsalt"] = "lockstep"  # the same file from the same figures
+    shown = [entry for entry in reversed(result["entries"]) if entry["images_per_second"] is not None]
+    rates = [entry["images_per_second"] for entry in shown]
+    figure = figures.Figure(figsize=(6, 2.6), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(
+        [entry["entry"] for entry in shown],
+        [rate["median"] for rate in rates],
+        xerr=[[r["median"] - r["min"] for r in rates], [r["max"] - r["median"] for r in rates]],
+        color=["C0" if entry["entry"] == OURS else "0.7" for entry in shown],
+        error_kw={"elinewidth": 0.8, "capsize": 3},
+    )
+    axes.set_xlabel("images/s, from JPEGs to a trained model (median, min to max)")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, format=file.suffix[1:] or "svg", metadata={"Date": None} if file.suffix == ".svg" else None)
+
+
+# ---- command line --------------------------------------------------------------------------------------------
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.end_to_end", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--json", type=Path, required=True, help="where the result goes; read with --markdown")
+    parser.add_argument("--markdown", action="store_true", help="measure nothing: print the table of --json")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the rates, to an .svg file")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=NAMES, default=NAMES, help=", ".join(NAMES))
+    parser.add_argument("--model", help="default: resnet18 on a CPU, resnet50 on a GPU")
+    parser.add_argument("--image-size", type=int, help="pixels; default: 96 on a CPU, 224 on a GPU")
+    parser.add_argument("--batch-size", type=int, help="default: 32 on a CPU, 256 on a GPU")
+    parser.add_argument("--workers", type=int, default=max(cores_of_a_rank(1) - 1, 1), help="of each entry")
+    parser.add_argument("--threads", type=int, default=cores_of_a_rank(1), help="of torch; default: one per core")
+    parser.add_argument("--steps", type=int, help="that are counted, of a turn; default: 12 on a CPU, 50 on a GPU")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=2000, help="JPEGs in the folder")
+    parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="where the JPEGs are kept")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep-loaded", action="store_true", help="keep rounds in which others used the machine too")
+    parser.add_argument("--tiny", action="store_true", help="a check that all parts run: measures nothing of interest")
+    options = parser.parse_args(arguments)
+    on_gpu = options.device == "cuda"
+    if options.tiny:
+        options.model, options.image_size, options.batch_size, options.steps = TINY_MODEL, 16, 4, 2
+        options.workers, options.threads, options.rounds, options.images = 1, 1, 1, 24
+        options.keep_loaded = True
+    options.model = options.model or ("resnet50" if on_gpu else "resnet18")
+    options.image_size = options.image_size or (224 if on_gpu else 96)
+    options.batch_size = options.batch_size or (256 if on_gpu else 32)
+    options.steps = options.steps or (50 if on_gpu else 12)
+    if min(options.workers, options.threads, options.steps, options.rounds) < 1:
+        parser.error("--workers, --threads, --steps and --rounds must be at least 1")
+    if options.images < options.batch_size:
+        parser.error(f"{options.images} images make no batch of {options.batch_size}")
+    return options
+
+
+def _run(options: argparse.Namespace, given: Sequence[str] | None, pictures: Path) -> dict[str, Any]:
+    on_gpu = options.device == "cuda"
+    environment = describe("benchmarks.end_to_end", given, PACKAGES, options.device)
+    setup = Setup(
+        work=Work(
+            options.model,
+            (3, options.image_size, options.image_size),
+            options.batch_size,
+            options.images,
+            {"in_channels": 3} if options.model == TINY_MODEL else {},
+            NUM_CLASSES,
+            "bf16" if on_gpu else "no",
+            compile=on_gpu and not options.tiny,
+            device_type=options.device,
+        ),
+        pictures=pictures,
+        num_workers=options.workers,
+        lead=2 * options.workers + 3,  # the batches that wait in the workers' queues, and on the device
+        steps=options.steps,
+        seed=options.seed,
+    )
+    for file in pictures.glob("*/*.jpg"):
+        file.read_bytes()  # so that all find them in the page cache
+    started = time.monotonic()
+    entrants: dict[str, Loop | Any] = {name: partial(ENTRIES[name], setup) for name in NAMES if name in options.only}
+    turn = Turn(setup.lead, setup.steps)
+    measured = take_turns(
+        entrants, setup.work.device, options.threads, turn, options.rounds, options.seed, "end to end"
+    )
+    result = {
+        "environment": environment,
+        "settings": {
+            **asdict(setup),
+            "pictures": None,
+            "rounds": options.rounds,
+            "num_threads": options.threads,
+            "most_foreign_cores": MOST_FOREIGN_CORES,
+            "keep_loaded": options.keep_loaded,
+            "tiny": options.tiny,
+        },
+        "pictures": describe_pictures(pictures),
+        "took_seconds": round(time.monotonic() - started, 1),
+        "entries": summarize(measured, options.batch_size, options.keep_loaded),
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 2 without a GPU, 1 where an entry failed for another reason than a missing library."""
+    options = _arguments(arguments)
+    if options.markdown:
+        result = json.loads(options.json.read_text(encoding="utf-8"))
+    elif options.device == "cuda" and not torch.cuda.is_available():
+        sys.stderr.write("there is no CUDA GPU here; use --device cpu\n")
+        return 2
+    else:
+        if options.device == "cpu":
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        if options.tiny:
+            with tempfile.TemporaryDirectory(prefix="lockstep-tiny-pictures-") as temporary:
+                result = _run(options, arguments, make_tiny_pictures(options.images, Path(temporary)))
+        else:
+            pictures = make_pictures(options.images, "imagenet", options.folder)
+            result = _run(options, arguments, pictures)
+    sys.stdout.write(table(result))
+    if options.plot is not None:
+        plot(result, options.plot)
+    failed = any(entry["problem"] and not entry["is_left_out"] for entry in result["entries"])
+    return int(not options.markdown and failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

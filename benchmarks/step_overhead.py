@@ -1,0 +1,327 @@
+"""What a step costs beside the model: one training, by a hand-written loop, by our peers' and by ours, in the same run.
+
+    python -m benchmarks.step_overhead --json benchmarks/results/step-overhead-cpu.json
+    python -m benchmarks.step_overhead --device cuda --json benchmarks/results/step-overhead-gpu.json
+
+Owns what is trained, how the loops take turns, the JSON that comes of it, its table and its plot. The loops are
+`benchmarks.loops`, how they wait for each other is `benchmarks.turns`. Each loop of a workload has a process of its own
+for the whole run. A round gives each of them one turn, in random order: so many steps, while the others wait at the end
+of theirs. The figures of a round are compared within it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import loops
+from benchmarks.loops import AfterStep, Work, open_loader
+from benchmarks.rounds import MOST_FOREIGN_CORES, Problem, compare, load_note, show_times
+from benchmarks.telling import describe, markdown_table, origin, spread
+from benchmarks.turns import Loop, Measured, Turn, take_turns
+from trainer.data.tuning import cores_of_a_rank
+from trainer.precision import STEP_DTYPES
+from trainer.tasks.classification import Classification
+from trainer.telemetry.efficiency import FlopCounter, peak_flops
+
+OURS, FLOOR = "ours", "raw"
+LOOPS: dict[str, Callable[[Work, AfterStep, Path], None]] = {
+    FLOOR: lambda work, after_step, folder: loops.raw(work, open_loader(work), after_step),
+    "accelerate": lambda work, after_step, folder: loops.accelerate(work, open_loader(work), after_step),
+    "timm": lambda work, after_step, folder: loops.timm(work, open_loader(work), after_step),
+    "lightning": lambda work, after_step, folder: loops.lightning(work, open_loader(work), after_step, folder),
+    OURS: loops.ours,
+}
+# What there is no loop for, and why.
+IMPOSSIBLE = {"composer": "mosaicml 0.32.1, its newest version, requires torch < 2.7.1"}
+DESCRIPTIONS = {
+    FLOOR: "PyTorch, written by hand",
+    "accelerate": "Accelerate, bare",
+    "timm": "the loop of timm's train.py",
+    "lightning": "Lightning's Trainer",
+    "composer": "Composer's Trainer",
+    OURS: "our Trainer, whole",
+}
+NAMES = tuple(DESCRIPTIONS)
+PACKAGES = ("accelerate", "timm", "lightning")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained, and how much of it makes a turn."""
+
+    work: Work
+    steps: int  # that are counted
+    lead: int  # before them, for caches and threads that have gone cold meanwhile
+    rounds: int
+
+    @property
+    def name(self) -> str:
+        """Of the model."""
+        return self.work.model
+
+
+def workloads(device_type: str, tiny: bool) -> list[Workload]:
+    """Returns what is trained on a kind of device.
+
+    A turn has as many steps as there are between two of our reports, or a multiple of them, so that each holds as
+    many reports as the others, wherever it begins.
+    """
+    if tiny:
+        return [
+            Workload(Work("small_cnn", (3, 8, 8), 4, 40, {"in_channels": 3, "width": 8}), steps=2, lead=1, rounds=2),
+            Workload(
+                Work("mlp", (16,), 4, 40, {"in_features": 16}, 10, "bf16", data="device", device_type=device_type),
+                steps=2,
+                lead=1,
+                rounds=1,
+            ),
+        ]
+    mlp = Work("mlp", (64,), 64, 64_000, {"in_features": 64, "hidden": [256, 256]}, device_type=device_type)
+    if device_type != "cuda":
+        resnet = Work("resnet18", (3, 32, 32), 64, 12_800, device_type=device_type)
+        return [Workload(resnet, steps=50, lead=3, rounds=8), Workload(mlp, steps=300, lead=50, rounds=25)]
+
+    def large(model: str) -> Workload:
+        work = Work(model, (3, 224, 224), 256, 1_280_000, {}, 1000, "bf16", True, "device", device_type)
+        return Workload(work, steps=50, lead=5, rounds=8)
+
+    return [large("resnet50"), large("vit_b_16"), Workload(mlp, steps=300, lead=50, rounds=25)]
+
+
+def run_loop(name: str, work: Work, after_step: AfterStep, folder: Path) -> None:
+    """Runs one of the loops by its name, which can be pickled."""
+    LOOPS[name](work, after_step, folder)
+
+
+def measure(workload: Workload, names: Sequence[str], num_threads: int, seed: int) -> dict[str, Measured]:
+    """Measures every loop once a round."""
+    device = workload.work.device
+    entrants: dict[str, Loop | Problem] = {
+        name: Problem(IMPOSSIBLE[name], is_absence=True)
+        if name in IMPOSSIBLE
+        else partial(run_loop, name, workload.work)
+        for name in names
+    }
+    turn = Turn(workload.lead, workload.steps)
+    return take_turns(entrants, device, num_threads, turn, workload.rounds, seed, workload.name)
+
+
+# ---- JSON, table and plot ------------------------------------------------------------------------------------
+
+
+def count_flops(work: Work) -> float | None:
+    """Returns the FLOPs of a sample, forward and backward; None where they cannot be counted."""
+    counter = FlopCounter(work.build_model(), Classification(num_classes=work.num_classes), None)
+    if counter.is_due:
+        counter.count(list(work.fake_samples(2)), 2)
+    return counter.per_sample
+
+
+def summarize(
+    workload: Workload, measured: Mapping[str, Measured], flops: float | None, peak: float, keep_loaded: bool
+) -> list[dict[str, Any]]:
+    """Returns what the JSON says of every loop of a workload, compared with ours and with the hand-written one.
+
+    Args:
+        workload: what was trained.
+        measured: by loop.
+        flops: of a sample.
+        peak: FLOP/s of the device.
+        keep_loaded: whether rounds count in which others used the machine.
+    """
+    ours, floor = measured.get(OURS, Measured()).times, measured.get(FLOOR, Measured()).times
+    entries = []
+    for name, entry in measured.items():
+        compared = compare(entry.times, ours, keep_loaded)
+        beyond = [
+            1e6 * (t.seconds - f.seconds)
+            for t, f in zip(entry.times, floor, strict=False)
+            if keep_loaded or max(t.foreign_cores, f.foreign_cores) <= MOST_FOREIGN_CORES
+        ]
+        rate = workload.work.batch_size / compared["seconds"]["median"] if compared["seconds"] else None
+        entries.append(
+            {
+                "model": workload.name,
+                "loop": name,
+                **compared,
+                "overhead_microseconds": spread(beyond),
+                "samples_per_second": rate,
+                "mfu": rate * flops / peak if rate is not None and flops is not None else None,
+                "num_threads": entry.num_threads,
+                "problem": str(entry.problem) if entry.problem else None,
+                "is_left_out": entry.problem is not None and entry.problem.is_absence,
+            }
+        )
+    return entries
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Returns the Markdown table of a result, with a line about what it was measured on."""
+    header = ["model", "loop", "", "ms per step", "min to max", f"to `{OURS}`", "min to max"]
+    header += [f"above `{FLOOR}`, µs", "samples/s", "MFU"]
+    rows = [header, ["---"] * 3 + ["---:"] * 7]
+    for entry in result["entries"]:
+        name, beyond = entry["loop"], entry["overhead_microseconds"]
+        row = [entry["model"], f"`{name}`", DESCRIPTIONS[name], *show_times(entry)]
+        if entry["seconds"] is None:
+            rows.append([*row, "", "", ""])
+            continue
+        above = "" if beyond is None or name == FLOOR else f"{beyond['median']:+.0f}"
+        mfu = "" if entry["mfu"] is None else f"{100 * entry['mfu']:.1f}%"
+        rows.append([*row, above, f"{entry['samples_per_second']:.0f}", mfu])
+    settings = result["settings"]
+    threads = sorted({str(entry["num_threads"]) for entry in result["entries"] if entry["num_threads"]})
+    notes = [
+        f"to `{OURS}`: time within the same round, above 1 is slower than ours",
+        f"above `{FLOOR}`: time of a step within the same round, less that of the hand-written loop",
+        *(_describe(workload) for workload in settings["workloads"]),
+        "SGD with momentum; the same memory format, in which our trainer keeps the model",
+        f"torch's threads: {', '.join(threads)} in every loop",
+        f"MFU: of {result['peak_flops'] / 1e12:.3g} TFLOP/s",
+        load_note(result["entries"], settings["keep_loaded"]),
+        *origin(result),
+    ]
+    return markdown_table(rows, notes)
+
+
+def _describe(workload: Mapping[str, Any]) -> str:
+    work = workload["work"]
+    where = "one batch on the device" if work["data"] == "device" else "data in memory, loaded by the training process"
+    shape, precision = "x".join(map(str, work["shape"])), "float32" if work["precision"] == "no" else work["precision"]
+    compiled = ", compiled" if work["compile"] else ""
+    return (
+        f"{work['model']}: batches of {work['batch_size']}, {shape}, {precision}{compiled}, {where}, median of "
+        f"{workload['rounds']} alternating rounds of {workload['steps']} steps"
+    )
+
+
+def plot(result: Mapping[str, Any], file: Path) -> None:
+    """Draws the time of each loop's step as a ratio to ours, a panel per model.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    matplotlib = importlib.import_module("matplotlib")
+    figures = importlib.import_module("matplotlib.figure")
+    matplotlib.rcParams["svg.hashsalt"] = "lockstep"  # the same file from the same figures
+    shown = [entry for entry in result["entries"] if entry["time_ratio"] is not None]
+    models = list(dict.fromkeys(entry["model"] for entry in shown))
+    figure = figures.Figure(figsize=(4 * max(len(models), 1), 2.8), layout="constrained")
+    for axes, model in zip(figure.subplots(1, max(len(models), 1), squeeze=False)[0], models, strict=False):
+        own = [entry for entry in reversed(shown) if entry["model"] == model]
+        ratios = [entry["time_ratio"] for entry in own]
+        axes.errorbar(
+            [ratio["median"] for ratio in ratios],
+            range(len(own)),
+            xerr=[[r["median"] - r["min"] for r in ratios], [r["max"] - r["median"] for r in ratios]],
+            fmt="o",
+            elinewidth=0.8,
+            capsize=3,
+        )
+        axes.axvline(1, color="0.7", linewidth=0.8)
+        axes.set_yticks(range(len(own)), [entry["loop"] for entry in own])
+        axes.set_title(model)
+        axes.set_xlabel(f"time of a step, to {OURS} (median, min to max)")
+        axes.margins(y=0.15)
+        axes.grid(axis="x", alpha=0.3)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, format=file.suffix[1:] or "svg", metadata={"Date": None} if file.suffix == ".svg" else None)
+
+
+# ---- command line --------------------------------------------------------------------------------------------
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step_overhead", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--json", type=Path, required=True, help="where the result goes; read with --markdown")
+    parser.add_argument("--markdown", action="store_true", help="measure nothing: print the table of --json")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the ratios, to an .svg file")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="of those of the device; default: all")
+    parser.add_argument("--loops", nargs="+", metavar="NAME", choices=NAMES, default=NAMES, help=", ".join(NAMES))
+    parser.add_argument("--rounds", type=int, help="default: as many as each model needs")
+    parser.add_argument("--threads", type=int, default=cores_of_a_rank(1), help="of torch; default: one per core")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep-loaded", action="store_true", help="keep rounds in which others used the machine too")
+    parser.add_argument("--tiny", action="store_true", help="a check that all parts run: measures nothing of interest")
+    options = parser.parse_args(arguments)
+    if options.tiny:
+        options.threads, options.keep_loaded = 1, True
+    if min(options.threads, options.rounds or 1) < 1:
+        parser.error("--rounds and --threads must be at least 1")
+    return options
+
+
+def _chosen(options: argparse.Namespace) -> Iterator[Workload]:
+    for workload in workloads(options.device, options.tiny):
+        if options.models is None or workload.name in options.models:
+            rounds = options.rounds or workload.rounds
+            yield Workload(workload.work, workload.steps, workload.lead, rounds)
+
+
+def _run(options: argparse.Namespace, given: Sequence[str] | None) -> dict[str, Any]:
+    """Measures, and writes what is known after each model: a run that is cut short leaves its models behind."""
+    chosen = list(_chosen(options))
+    names = [name for name in NAMES if name in options.loops]
+    environment = describe("benchmarks.step_overhead", given, [*PACKAGES, "torchvision"], options.device)
+    started = time.monotonic()
+    result: dict[str, Any] = {
+        "environment": environment,
+        "settings": {
+            "workloads": [asdict(workload) for workload in chosen],
+            "most_foreign_cores": MOST_FOREIGN_CORES,
+            "keep_loaded": options.keep_loaded,
+            "seed": options.seed,
+            "tiny": options.tiny,
+        },
+        "peak_flops": peak_flops(
+            torch.device(options.device), STEP_DTYPES["bf16" if options.device == "cuda" else "no"], False, False
+        ),
+        "took_seconds": 0.0,
+        "entries": [],
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    for workload in chosen:
+        flops = count_flops(workload.work)
+        measured = measure(workload, names, options.threads, options.seed)
+        result["entries"] += summarize(workload, measured, flops, result["peak_flops"], options.keep_loaded)
+        result["took_seconds"] = round(time.monotonic() - started, 1)
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 2 without a GPU, 1 where a loop failed for another reason than a missing library."""
+    options = _arguments(arguments)
+    if options.markdown:
+        result = json.loads(options.json.read_text(encoding="utf-8"))
+    elif options.device == "cuda" and not torch.cuda.is_available():
+        sys.stderr.write("there is no CUDA GPU here; use --device cpu\n")
+        return 2
+    else:
+        if options.device == "cpu":
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        result = _run(options, arguments)
+    sys.stdout.write(table(result))
+    if options.plot is not None:
+        plot(result, options.plot)
+    failed = any(entry["problem"] and not entry["is_left_out"] for entry in result["entries"])
+    return int(not options.markdown and failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -229,8 +229,8 @@ class Runtime:
         inner = _inner(optimizer)
         if unless is None:
             inner.step()
-        elif self.device.type == "cuda" and not self.is_sharded and leaves_out_on_device(inner):
-            step_unless(inner, unless)
+        elif self.device.type == "cuda" and not self.is_sharded and leaves_out_on_device(optimizer):
+            step_unless(optimizer, unless)
         elif not unless.item():
             inner.step()
         return False

@@ -49,6 +49,7 @@ class Work:
     compile: bool = False
     data: Literal["memory", "device"] = "memory"  # a data set in the host's memory; or one batch, on the device already
     device_type: str = "cpu"
+    report_every: int = 50  # steps; the default of ours, Lightning's and timm's
 
     @property
     def device(self) -> torch.device:
@@ -219,6 +220,7 @@ def lightning(work: Work, loader: Any, after_step: AfterStep, folder: Path) -> N
         precision="bf16-mixed" if work.precision == "bf16" else "32-true",
         max_epochs=-1,
         callbacks=[Counting()],
+        log_every_n_steps=work.report_every,
         default_root_dir=folder,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -269,7 +271,7 @@ def timm(work: Work, loader: Any, after_step: AfterStep) -> None:
             now = time.time()
             meters.update.update(now - began_update)
             began_update = now
-            if index % 50 == 0:
+            if index % work.report_every == 0:
                 rates = [group["lr"] for group in optimizer.param_groups]
                 logger.info(
                     f"Train: {epoch} [{index}/{len(loader)}] Loss: {meters.losses.val:#.3g} ({meters.losses.avg:#.3g}) "
@@ -306,6 +308,7 @@ def our_config(work: Work, run_dir: Path, **sections: Any) -> dict[str, Any]:
         "optim": {"name": "sgd", "lr": LEARNING_RATE, "args": {"momentum": MOMENTUM}},
         "precision": work.precision,
         "train": {"steps": ENDLESS, "batch_size": work.batch_size},
+        "log": {"every": work.report_every},
         "checkpoint": {"every": ENDLESS},
         "tracking": {"trackers": []},
         **sections,
@@ -319,7 +322,7 @@ def write_config(config: Mapping[str, Any], file: Path) -> Path:
 
 
 def ours(work: Work, after_step: AfterStep, folder: Path, **sections: Any) -> None:
-    """Our `Trainer`, whole, as `train.py` runs it: its feed, its watch, its reports every 50 steps."""
+    """Our `Trainer`, whole, as `train.py` runs it: its feed, its watch, its reports."""
     from trainer.cli import set_up_logging
     from trainer.config import load_config
     from trainer.loop import Trainer

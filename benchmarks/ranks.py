@@ -359,7 +359,7 @@ def default_setup(device_type: str, tiny: bool, num_ranks: int) -> Setup:
     if device_type == "cuda":
         work = Work("resnet50", (3, 224, 224), 256, 1_280_000, {}, 1000, "bf16", True, "device", device_type)
         return Setup(work, num_ranks, steps=50)
-    return Setup(Work("resnet18", (3, 32, 32), 64, 12_800), num_ranks, steps=20)
+    return Setup(Work("resnet18", (3, 32, 32), 32, 12_800), num_ranks, steps=8)
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

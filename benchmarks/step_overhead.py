@@ -90,8 +90,8 @@ def workloads(device_type: str, tiny: bool) -> list[Workload]:
         ]
     mlp = Work("mlp", (64,), 64, 64_000, {"in_features": 64, "hidden": [256, 256]}, device_type=device_type)
     if device_type != "cuda":
-        resnet = Work("resnet18", (3, 32, 32), 64, 12_800, device_type=device_type)
-        return [Workload(resnet, steps=50, lead=3, rounds=8), Workload(mlp, steps=300, lead=50, rounds=25)]
+        resnet = Work("resnet18", (3, 32, 32), 64, 12_800, device_type=device_type, report_every=10)
+        return [Workload(resnet, steps=10, lead=2, rounds=9), Workload(mlp, steps=300, lead=50, rounds=20)]
 
     def large(model: str) -> Workload:
         work = Work(model, (3, 224, 224), 256, 1_280_000, {}, 1000, "bf16", True, "device", device_type)

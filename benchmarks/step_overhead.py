@@ -96,7 +96,7 @@ def workloads(device_type: str, tiny: bool) -> list[Workload]:
 
     def large(model: str) -> Workload:
         work = Work(model, (3, 224, 224), 256, 1_280_000, {}, 1000, "bf16", True, "device", device_type)
-        return Workload(work, steps=50, lead=5, rounds=8)
+        return Workload(work, steps=45, lead=5, rounds=8)
 
     return [large("resnet50"), large("vit_b_16"), Workload(mlp, steps=300, lead=50, rounds=25)]
 

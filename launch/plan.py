@@ -152,6 +152,7 @@ def _with_stand_in(config: Config, input_shape: tuple[int, ...], num_classes: in
         update={
             "train": Component(name="synthetic", args=args),
             "eval": None,
+            "eval_share": None,
             "transforms": type(config.data.transforms)(),
         }
     )

@@ -85,6 +85,12 @@ def evaluate(run_dir: Path, *, best: bool, kind: Kind | None = None) -> dict[str
     weights = CheckpointWeights(_choose(open_folder(config), best), kind)
     # On this one process, however many trained: no accumulation to fit, the same evaluation batches.
     trainer = Trainer(_read_config(run_dir, *_ALONE), to_train=False)
+    num_trained = weights.checkpoint.manifest.num_samples
+    if config.data.eval_share is not None and trainer.plan.num_samples != num_trained:
+        message = (
+            f"has other samples than the {num_trained} of the run: what data.eval_share holds out would be others, "
+        )
+        raise UserError(message + "some of them trained", path="data.train")
     weights.load_into(trainer.bare_model)
     metrics = trainer.evaluate(micro_batch_size or train.batch_size)
     assert metrics is not None, "nobody could ask it to stop"

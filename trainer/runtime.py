@@ -228,11 +228,11 @@ class Runtime:
             return self.scaler.get_scale() < scale
         inner = _inner(optimizer)
         if unless is None:
-            inner.step()
+            inner.step(None)  # as Accelerate's calls it
         elif self.device.type == "cuda" and not self.is_sharded and leaves_out_on_device(optimizer):
             step_unless(optimizer, unless)
         elif not unless.item():
-            inner.step()
+            inner.step(None)
         return False
 
     def zero_grad(self, optimizer: torch.optim.Optimizer) -> None:

@@ -15,7 +15,8 @@ from run_results import summary
 
 from trainer.cli import main
 from trainer.config_data import CacheConfig
-from trainer.data.datasets import Digits, ImageFolder
+from trainer.data.arrays import as_array_pictures
+from trainer.data.datasets import Digits, ImageFolder, TorchFile
 from trainer.data.held_out import held_out_indices, hold_out
 from trainer.data.modes import gives_encoded
 from trainer.data.packed import PackedImages
@@ -131,3 +132,58 @@ def test_what_does_not_go_together_is_refused(
     done = train("--config", write_config(**changes))
     assert done.code == 2
     assert message in done.err
+
+
+class Scored(ImageFolder):
+    """One that keeps more than files and labels per sample."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        self.scores = [float(i) for i in range(len(self.samples))]
+
+    def __getitem__(self, index: int) -> Any:
+        return self.samples[index][0], self.scores[index]
+
+
+def test_what_a_subclass_keeps_stays_with_its_sample(pictures: Path) -> None:
+    whole = Scored(str(pictures))
+    pairs = dict(whole[i] for i in range(len(whole)))
+    for part in hold_out(whole, 0.2):
+        assert dict(part[i] for i in range(len(part))).items() <= pairs.items()
+
+
+def test_parts_of_arrays_stay_arrays(tmp_path: Path) -> None:
+    images, labels = torch.randint(256, (20, 3, 4, 4), dtype=torch.uint8), torch.arange(20)
+    torch.save((images, labels), tmp_path / "data.pt")
+    whole = TorchFile(str(tmp_path / "data.pt"))
+    _, evaluation = hold_out(whole, 0.2)
+    part = as_array_pictures(evaluation)
+    assert part is not None
+    assert len(part) == 4
+    chosen = held_out_indices(20, 0.2)
+    for i, index in enumerate(chosen):
+        pixels, label = part.encoded(i)
+        assert label == labels[index]
+        assert torch.equal(torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1), images[index])
+        assert part[i][1] == label
+
+
+def test_more_pictures_than_the_run_had_are_not_evaluated(
+    pictures: Path, tmp_path: Path, train: Train, write_config: WriteConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config: dict[str, Any] = {
+        "data": {
+            "train": {"name": "image_folder", "args": {"root": str(pictures)}},
+            "eval_share": 0.2,
+            "transforms": {name: [{"name": "CenterCrop", "args": {"size": 16}}] for name in ("train", "eval")},
+            "workers": 0,
+        },
+        "model": {"name": "small_cnn", "args": {"in_channels": 3}},
+        "train": {"steps": 1, "batch_size": 8},
+    }
+    assert train("--config", write_config(**config)).code == 0
+    first = next(pictures.rglob("*.*"))
+    (first.parent / f"0-more{first.suffix}").write_bytes(first.read_bytes())
+    capfd.readouterr()
+    assert main(["evaluate", str(tmp_path / "run")]) == 2
+    assert "data.train: has other samples than the 32 of the run" in capfd.readouterr().err

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from benchmarks.scaling import simulated
 from benchmarks.scaling.simulated import Simulated, shapes, sharded_state, told_by
 from trainer.checkpoint import manifest as manifests
-from trainer.checkpoint.layout import Layout, make_layout, spread
+from trainer.checkpoint.layout import Layout, Told, make_layout, spread
 from trainer.checkpoint.manifest import Manifest, Progress
 
 FEW, MANY = 8, 16384
@@ -71,6 +71,21 @@ def test_a_manifest_of_many_ranks_reads_back_and_its_tensors_are_encoded_once(mo
     again = replace(manifest, progress=Progress(step=2)).to_bytes()
     assert sum(map(len, encoded)) < 2000 < len(again) / 10
     assert Manifest.from_bytes(again).tensors == layout.tensors
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts", "says"),
+    [
+        ((4,), [((), ())], "do not make up the whole"),
+        ((), [((), ()), ((), ())], "do not make up the whole"),
+        (None, [((0,), (2,))], "rank 0 has no 'x'"),
+    ],
+)
+def test_what_ranks_disagree_about_is_an_error_on_all(shape: Any, parts: Any, says: str) -> None:
+    told = Told("rank-00001.safetensors", [("x", offsets, sizes, 0) for offsets, sizes in parts], {}, None)
+    state = {} if shape is None else {"x": torch.zeros(shape)}
+    with pytest.raises(ValueError, match=says):
+        make_layout(state, Simulated(0, 2, [told]))
 
 
 def test_a_part_that_nobody_has_is_missed() -> None:

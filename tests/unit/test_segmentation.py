@@ -162,6 +162,22 @@ def test_metrics_are_those_of_their_definitions() -> None:
     assert found["loss"] == pytest.approx(float(nn.functional.cross_entropy(logits, masks, ignore_index=255)), rel=1e-5)
 
 
+def test_batches_that_come_in_the_same_tensor_are_counted_each() -> None:
+    """As those of a model do that is replayed from CUDA graphs."""
+    data, task = batch(), Segmentation()
+    outputs = Logits(torch.empty(4, 3, 12, 10))
+    tables: dict[str, torch.Tensor] = {}
+    expected = torch.zeros(3, 3, dtype=torch.int64)
+    for seed in range(3):
+        outputs.out.copy_(torch.randn(4, 3, 12, 10, generator=torch.Generator().manual_seed(seed)))
+        counted = task.eval_sums(outputs, data)["confusion"]
+        assert torch.equal(counted, Segmentation().eval_sums(Logits(outputs.out.clone()), data)["confusion"])
+        task.eval_tables(tables, outputs, data)
+        expected += counted
+    (table,) = tables.values()
+    assert torch.equal(table, expected)
+
+
 def test_nothing_to_count_is_no_error() -> None:
     data = batch()
     data[1][:] = 255

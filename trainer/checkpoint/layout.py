@@ -129,8 +129,8 @@ def make_layout(state: Mapping[str, torch.Tensor], ranks: Ranks) -> Layout:
     if ranks.rank == 0:
         error = next((one.error for one in told if one.error is not None), None)
         if error is None:
-            tensors = _records({name: _form(tensor) for name, tensor in state.items()}, told)
-            error = _what_is_wrong(tensors)
+            tensors, error = _records({name: _form(tensor) for name, tensor in state.items()}, told)
+            error = error or _what_is_wrong(tensors)
     error = ranks.from_main(lambda: error)
     if error is not None:
         raise ValueError(error)
@@ -225,18 +225,21 @@ def spread(pieces: Iterable[tuple[int, int]]) -> list[int]:
     return chosen
 
 
-def _records(forms: dict[str, Form], told: Sequence[Told]) -> TensorTable:
-    """Returns all tensors, in the model's order; what only other ranks have comes last."""
+def _records(forms: dict[str, Form], told: Sequence[Told]) -> tuple[TensorTable, str | None]:
+    """Returns all tensors, in the model's order, what only other ranks have last; and what is wrong, if anything is."""
     parts: dict[str, list[Part]] = {}
     for one in told:
         for name, offsets, sizes, begin in one.parts:
             parts.setdefault(name, []).append(Part(offsets, sizes, one.file, begin))
         for name, form in one.forms.items():
             forms.setdefault(name, form)
-    return TensorTable(
+    unknown = next((name for name in parts if name not in forms), None)
+    error = None if unknown is None else f"rank 0 has no '{unknown}', of which other ranks have parts"
+    table = TensorTable(
         (name, TensorRecord(str(dtype).removeprefix("torch."), shape, tuple(parts.get(name, ()))))
         for name, (dtype, shape) in forms.items()
     )
+    return table, error
 
 
 def _what_is_wrong(tensors: Mapping[str, TensorRecord]) -> str | None:
@@ -247,6 +250,8 @@ def _what_is_wrong(tensors: Mapping[str, TensorRecord]) -> str | None:
             continue
         if not parts and math.prod(shape) == 0:
             continue
+        if not shape or any(len(part.sizes) != len(shape) for part in parts):
+            return f"the parts of '{name}' do not make up the whole of it"
         dim = next((d for d, size in enumerate(shape) if any(part.sizes[d] != size for part in parts)), 0)
         end = 0
         for part in sorted(parts):
@@ -255,7 +260,7 @@ def _what_is_wrong(tensors: Mapping[str, TensorRecord]) -> str | None:
                 break
             end += part.sizes[dim]
         else:
-            if shape and end == shape[dim]:
+            if end == shape[dim]:
                 continue
         return f"the parts of '{name}' do not make up the whole of it"
     return None

@@ -27,7 +27,7 @@ from trainer.checkpoint.manifest import Damaged, Manifest, Part, new_checksum
 from trainer.checkpoint.storage import MANIFEST, Storage
 from trainer.errors import UserError, one_line_text
 
-_MOST_MANIFEST_BYTES = 2**30
+_MOST_MANIFEST_BYTES = 2**35  # some 100 MB per thousand ranks that each hold a part of all
 
 
 class Checkpoint:

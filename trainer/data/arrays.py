@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torchvision import datasets
 
 from trainer.data.datasets import SizedDataset, TorchFile, class_names
+from trainer.data.held_out import Part
 
 _ARRAYS_OF_TORCHVISION = (
     *(datasets.CIFAR10, datasets.CIFAR100, datasets.MNIST, datasets.FashionMNIST, datasets.KMNIST, datasets.EMNIST),
@@ -39,6 +40,12 @@ class ArrayPictures:
         self.as_tensors = as_tensors
         self.classes = class_names(dataset)
 
+    def at(self, indices: NDArray[np.int64]) -> ArrayPictures:
+        """Returns the pictures at `indices`, copied."""
+        targets = self.targets[torch.from_numpy(indices)] if isinstance(self.targets, torch.Tensor) else None
+        targets = [self.targets[int(i)] for i in indices] if targets is None else targets
+        return ArrayPictures(Part(self.dataset, indices), self.images[indices], targets, self.as_tensors)
+
     def __len__(self) -> int:
         return len(self.dataset)
 
@@ -62,6 +69,9 @@ class ArrayPictures:
 def as_array_pictures(dataset: SizedDataset) -> ArrayPictures | None:
     """Returns a data set as an array of pictures, or None where it is not kept as one."""
     images: Any
+    if type(dataset) is Part:
+        whole = as_array_pictures(dataset.dataset)
+        return None if whole is None else whole.at(dataset.indices)
     if isinstance(dataset, TorchFile):
         if not dataset.is_image_data:
             return None

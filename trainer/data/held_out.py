@@ -42,7 +42,7 @@ def held_out_indices(num_samples: int, share: float) -> NDArray[np.int64]:
 
 def part_of(dataset: SizedDataset, indices: NDArray[np.int64]) -> SizedDataset:
     """Returns the samples at `indices`, as a data set that loads as fast as the whole does."""
-    if isinstance(dataset, ImageFolder):  # stays one, which may be packed
+    if type(dataset) is ImageFolder:  # stays one, which may be packed; a subclass may keep more than these per sample
         part = copy.copy(dataset)
         part.samples = part.imgs = [dataset.samples[i] for i in indices]
         part.targets = [label for _, label in part.samples]

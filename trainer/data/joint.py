@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import functional as image_functional
 
 from trainer.data.coco import keys_of_all
 from trainer.data.datasets import SizedDataset, is_image_data
+from trainer.data.held_out import Part
 from trainer.data.nested import part, with_part
 from trainer.data.transforms import HostTransform
 from trainer.errors import BadSample, UserError, one_line_text
@@ -79,6 +80,8 @@ def with_typed_samples(dataset: SizedDataset, target_keys: Sequence[str] | None)
     Raises:
         UserError: torchvision has no such samples of this data set, or with these settings of it.
     """
+    if type(dataset) is Part:
+        return Part(with_typed_samples(dataset.dataset, target_keys), dataset.indices)
     # Where a subclass gives samples of its own, only it knows what they are.
     gives_items_of_torchvision = inspect.getmodule(type(dataset).__getitem__)
     is_torchvision = getattr(gives_items_of_torchvision, "__name__", "").startswith("torchvision.datasets.")

@@ -187,16 +187,13 @@ class Segmentation(Task):
         return {
             "loss": loss_sum,
             "count": torch.tensor(len(masks)) if count is None else count,
-            "confusion": self._confusion(outputs.out, masks),
+            "confusion": self._count_pixels(outputs.out, masks),
         }
 
-    def _confusion(self, logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-        """Counts pixels once per batch: its sums and what is shown of it both ask."""
-        known = self._last_confusion
-        if known is None or known[0]() is not logits:
-            counts = confusion_matrix(self._counted(masks), logits.argmax(1), logits.shape[1])
-            self._last_confusion = known = (weakref.ref(logits), counts)
-        return known[1]
+    def _count_pixels(self, logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        counts = confusion_matrix(self._counted(masks), logits.argmax(1), logits.shape[1])
+        self._last_confusion = weakref.ref(logits), counts
+        return counts
 
     def _counted(self, masks: torch.Tensor) -> torch.Tensor:
         """Returns masks with -1 where pixels are ignored, also where that is the number of a class."""
@@ -228,7 +225,11 @@ class Segmentation(Task):
     def eval_tables(self, tables: dict[str, torch.Tensor], outputs: Logits, data: Any) -> None:
         """Counts the confusion matrix of pixels, up to 1000 classes."""
         if outputs.out.shape[1] <= MOST_CLASSES:
-            add_confusion(tables, self._confusion(outputs.out, self.targets(data)))
+            # Its sums have just counted this batch. Used once: the next may come in the same tensor (CUDA graphs).
+            known, self._last_confusion = self._last_confusion, None
+            is_known = known is not None and known[0]() is outputs.out
+            counts = known[1] if known and is_known else self._count_pixels(outputs.out, self.targets(data))
+            add_confusion(tables, counts)
 
     def examples(self, outputs: Logits, data: Any, num: int) -> dict[str, torch.Tensor]:
         """Returns images, and the masks that are drawn over them: what they are, and what the model says."""

@@ -32,7 +32,7 @@ CASES = [
     # the shape of the file
     Case("misspelt section", {"modle": {}}, "modle", "did you mean 'model'"),
     Case("misspelt key", {"optim__learning_rate": 1.0}, "optim.learning_rate", "valid keys: name, args, lr"),
-    Case("misspelt nested key", {"data__evaluate": {}}, "data.evaluate", "did you mean 'eval'"),
+    Case("misspelt nested key", {"data__evals": {}}, "data.evals", "did you mean 'eval'"),
     Case("unknown key in component", {"model__arg": {}}, "model.arg", "did you mean 'args'"),
     Case("missing section", {"model": None}, "model", "must be a section"),
     Case("missing key", {"optim": {"name": "sgd"}}, "optim.lr", "required, but not set"),

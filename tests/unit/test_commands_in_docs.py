@@ -176,8 +176,9 @@ def check_python(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if module is None:
         program = partial(runpy.run_path, arguments[0], run_name="__main__")
     else:
-        if "." in module:
-            monkeypatch.delitem(sys.modules, module, raising=False)  # runpy warns of one that was imported before
+        for imported in (module, f"{module}.__main__"):  # runpy warns of one that was imported before
+            if "." in imported:
+                monkeypatch.delitem(sys.modules, imported, raising=False)
         program = partial(runpy.run_module, module, run_name="__main__", alter_sys=True)
     with pytest.raises(Understood):
         program()

@@ -42,12 +42,12 @@ def _result(**changes: float) -> dict[str, Any]:
 def test_efficiency_is_the_speed_of_all_over_that_of_as_many_alone() -> None:
     entries = {(entry["entry"], entry["mode"]): entry for entry in _result()["entries"]}
     assert entries["ddp", "one"]["efficiency"] is None
-    assert entries["ddp", "one"]["samples_per_second"]["median"] == pytest.approx(640)
+    assert entries["ddp", "one"]["samples_per_second"]["median"] == pytest.approx(320)
     weak, strong = entries["ddp", "weak"], entries["ddp", "strong"]
-    assert (weak["num_ranks"], weak["batch_size"]) == (2, 64)
-    assert weak["samples_per_second"]["median"] == pytest.approx(128 / 0.125)
+    assert (weak["num_ranks"], weak["batch_size"]) == (2, 32)
+    assert weak["samples_per_second"]["median"] == pytest.approx(64 / 0.125)
     assert weak["efficiency"]["median"] == pytest.approx(0.8)
-    assert (strong["num_ranks"], strong["batch_size"]) == (2, 32)
+    assert (strong["num_ranks"], strong["batch_size"]) == (2, 16)
     assert strong["efficiency"]["median"] == pytest.approx(0.10 / 0.08 / 2)
     assert entries["ours", "weak"]["samples_per_second"] is None  # others used the machine
     assert entries["ours", "weak"]["efficiency"] is None

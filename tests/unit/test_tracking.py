@@ -719,10 +719,10 @@ def test_a_record_that_is_not_whole_is_not_replayed(
     lines = [json.dumps({"step": step, "train/loss": 1.0}) for step in (1, 2, 3)]
     folder.metrics_file.write_text("\n".join([*lines, '{"step": 4, "tra']))
 
-    def full(name: str, text: str) -> None:
+    def full(file: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(folder, "_replace", full)
+    monkeypatch.setattr("trainer.run_folder.replacing", full)
     assert [record["step"] for record in folder.cut_metrics(2, 0)] == [1, 2]
 
 
@@ -791,7 +791,7 @@ def test_the_table_of_the_benchmark() -> None:
         **tracking.compared(speeds),
     }
     lines = tracking.table(result).splitlines()
-    assert lines[2] == "| `tracking.trackers: []` | 11.0 | | |"
+    assert lines[2] == "| `tracking.trackers: []` | 11.0 |  |  |"
     assert lines[3] == "| W&B online, a server that never answers | 11.0 | 1.000 | 0.992, 1.000 |"
     assert lines[4] == "| W&B online, a server that dies in the middle | 11.0 | 1.000 | 0.990, 1.000 |"
     job = tracking.command("dies", Path("run"), 1000)

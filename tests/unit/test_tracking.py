@@ -792,8 +792,8 @@ def test_the_table_of_the_benchmark() -> None:
     }
     lines = tracking.table(result).splitlines()
     assert lines[2] == "| `tracking.trackers: []` | 11.0 |  |  |"
-    assert lines[3] == "| W&B online, a server that never answers | 11.0 | 1.000 | 0.992, 1.000 |"
-    assert lines[4] == "| W&B online, a server that dies in the middle | 11.0 | 1.000 | 0.990, 1.000 |"
+    assert lines[3] == "| W&B online, a server that never answers | 11.0 | 1.000 | 0.992 to 1.000 |"
+    assert lines[4] == "| W&B online, a server that dies in the middle | 11.0 | 1.000 | 0.990 to 1.000 |"
     job = tracking.command("dies", Path("run"), 1000)
     assert load_config(job[job.index("--config") + 1], job[job.index("--config") + 2 :]).tracking.wandb.mode == "online"
 

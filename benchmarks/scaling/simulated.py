@@ -131,7 +131,7 @@ def _rows(num_rows: int, rank: int, num_ranks: int) -> tuple[int, int]:
     return first, min(most, num_rows - first)
 
 
-def layout_of_one(num_ranks: int, num_times: int = 5) -> dict[str, Any]:
+def layout_of_one(num_ranks: int, num_times: int = 3) -> dict[str, Any]:
     """Lays out the checkpoint of rank 1, several times: all but rank 0 do this and no more.
 
     Of a very large number of ranks, most have no row of most tensors; rank 1 has one of each that has two.

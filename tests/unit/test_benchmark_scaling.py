@@ -50,7 +50,7 @@ def test_all_parts_become_tables_and_a_plot(monkeypatch: pytest.MonkeyPatch, tmp
     for line in (
         "| ViT-H/14, HSDP, 64 images a GPU | 16,384 | 1,048,576 |",
         "| sampler: elements computed for that | 897 | 897 |",
-        "| 2 on this machine | 1000 |",
+        "| 2 on this machine | 1000 | 3 | cores |",
         "2 hosts: not measured, only root",
         "| GPUs twice as fast |",
     ):

@@ -33,7 +33,7 @@ from benchmarks.telling import REPOSITORY, spread
 from trainer.data.tuning import cores_of_a_rank
 
 BUCKET_MB = 25
-_TIMEOUT = 180  # seconds, of one entry
+_TIMEOUT = 100  # seconds, of one entry
 _HOSTS = tuple(f"lockstep-{which}-{os.getpid()}" for which in ("near", "far"))
 _ADDRESS = "10.78.0.{}"
 _PORT = 29611

@@ -228,6 +228,7 @@ BENCHMARKS = (
         "measured runs of 1 to 3 ranks",
         "scaling.md",
         {"cpu": ()},
+        quick=("--tiny",),
     ),
     Benchmark(
         "digits",

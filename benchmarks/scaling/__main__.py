@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scaling import constants, jobs
-from benchmarks.scaling.check import REPOSITORY, Setup, check
+from benchmarks.scaling.check import Setup, check
 from benchmarks.scaling.jobs import Job, Machine
 from benchmarks.scaling.report import plot, table
-from benchmarks.telling import describe
+from benchmarks.telling import REPOSITORY, describe, write
 
 PARTS = ("estimate", "check", "simulate")
 NUM_GPUS = (8, 64, 1024, 16384)
 SIMULATED = {
-    "sampler": (8, 64, 1024, 16384),
-    "layout": (8, 64, 1024, 16384),
-    "planner": (8, 64, 1024, 16384),
-    "manifest": (8, 64, 1024),
+    "sampler": (8, 1024, 16384),
+    "layout": (8, 1024, 16384),
+    "planner": (8, 64, 1024),
+    "manifest": (8, 64, 1024),  # last, as 1,024 ranks take longest
 }
 TINY_SIMULATED: dict[str, tuple[int, ...]] = dict.fromkeys(SIMULATED, (8,))
 SENSITIVE_AT = 1024
@@ -46,7 +46,7 @@ def estimates(known: dict[str, constants.Constant]) -> dict[str, Any]:
         _row(job, num_gpus, machine, job.batch_size)
         for job in (small, large, sharded, hybrid)
         for num_gpus in NUM_GPUS
-        if job.batch_size % num_gpus == 0
+        if job.batch_size % num_gpus == 0 and job.batch_size // num_gpus >= jobs.LEAST_MICRO_BATCH
     ]
     half = dataclasses.replace(network, between=network.between / 2)
     changes = {
@@ -104,47 +104,56 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=3, metavar="N", help="processes of the check: 1 to N")
     parser.add_argument("--rounds", type=int, default=Setup.rounds)
     parser.add_argument(
-        "--mbits", type=float, nargs="*", default=[1000.0, 5000.0], help="of the network between two hosts; for root"
+        "--mbits",
+        type=float,
+        nargs="*",
+        default=[1000.0, 5000.0],
+        help="of the network between two hosts, which only root has; none: no hosts",
     )
     parser.add_argument("--tiny", action="store_true", help="a check that all parts run: measures nothing of interest")
     return parser.parse_args(arguments)
 
 
 def _run(options: argparse.Namespace) -> dict[str, Any]:
-    """Does the parts that are asked for, and writes what is known after each: a run that is cut short leaves it."""
-    result: dict[str, Any] = {}
+    """Does the parts that are asked for, and writes all that is known after each entry: what is cut short leaves that.
+
+    Each part has an environment and settings of its own, for it may be of another day.
+    """
+    parts: dict[str, Any] = {}
     if set(options.parts) != set(PARTS) and options.json.exists():
-        result = json.loads(options.json.read_text(encoding="utf-8"))
-    setup = TINY_SETUP if options.tiny else dataclasses.replace(Setup(), rounds=options.rounds)
-    result["environment"] = describe("benchmarks.scaling", options.given, ["torchvision", "accelerate"], "cpu")
-    result["settings"] = {"tiny": options.tiny, "check": dataclasses.asdict(setup), "mbits": options.mbits}
+        parts = json.loads(options.json.read_text(encoding="utf-8"))["parts"]
+    environment = describe("benchmarks.scaling", options.given, ["torchvision"], "cpu")
 
-    def write(**found: Any) -> None:
-        result.update(found)
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    def write_part(name: str, settings: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+        parts[name] = {"environment": environment, "settings": {"tiny": options.tiny, **settings}, **found}
+        is_quick = any(part["settings"]["tiny"] for part in parts.values())
+        result = {**({"quick": True} if is_quick else {}), "parts": parts}
+        write(result, options.json)
+        return result
 
+    result: dict[str, Any] = {"parts": parts}
     if "estimate" in options.parts:
-        write(**estimates(constants.read()))
+        settings: dict[str, Any] = {"least_micro_batch": jobs.LEAST_MICRO_BATCH}
+        result = write_part("estimate", settings, estimates(constants.read()))
     if "check" in options.parts:
-        write(check=check(setup, options.ranks, options.mbits))
+        setup = TINY_SETUP if options.tiny else dataclasses.replace(Setup(), rounds=options.rounds)
+        settings = {"setup": dataclasses.asdict(setup), "mbits": options.mbits}
+        entries: list[dict[str, Any]] = []
+        for entry in check(setup, options.ranks, options.mbits):
+            entries.append(entry)
+            result = write_part("check", settings, {"entries": entries})
     if "simulate" in options.parts:
-        for found in simulate(TINY_SIMULATED if options.tiny else SIMULATED):
-            write(simulated=found)
+        numbers = TINY_SIMULATED if options.tiny else SIMULATED
+        for found in simulate(numbers):
+            result = write_part("simulate", {"ranks": numbers}, {"found": found})
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 2 without what it needs."""
+    """Returns the exit code: 2 without what it needs, 1 where an entry failed that this machine should have."""
     options = _arguments(arguments)
     options.given = arguments
-    if options.markdown:
-        result = json.loads(options.json.read_text(encoding="utf-8"))
-    else:
-        try:
-            result = _run(options)
-        except RuntimeError as error:
-            sys.stderr.write(f"{error}; without root, say --mbits and no number\n")
-            return 2
+    result = json.loads(options.json.read_text(encoding="utf-8")) if options.markdown else _run(options)
     sys.stdout.write(table(result))
     if options.plot is not None:
         try:
@@ -152,7 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ImportError:
             sys.stderr.write("--plot needs matplotlib, which is not installed: pip install matplotlib\n")
             return 2
-    return 0
+    entries = result["parts"].get("check", {}).get("entries", [])
+    return int(any("problem" in entry and not entry["is_left_out"] for entry in entries))
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,12 +29,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.scaling.jobs import leaf_parts
 from benchmarks.scaling.model import Compute, expected_maximum, exposed_by_ddp, make_buckets
+from benchmarks.telling import REPOSITORY, spread
 from trainer.data.tuning import cores_of_a_rank
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 BUCKET_MB = 25
-_TIMEOUT = 900
-_HOSTS = ("lockstep-near", "lockstep-far")
+_TIMEOUT = 100  # seconds, of one entry
+_HOSTS = tuple(f"lockstep-{which}-{os.getpid()}" for which in ("near", "far"))
 _ADDRESS = "10.78.0.{}"
 _PORT = 29611
 
@@ -74,8 +74,11 @@ class Line:
         return cls(max(0.0, y - slope * x), 1 / slope)
 
 
-def predict(setup: Setup, measured: Mapping[str, Any], num_cores: int) -> dict[str, float]:
-    """Returns the seconds of a step that the model expects, and their parts.
+def predict(setup: Setup, measured: Mapping[str, Any], num_cores: int) -> dict[str, Any]:
+    """Returns the seconds of a step that the model expects, their parts, and what bounds the exposed ones.
+
+    The bound is `clock` where buckets and their overlap decide, `cores` where the CPU time of the exchange does: there
+    the entry checks nothing of buckets and overlap. It is None without an exchange.
 
     Args:
         setup: what ran.
@@ -85,33 +88,52 @@ def predict(setup: Setup, measured: Mapping[str, Any], num_cores: int) -> dict[s
     num_ranks = measured["ranks"]
     compute = Compute(measured["forward"], measured["backward"])
     rest = measured["alone"]["median"] - compute.seconds  # the optimizer
-    exposed = 0.0
+    exposed, bound = 0.0, None
     if num_ranks > 1:
         parts, _ = leaf_parts(setup.model, setup.image_size)
         buckets = make_buckets(parts, compute.backward, BUCKET_MB * 2**20)
         times, busy = (Line(*measured[key]) for key in ("all_reduce_line", "all_reduce_cpu_line"))
         exposed = exposed_by_ddp(buckets, compute.backward, times.seconds)
-        on_cores = sum(busy.seconds(bucket.num_bytes) for bucket in buckets)
-        exposed = max(exposed, on_cores * max(1.0, num_ranks / num_cores))
+        on_cores = sum(busy.seconds(bucket.num_bytes) for bucket in buckets) * max(1.0, num_ranks / num_cores)
+        exposed, bound = max((exposed, "clock"), (on_cores, "cores"))
     slowest = measured["alone_deviation"] * expected_maximum(num_ranks)
-    return {"step": compute.seconds + rest + exposed + slowest, "exposed": exposed, "slowest": slowest}
+    step = compute.seconds + rest + exposed + slowest
+    return {"step": step, "exposed": exposed, "slowest": slowest, "bound": bound}
 
 
-def check(setup: Setup, max_ranks: int, mbits: Sequence[float]) -> list[dict[str, Any]]:
-    """Runs and predicts one to `max_ranks` ranks on this machine, and two hosts at each rate that is asked for."""
-    entries = []
+class NoHosts(RuntimeError):
+    """Two hosts cannot be made of this machine, as for anybody but root."""
+
+
+def check(setup: Setup, max_ranks: int, mbits: Sequence[float]) -> Iterator[dict[str, Any]]:
+    """Runs and predicts one to `max_ranks` ranks on this machine, and two hosts at each rate that is asked for.
+
+    Yields:
+        an entry as soon as it is measured. One that could not be has a `problem`, and `is_left_out` where this machine
+        has no such hosts.
+    """
     for num_ranks in range(1, max_ranks + 1):
-        with tempfile.TemporaryDirectory() as folder:
-            measured = run(setup, [[]] * num_ranks, f"file://{folder}/meeting", {})
-        entries.append(_entry(f"{num_ranks} on this machine", setup, measured))
+        yield _entry(f"{num_ranks} on this machine", setup, partial(_on_this_machine, setup, num_ranks))
     for rate in mbits:
-        with hosts(rate) as commands:
-            measured = run(setup, commands, f"tcp://{_ADDRESS.format(1)}:{_PORT}", {"GLOO_SOCKET_IFNAME": "eth0"})
-        entries.append(_entry(f"2 hosts, {rate:g} Mbit/s", setup, measured))
-    return entries
+        yield _entry(f"2 hosts, {rate:g} Mbit/s", setup, partial(_on_two_hosts, setup, rate))
 
 
-def _entry(name: str, setup: Setup, measured: dict[str, Any]) -> dict[str, Any]:
+def _on_this_machine(setup: Setup, num_ranks: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        return run(setup, [[]] * num_ranks, f"file://{folder}/meeting", {})
+
+
+def _on_two_hosts(setup: Setup, mbits: float) -> dict[str, Any]:
+    with hosts(mbits) as commands:
+        return run(setup, commands, f"tcp://{_ADDRESS.format(1)}:{_PORT}", {"GLOO_SOCKET_IFNAME": "eth0"})
+
+
+def _entry(name: str, setup: Setup, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        measured = measure()
+    except RuntimeError as problem:
+        sys.stderr.write(f"{name}: {problem}\n")
+        return {"name": name, "problem": str(problem), "is_left_out": isinstance(problem, NoHosts)}
     predicted = predict(setup, measured, cores_of_a_rank(1))
     error = predicted["step"] / measured["ddp"]["median"] - 1
     sys.stderr.write(f"{name}: predicted {predicted['step']:.3f} s, measured {measured['ddp']['median']:.3f} s\n")
@@ -119,7 +141,11 @@ def _entry(name: str, setup: Setup, measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(setup: Setup, prefixes: Sequence[list[str]], meeting: str, variables: Mapping[str, str]) -> dict[str, Any]:
-    """Runs as many ranks as there are prefixes of commands, and returns what they measured together."""
+    """Runs as many ranks as there are prefixes of commands, and returns what they measured together.
+
+    Raises:
+        RuntimeError: a rank failed, or they took too long.
+    """
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **variables}
     processes = []
     for rank, prefix in enumerate(prefixes):
@@ -128,6 +154,8 @@ def run(setup: Setup, prefixes: Sequence[list[str]], meeting: str, variables: Ma
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     try:
         outputs = [process.communicate(timeout=_TIMEOUT)[0] for process in processes]
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"ranks took more than {_TIMEOUT} s") from None
     finally:
         for process in processes:
             process.kill()
@@ -142,14 +170,19 @@ def hosts(mbits: float) -> Iterator[list[list[str]]]:
     """Yields how to run commands on two hosts, which are network namespaces with a slow cable between them; for root.
 
     Raises:
-        RuntimeError: such hosts cannot be made here.
+        NoHosts: such hosts cannot be made here.
     """
 
     def sh(command: str) -> None:
-        done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{command}: {done.stderr.strip()}")
+        try:
+            subprocess.run(command.split(), capture_output=True, text=True, check=True)
+        except FileNotFoundError as error:
+            raise NoHosts(f"{error.filename} is not installed") from None
+        except subprocess.CalledProcessError as error:
+            raise NoHosts(f"{command}: {error.stderr.strip()}") from None
 
+    if os.geteuid():
+        raise NoHosts("only root can make two hosts of this machine")
     made: list[str] = []
     try:
         for host in _HOSTS:
@@ -220,9 +253,9 @@ def _measure(order: Mapping[str, Any]) -> dict[str, Any]:
                     alone.append(taken)
     found["forward"] = statistics.median(taken[0] for taken in alone)
     found["backward"] = statistics.median(taken[1] for taken in alone)
-    found["alone"] = _spread([taken[2] for taken in alone])
+    found["alone"] = _with_rounds([taken[2] for taken in alone])
     found["alone_deviation"] = _deviation([taken[2] for taken in alone])
-    found["ddp"] = _spread(exchanging)
+    found["ddp"] = _with_rounds(exchanging)
     return found
 
 
@@ -242,8 +275,8 @@ def _all_reduces(setup: Setup) -> tuple[list[float], list[float]]:
     return wall, cpu
 
 
-def _spread(seconds: Sequence[float]) -> dict[str, Any]:
-    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "rounds": list(seconds)}
+def _with_rounds(seconds: Sequence[float]) -> dict[str, Any]:
+    return {**(spread(seconds) or {}), "rounds": list(seconds)}
 
 
 def _deviation(seconds: Sequence[float]) -> float:

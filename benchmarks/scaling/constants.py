@@ -79,7 +79,7 @@ def read(results: Path = RESULTS) -> dict[str, Constant]:
             14e-6,
             "0.6 to 28 us, by algorithm and protocol",
             "published",
-            f"NCCL's own model: [tuning.cc]({_NCCL})",
+            f"NCCL's own model, without its corrections: [tuning.cc]({_NCCL})",
         ),
         "images_per_second": Constant(
             "ResNet-50, images/s of one GPU",
@@ -104,11 +104,11 @@ def read(results: Path = RESULTS) -> dict[str, Constant]:
             "of GPUs nothing was measured here; see the sensitivity",
         ),
         "stall": Constant(
-            "stall of a checkpoint, behind a step",
+            "stall of a checkpoint",
             stall,
             f"{stall:.3f} s (3.65 GB a rank)",
             "measured",
-            "`checkpoint-cpu.json`, on a CPU; taken as it is, whatever a rank writes",
+            "`checkpoint-cpu.json`, `lockstep, bare` (no part of it behind a step); on a CPU, taken for any size",
         ),
         "back": Constant(
             "a rank is killed: until it trains again, on one machine",
@@ -137,7 +137,11 @@ def read(results: Path = RESULTS) -> dict[str, Constant]:
 def network(constants: Mapping[str, Constant]) -> Network:
     """Returns nodes of GPUs on NVLink and a network, with NCCL's protocols: LL, LL128 and Simple.
 
-    Left out is what can only be faster: NVLink SHARP, SHARP in switches, and PAT for gathers.
+    Latencies and shares are those of `tuning.cc`; its corrections are left out. Some of these make a collective slower:
+    of trees by size (a bandwidth of 0.4 to 1.0) and by pattern (0.85), of the latency of Simple rings over nodes (1.4),
+    and of LL128 with one GPU a node (0.7, for 0.92). LL is limited to 19 GB/s everywhere, which `tuning.cc` has for
+    several nodes with AMD's processors; for one node it has 87.7. Left out as well: NVLink SHARP, SHARP in switches and
+    PAT for gathers, which are faster.
     """
     us, unlimited = 1e-6, float("inf")
     return Network(
@@ -157,7 +161,7 @@ def network(constants: Mapping[str, Constant]) -> Network:
 
 def _stall(file: Path) -> float:
     entries: list[dict[str, Any]] = json.loads(file.read_text())["entries"]
-    return next(entry["stall"]["median"] for entry in entries if entry["name"] == "lockstep, overlapped")
+    return next(entry["stall"]["median"] for entry in entries if entry["name"] == "lockstep, bare")
 
 
 def _back_after(file: Path) -> float:

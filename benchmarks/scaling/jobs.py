@@ -22,6 +22,7 @@ from trainer.memory.blocks import repeated_blocks
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 GATHERED_BYTES = 2  # of a parameter, in bfloat16
 HOUR = 3600.0
+LEAST_MICRO_BATCH = 16  # assumed: with fewer samples, launches of kernels decide, and time is not even in samples
 
 Strategy = Literal["ddp", "fsdp", "hsdp"]
 
@@ -120,7 +121,7 @@ class Estimate:
 
 
 def estimate(job: Job, num_ranks: int, machine: Machine, batch_size: int | None = None) -> Estimate:
-    """Returns what a job does on so many GPUs.
+    """Returns what a job does on so many GPUs. Compute is taken to be even in samples, whatever launches cost.
 
     Args:
         job: the job.

@@ -3,10 +3,10 @@
     step    = compute + exposed communication + what the slowest rank adds
     run     = steps + stalls of checkpoints + what failures cost
 
-Owns the formulas; constants with their sources are `constants`, the jobs `jobs`. Collectives follow the model by which
-NCCL itself chooses its algorithm (NVIDIA/nccl, `src/graph/tuning.cc`, `ncclTopoTuneModel`): a base latency, a latency
-per step inside of a node and between nodes, and bytes over the bandwidth of the slowest link on the way. Seconds, bytes
-and bytes per second throughout.
+Owns the formulas; constants with their sources are `constants`, the jobs `jobs`. Collectives follow the formulas by
+which NCCL chooses its algorithm (NVIDIA/nccl, `src/graph/tuning.cc`, `ncclTopoTuneModel`), without its corrections: a
+base latency, a latency per step inside of a node and between nodes, and bytes over the bandwidth of the slowest link on
+the way. Seconds, bytes and bytes per second throughout.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.telling import markdown_table, origin, range_text
 from trainer.units import format_bytes
 
 Result = Mapping[str, Any]
@@ -14,30 +15,29 @@ Rows = list[list[str]]
 
 
 def table(result: Result) -> str:
-    """Returns all tables as Markdown, each under its title."""
-    return "\n".join(f"**{title}**\n\n{maker(result)}" for title, maker in _TABLES.items() if _is_there(result, title))
-
-
-def _is_there(result: Result, title: str) -> bool:
-    return title not in _MEASURED or _MEASURED[title] in result
+    """Returns all tables as Markdown, each under its title; a part that did not run has none."""
+    parts = result["parts"]
+    made = [f"**{title}**\n\n{maker(parts[part])}" for title, (part, maker) in _TABLES.items() if part in parts]
+    return "\n".join(made)
 
 
 def _markdown(head: Sequence[str], rows: Rows, notes: Sequence[str]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---", *["---:"] * (len(head) - 1)], *rows)]
-    return "\n".join(lines) + ("\n\n" + "; ".join(notes) + ".\n" if notes else "\n")
+    return markdown_table([head, ["---", *["---:"] * (len(head) - 1)], *rows], notes)
 
 
-def _scaled(result: Result) -> str:
-    notes = ["each GPU has as many samples in a step however many GPUs there are", *_origin(result)]
-    return _markdown(_HEAD, [_row(entry) for entry in result["scaled"]], notes)
+def _scaled(part: Result) -> str:
+    notes = ["each GPU has as many samples in a step however many GPUs there are", *origin(part)]
+    return _markdown(_HEAD, [_row(entry) for entry in part["scaled"]], notes)
 
 
-def _recipes(result: Result) -> str:
+def _recipes(part: Result) -> str:
     notes = [
         "the batch of the recipe, shared among all GPUs as far as it splits",
-        *_origin(result),
+        f"left out is where a GPU would have fewer than {part['settings']['least_micro_batch']} samples: launches of "
+        "kernels, which the model lacks, would decide",
+        *origin(part),
     ]
-    return _markdown(_HEAD, [[row[0].rpartition(", ")[0], *row[1:]] for row in map(_row, result["recipes"])], notes)
+    return _markdown(_HEAD, [[row[0].rpartition(", ")[0], *row[1:]] for row in map(_row, part["recipes"])], notes)
 
 
 _HEAD = (
@@ -67,63 +67,64 @@ def _row(entry: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _sensitivity(result: Result) -> str:
-    found = result["sensitivity"]
+def _sensitivity(part: Result) -> str:
+    found = part["sensitivity"]
     names = [key for key in found["rows"][0] if key != "change"]
     rows = [[row["change"], *(f"{row[name]:.1%}" for name in names)] for row in found["rows"]]
     notes = [f"overall on {found['gpus']:,} GPUs, with one constant changed and the interval that then is best"]
     return _markdown(["", *names], rows, notes)
 
 
-def _constants(result: Result) -> str:
-    rows = [[known["name"], known["shown"], known["kind"], known["source"]] for known in result["constants"]]
-    lines = [
-        "| " + " | ".join(row) + " |" for row in (["constant", "value", "how known", "source"], ["---"] * 4, *rows)
-    ]
-    return "\n".join(lines) + "\n"
+def _constants(part: Result) -> str:
+    rows = [[known["name"], known["shown"], known["kind"], known["source"]] for known in part["constants"]]
+    head = ["constant", "value", "how known", "source"]
+    return markdown_table([head, ["---"] * 4, *rows], ["nothing was measured on a GPU"])
 
 
-def _check(result: Result) -> str:
-    rows = []
-    for entry in result["check"]:
-        alone, ddp, predicted = entry["alone"], entry["ddp"], entry["predicted"]
-        rows.append(
-            [
-                entry["name"],
-                f"{1000 * alone['median']:.0f}",
-                f"{1000 * predicted['exposed']:.0f}",
-                f"{1000 * predicted['slowest']:.0f}",
-                f"{1000 * predicted['step']:.0f}",
-                f"{1000 * ddp['median']:.0f} ({1000 * ddp['min']:.0f} to {1000 * ddp['max']:.0f})",
-                f"{entry['error']:+.1%}",
-            ]
-        )
-    setup = result["settings"]["check"]
+def _check(part: Result) -> str:
+    setup = part["settings"]["setup"]
     steps = setup["rounds"] * setup["num_steps"]
     notes = [
         f"{setup['model']}, {setup['batch_size']} images of {setup['image_size']} pixels a rank, one thread each",
         f"milliseconds, median of {steps} steps (least to most)",
-        *_origin(result),
+        "exposed is decided by buckets and overlap on the clock, or by the CPU time of the exchange on the cores",
+        *(f"{entry['name']}: not measured, {entry['problem']}" for entry in part["entries"] if "problem" in entry),
+        *origin(part),
     ]
-    head = ["ranks", "without exchange", "exposed", "slowest", "predicted", "measured", "error"]
-    return _markdown(head, rows, notes)
+    head = ["ranks", "without exchange", "exposed", "decided by", "slowest", "predicted", "measured", "error"]
+    return _markdown(head, [_checked(entry) for entry in part["entries"] if "problem" not in entry], notes)
 
 
-def _simulated(result: Result) -> str:
+def _checked(entry: Mapping[str, Any]) -> list[str]:
+    predicted = entry["predicted"]
+    ddp = {key: 1000 * entry["ddp"][key] for key in ("median", "min", "max")}
+    return [
+        entry["name"],
+        f"{1000 * entry['alone']['median']:.0f}",
+        f"{1000 * predicted['exposed']:.0f}",
+        predicted["bound"] or "-",
+        f"{1000 * predicted['slowest']:.0f}",
+        f"{1000 * predicted['step']:.0f}",
+        f"{ddp['median']:.0f} ({range_text(ddp, 0)})",
+        f"{entry['error']:+.1%}",
+    ]
+
+
+def _simulated(part: Result) -> str:
+    found = part["found"]
+    numbers = sorted({entry["ranks"] for entries in found.values() for entry in entries})
     rows = []
-    for part, name, shown in _SIMULATED:
-        cells = {entry["ranks"]: shown(entry) for entry in result["simulated"].get(part, [])}
-        rows.append([name, *(cells.get(number, "-") for number in _numbers(result))])
+    for key, name, shown in _SIMULATED:
+        cells = {entry["ranks"]: shown(entry) for entry in found.get(key, [])}
+        if cells:
+            rows.append([name, *(cells.get(number, "-") for number in numbers)])
     notes = [
         "one process that is one of so many ranks; peak memory is of the whole process, torch included",
         "ViT-H/14 with AdamW and EMA, sharded over all ranks; 64 samples a rank",
-        *_origin(result),
+        "-: not run",
+        *origin(part),
     ]
-    return _markdown(["", *(f"{number:,} ranks" for number in _numbers(result))], rows, notes)
-
-
-def _numbers(result: Result) -> list[int]:
-    return sorted({entry["ranks"] for entries in result["simulated"].values() for entry in entries})
+    return _markdown(["", *(f"{number:,} ranks" for number in numbers)], rows, notes)
 
 
 def _ms(key: str) -> Callable[[Mapping[str, Any]], str]:
@@ -163,26 +164,14 @@ _SIMULATED: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
 )
 
 
-def _origin(result: Result) -> list[str]:
-    environment = result["environment"]
-    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
-    return [
-        f"{environment['cpu']}, {environment['cores']} cores, no GPU",
-        f"Python {environment['python']}, {packages}",
-        f"{environment['date'][:10]}, commit {(environment['commit'] or 'unknown')[:10]}",
-        f"`{environment['command']}`",
-    ]
-
-
-_TABLES: dict[str, Callable[[Result], str]] = {
-    "Predicted, as many samples a GPU": _scaled,
-    "Predicted, the batch of the recipe": _recipes,
-    "What that depends on": _sensitivity,
-    "Constants": _constants,
-    "Predicted and measured": _check,
-    "One rank of many": _simulated,
+_TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "Predicted, as many samples a GPU": ("estimate", _scaled),
+    "Predicted, the batch of the recipe": ("estimate", _recipes),
+    "What that depends on": ("estimate", _sensitivity),
+    "Constants": ("estimate", _constants),
+    "Predicted and measured": ("check", _check),
+    "One rank of many": ("simulate", _simulated),
 }
-_MEASURED = {"Predicted and measured": "check", "One rank of many": "simulated"}
 
 
 def plot(result: Result, file: Path) -> None:
@@ -194,11 +183,12 @@ def plot(result: Result, file: Path) -> None:
     matplotlib = importlib.import_module("matplotlib")
     figures = importlib.import_module("matplotlib.figure")
     matplotlib.rcParams["svg.hashsalt"] = "lockstep"  # the same file from the same figures
+    scaled = result["parts"]["estimate"]["scaled"]
     figure = figures.Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    names = list(dict.fromkeys(entry["job"] for entry in result["scaled"]))
+    names = list(dict.fromkeys(entry["job"] for entry in scaled))
     for position, name in enumerate(names):
-        entries = [entry for entry in result["scaled"] if entry["job"] == name]
+        entries = [entry for entry in scaled if entry["job"] == name]
         gpus = [entry["num_ranks"] for entry in entries]
         for key, style in (("efficiency", "--"), ("overall", "-")):
             values = [100 * entry[key] for entry in entries]
@@ -207,7 +197,7 @@ def plot(result: Result, file: Path) -> None:
     for key, style in (("while nothing fails", "--"), ("with failures and checkpoints", "-")):
         axes.plot([], [], style, color="0.4", label=key)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted({entry["num_ranks"] for entry in result["scaled"]}))
+    axes.set_xticks(sorted({entry["num_ranks"] for entry in scaled}))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlabel("GPUs (predicted, not measured)")
     axes.set_ylabel("speed of a GPU, % of one by itself")

@@ -24,7 +24,8 @@ from benchmarks.registry import BENCHMARKS, RESULTS, SCRATCH, SUITES, Benchmark,
 from benchmarks.telling import REPOSITORY, write
 
 TIMEOUT = 4 * 3600  # seconds, of one benchmark
-_LABELS = ("model", "name", "workload", "policy", "switch", "value", "feed", "loop")  # what entries are told apart by
+# What entries are told apart by.
+_LABELS = ("model", "name", "workload", "policy", "switch", "value", "feed", "loop", "entry", "mode")
 
 
 def missing(benchmark: Benchmark) -> list[str]:

@@ -2,7 +2,7 @@
 
 Every block `<!-- table: benchmarks/results/NAME-cpu.json -->` ... `<!-- end -->` of a page becomes the table of that
 result and its picture, or says that it was not measured yet; `<!-- index: benchmarks -->` becomes the list of all of
-them. Nothing is measured, and nothing else of a page is touched. Results of `--quick` are refused.
+them. Nothing is measured, and nothing else of a page is touched. Results of `--quick` and `--keep-loaded` are refused.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ def read(result: Result) -> dict[str, Any]:
     """Returns a committed result.
 
     Raises:
-        NoSource: it is one of a check that all parts run, not of a measurement.
+        NoSource: it is one of a check that all parts run, or of a machine that had other things to do.
     """
     found: dict[str, Any] = json.loads(result.file.read_text(encoding="utf-8"))
     if found.get("quick") or found.get("settings", {}).get("tiny"):
         raise NoSource(f"{result.file.name} is of a quick run: nothing was measured")
+    if found.get("settings", {}).get("keep_loaded"):
+        raise NoSource(f"{result.file.name} was measured with --keep-loaded: other load may be in its figures")
     return found
 
 

@@ -12,40 +12,41 @@ alone is worth, under one loop on a GPU, is `benchmarks.feed_training`.
 from __future__ import annotations
 
 import argparse
-import importlib
-import json
-import os
+import contextlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import loops
+from benchmarks.commands import add_device, add_rounds, add_tiny, is_ready, new_parser, show_again
+from benchmarks.drawing import Bar, draw_bars
 from benchmarks.feed_training import make_tiny_pictures
 from benchmarks.loops import AfterStep, Work
 from benchmarks.peers import AREA, ASPECT, MEAN, STD, open_timm_loader, open_torchvision_loader
-from benchmarks.pictures import DEFAULT_FOLDER, NUM_CLASSES, describe_pictures, make_pictures
+from benchmarks.pictures import DEFAULT_FOLDER, NUM_CLASSES, describe_pictures, list_pictures, make_pictures
 from benchmarks.plain_loop import TINY_MODEL
 from benchmarks.rounds import MOST_FOREIGN_CORES, compare, load_note
-from benchmarks.telling import describe, markdown_table, origin, spread
+from benchmarks.telling import describe, markdown_table, origin, range_text, spread, write
 from benchmarks.turns import Loop, Measured, Turn, take_turns
 from trainer.data.tuning import cores_of_a_rank
 from trainer.units import counted
 
-OURS = "ours"
+OURS, RESIDENT = "ours", "ours-resident"
 DESCRIPTIONS = {
     "torchvision": "torchvision's loader, a loop by hand",
     "lightning": "torchvision's loader, Lightning's Trainer",
     "timm": "timm's loader, the loop of its train.py",
-    OURS: "our feed, our Trainer",
+    OURS: "our `host` feed, our Trainer",
+    RESIDENT: "our `resident` feed, our Trainer: nothing is decoded while it is measured",
 }
 NAMES = tuple(DESCRIPTIONS)
+ONLY_ON_GPU = (RESIDENT,)
+BATCHES_PER_WORKER = 50  # of an epoch, at least: where an epoch ends, loaders run empty and are filled anew
 PACKAGES = ("torchvision", "accelerate", "lightning", "timm")
 
 
@@ -54,7 +55,8 @@ class Setup:
     """What all entries have in common."""
 
     work: Work
-    pictures: Path  # class folders
+    pictures: Path  # class folders, with every picture several times where an epoch would be short
+    originals: Path  # class folders, with every picture once
     num_workers: int
     lead: int  # steps of a turn that are not counted: what was loaded while others had their turn is used up
     steps: int
@@ -98,11 +100,12 @@ def run_timm(setup: Setup, after_step: AfterStep, folder: Path) -> None:
     loops.timm(setup.work, loader, after_step)
 
 
-def run_ours(setup: Setup, after_step: AfterStep, folder: Path) -> None:
-    """Our Trainer, on what `data.feed: auto` chooses."""
+def run_ours(setup: Setup, after_step: AfterStep, folder: Path, feed: str = "host") -> None:
+    """Our Trainer, on its feed whose workers decode each picture of each step, as those of the others do."""
     crop = {"size": setup.work.shape[-1], "scale": list(AREA), "ratio": list(ASPECT)}
     data = {
-        "train": {"name": "image_folder", "args": {"root": str(setup.pictures)}},
+        "train": {"name": "image_folder", "args": {"root": str(setup.pictures if feed == "host" else setup.originals)}},
+        "feed": feed,
         "transforms": {"train": [{"name": "RandomResizedCrop", "args": crop}, {"name": "RandomHorizontalFlip"}]},
         "normalize": {"mean": list(MEAN), "std": list(STD)},
         "workers": setup.num_workers,
@@ -116,6 +119,7 @@ ENTRIES: dict[str, Callable[[Setup, AfterStep, Path], None]] = {
     "lightning": run_lightning,
     "timm": run_timm,
     OURS: run_ours,
+    RESIDENT: partial(run_ours, feed="resident"),
 }
 
 
@@ -159,8 +163,8 @@ def table(result: Mapping[str, Any]) -> str:
         if rate is None:
             rows.append([*row, "-", entry["problem"] or "no quiet round", "", "", ""])
             continue
-        row += [f"{rate['median']:.0f}", f"{rate['min']:.0f} to {rate['max']:.0f}"]
-        row += ["", ""] if ratio is None else [f"{ratio['median']:.2f}", f"{ratio['min']:.2f} to {ratio['max']:.2f}"]
+        row += [f"{rate['median']:.0f}", range_text(rate, 0)]
+        row += ["", ""] if ratio is None else [f"{ratio['median']:.2f}", range_text(ratio, 2)]
         rows.append([*row, f"{1000 * entry['cpu_seconds_per_image']['median']:.1f}"])
     settings, pictures = result["settings"], result["pictures"]
     work = settings["work"]
@@ -172,7 +176,8 @@ def table(result: Mapping[str, Any]) -> str:
         f"each with {counted(settings['num_workers'], 'worker')} and {counted(settings['num_threads'], 'thread')} "
         "of torch",
         f"{pictures['pictures']} JPEGs of {', '.join(pictures['pixels'])} pixels, "
-        f"{pictures['mean_bytes'] / 1000:.0f} kB on average, in the page cache",
+        f"{pictures['mean_bytes'] / 1000:.0f} kB on average, in the page cache, "
+        f"{counted(work['num_samples'] // work['batch_size'], 'step')} in an epoch",
         f"median of {settings['rounds']} alternating rounds of {settings['steps']} steps",
         load_note(result["entries"], settings["keep_loaded"]),
         *origin(result),
@@ -186,36 +191,19 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    matplotlib = importlib.import_module("matplotlib")
-    figures = importlib.import_module("matplotlib.figure")
-    matplotlib.rcParams["svg.hashsalt"] = "lockstep"  # the same file from the same figures
-    shown = [entry for entry in reversed(result["entries"]) if entry["images_per_second"] is not None]
-    rates = [entry["images_per_second"] for entry in shown]
-    figure = figures.Figure(figsize=(6, 2.6), layout="constrained")
-    axes = figure.subplots()
-    axes.barh(
-        [entry["entry"] for entry in shown],
-        [rate["median"] for rate in rates],
-        xerr=[[r["median"] - r["min"] for r in rates], [r["max"] - r["median"] for r in rates]],
-        color=["C0" if entry["entry"] == OURS else "0.7" for entry in shown],
-        error_kw={"elinewidth": 0.8, "capsize": 3},
-    )
-    axes.set_xlabel("images/s, from JPEGs to a trained model (median, min to max)")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, format=file.suffix[1:] or "svg", metadata={"Date": None} if file.suffix == ".svg" else None)
+    shown = [entry for entry in result["entries"] if entry["images_per_second"] is not None]
+    bars = [Bar(e["entry"], e["images_per_second"], ours=e["entry"] in (OURS, RESIDENT)) for e in shown]
+    draw_bars({"": bars}, "images/s, from JPEGs to a trained model (median, min to max)", file)
 
 
 # ---- command line --------------------------------------------------------------------------------------------
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.end_to_end", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--json", type=Path, required=True, help="where the result goes; read with --markdown")
-    parser.add_argument("--markdown", action="store_true", help="measure nothing: print the table of --json")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the rates, to an .svg file")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser = new_parser("benchmarks.end_to_end", __doc__)
+    add_device(parser)
+    add_rounds(parser, rounds=5)
+    add_tiny(parser)
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=NAMES, default=NAMES, help=", ".join(NAMES))
     parser.add_argument("--model", help="default: resnet18 on a CPU, resnet50 on a GPU")
     parser.add_argument("--image-size", type=int, help="pixels; default: 96 on a CPU, 224 on a GPU")
@@ -223,14 +211,11 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=max(cores_of_a_rank(1) - 1, 1), help="of each entry")
     parser.add_argument("--threads", type=int, default=cores_of_a_rank(1), help="of torch; default: one per core")
     parser.add_argument("--steps", type=int, help="that are counted, of a turn; default: 12 on a CPU, 50 on a GPU")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=2000, help="JPEGs in the folder")
     parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="where the JPEGs are kept")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep-loaded", action="store_true", help="keep rounds in which others used the machine too")
-    parser.add_argument("--tiny", action="store_true", help="a check that all parts run: measures nothing of interest")
     options = parser.parse_args(arguments)
     on_gpu = options.device == "cuda"
+    options.only = [name for name in NAMES if name in options.only and (on_gpu or name not in ONLY_ON_GPU)]
     if options.tiny:
         options.model, options.image_size, options.batch_size, options.steps = TINY_MODEL, 16, 4, 2
         options.workers, options.threads, options.rounds, options.images = 1, 1, 1, 24
@@ -239,14 +224,27 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.image_size = options.image_size or (224 if on_gpu else 96)
     options.batch_size = options.batch_size or (256 if on_gpu else 32)
     options.steps = options.steps or (50 if on_gpu else 12)
-    if min(options.workers, options.threads, options.steps, options.rounds) < 1:
-        parser.error("--workers, --threads, --steps and --rounds must be at least 1")
+    if min(options.workers, options.threads, options.steps) < 1:
+        parser.error("--workers, --threads and --steps must be at least 1")
     if options.images < options.batch_size:
         parser.error(f"{options.images} images make no batch of {options.batch_size}")
     return options
 
 
-def _run(options: argparse.Namespace, given: Sequence[str] | None, pictures: Path) -> dict[str, Any]:
+@contextlib.contextmanager
+def repeated(originals: Path, least: int) -> Iterator[Path]:
+    """Gives a folder of class folders in which each picture is so often, as links, that there are `least` of them."""
+    found = list_pictures(originals)
+    with tempfile.TemporaryDirectory(prefix="lockstep-epoch-") as name:
+        for number in range(-(-least // len(found))):
+            for file in found:
+                folder = Path(name) / file.parent.name
+                folder.mkdir(exist_ok=True)
+                (folder / f"{number}-{file.name}").symlink_to(file.resolve())
+        yield Path(name)
+
+
+def _run(options: argparse.Namespace, given: Sequence[str] | None, originals: Path, pictures: Path) -> dict[str, Any]:
     on_gpu = options.device == "cuda"
     environment = describe("benchmarks.end_to_end", given, PACKAGES, options.device)
     setup = Setup(
@@ -254,7 +252,7 @@ def _run(options: argparse.Namespace, given: Sequence[str] | None, pictures: Pat
             options.model,
             (3, options.image_size, options.image_size),
             options.batch_size,
-            options.images,
+            len(list_pictures(pictures)),
             {"in_channels": 3} if options.model == TINY_MODEL else {},
             NUM_CLASSES,
             "bf16" if on_gpu else "no",
@@ -262,15 +260,16 @@ def _run(options: argparse.Namespace, given: Sequence[str] | None, pictures: Pat
             device_type=options.device,
         ),
         pictures=pictures,
+        originals=originals,
         num_workers=options.workers,
         lead=2 * options.workers + 3,  # the batches that wait in the workers' queues, and on the device
         steps=options.steps,
         seed=options.seed,
     )
-    for file in pictures.glob("*/*.jpg"):
+    for file in list_pictures(originals):
         file.read_bytes()  # so that all find them in the page cache
     started = time.monotonic()
-    entrants: dict[str, Loop | Any] = {name: partial(ENTRIES[name], setup) for name in NAMES if name in options.only}
+    entrants: dict[str, Loop | Any] = {name: partial(ENTRIES[name], setup) for name in options.only}
     turn = Turn(setup.lead, setup.steps)
     measured = take_turns(
         entrants, setup.work.device, options.threads, turn, options.rounds, options.seed, "end to end"
@@ -280,18 +279,18 @@ def _run(options: argparse.Namespace, given: Sequence[str] | None, pictures: Pat
         "settings": {
             **asdict(setup),
             "pictures": None,
+            "originals": None,
             "rounds": options.rounds,
             "num_threads": options.threads,
             "most_foreign_cores": MOST_FOREIGN_CORES,
             "keep_loaded": options.keep_loaded,
             "tiny": options.tiny,
         },
-        "pictures": describe_pictures(pictures),
+        "pictures": describe_pictures(originals),
         "took_seconds": round(time.monotonic() - started, 1),
         "entries": summarize(measured, options.batch_size, options.keep_loaded),
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write(result, options.json)
     return result
 
 
@@ -299,24 +298,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 2 without a GPU, 1 where an entry failed for another reason than a missing library."""
     options = _arguments(arguments)
     if options.markdown:
-        result = json.loads(options.json.read_text(encoding="utf-8"))
-    elif options.device == "cuda" and not torch.cuda.is_available():
-        sys.stderr.write("there is no CUDA GPU here; use --device cpu\n")
+        return show_again(options.json, table)
+    if not is_ready(options.device):
         return 2
-    else:
-        if options.device == "cpu":
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with contextlib.ExitStack() as stack:
         if options.tiny:
-            with tempfile.TemporaryDirectory(prefix="lockstep-tiny-pictures-") as temporary:
-                result = _run(options, arguments, make_tiny_pictures(options.images, Path(temporary)))
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lockstep-tiny-pictures-")))
+            originals = make_tiny_pictures(options.images, folder)
         else:
-            pictures = make_pictures(options.images, "imagenet", options.folder)
-            result = _run(options, arguments, pictures)
+            originals = make_pictures(options.images, "imagenet", options.folder)
+        least = BATCHES_PER_WORKER * options.batch_size * options.workers
+        pictures = stack.enter_context(repeated(originals, least))
+        result = _run(options, arguments, originals, pictures)
     sys.stdout.write(table(result))
-    if options.plot is not None:
-        plot(result, options.plot)
-    failed = any(entry["problem"] and not entry["is_left_out"] for entry in result["entries"])
-    return int(not options.markdown and failed)
+    return int(any(entry["problem"] and not entry["is_left_out"] for entry in result["entries"]))
 
 
 if __name__ == "__main__":

@@ -163,8 +163,6 @@ def measure(name: str, setup: Setup, loop: PlainLoop, seed: int) -> Measurement:
         Problem: its library is not installed, or it failed.
     """
     if name == WHOLE_TRAINER:
-        if setup.compile:
-            raise Problem("train.py cannot compile the model", is_absence=True)
         return measure_trainer(setup, seed)
     try:
         with closing(FEEDS[name](setup, seed)) as batches:
@@ -263,7 +261,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=10.0, help="counted per measurement")
     parser.add_argument("--warm-up", type=float, default=4.0, help="seconds before those that are counted")
     parser.add_argument("--images", type=int, default=2000, help="JPEGs in the folder")
-    parser.add_argument("--compile", action="store_true", help="compile the model; leaves out train.py")
+    parser.add_argument("--compile", action="store_true", help="compile the model, in train.py as well")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="also trace some steps of `host`, to a .json file")
     parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="where the JPEGs are kept")
     options = parser.parse_args(arguments)

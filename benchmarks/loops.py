@@ -307,6 +307,7 @@ def our_config(work: Work, run_dir: Path, **sections: Any) -> dict[str, Any]:
         "model": work.model_section(),
         "optim": {"name": "sgd", "lr": LEARNING_RATE, "args": {"momentum": MOMENTUM}},
         "precision": work.precision,
+        "backends": {"cudnn_benchmark": work.device_type == "cuda"},  # as the callers set it for the others
         "train": {"steps": ENDLESS, "batch_size": work.batch_size},
         "log": {"every": work.report_every},
         "checkpoint": {"every": ENDLESS},

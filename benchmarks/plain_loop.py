@@ -71,7 +71,8 @@ def data_section(setup: Setup, mode: str) -> dict[str, Any]:
 def model_section(setup: Setup) -> dict[str, Any]:
     """Returns the `model` section of our config."""
     channels = {"in_channels": 3} if setup.model == TINY_MODEL else {}
-    return {"name": setup.model, "args": {"num_classes": NUM_OUTPUTS, **channels}}
+    compiled = "model" if setup.compile else "none"
+    return {"name": setup.model, "args": {"num_classes": NUM_OUTPUTS, **channels}, "compile": compiled}
 
 
 class PlainLoop:
@@ -82,7 +83,11 @@ class PlainLoop:
         model = build_model(ModelConfig.model_validate(model_section(setup)), NUM_OUTPUTS)
         model = model.to(setup.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._optimizer = torch.optim.SGD(
-            model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
+            model.parameters(),
+            lr=LEARNING_RATE,
+            momentum=MOMENTUM,
+            weight_decay=WEIGHT_DECAY,
+            fused=setup.device.type == "cuda",  # as our trainer chooses
         )
         self._model: Callable[[torch.Tensor], torch.Tensor] = torch.compile(model) if setup.compile else model
 

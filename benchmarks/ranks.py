@@ -12,10 +12,8 @@ and read from its reports, the others by torchrun and read from their own clocks
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -32,10 +30,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
 from benchmarks import loops
+from benchmarks.commands import add_device, add_rounds, add_tiny, is_ready, new_parser, show_again
+from benchmarks.drawing import Bar, draw_bars
 from benchmarks.feed import TIMEOUT
 from benchmarks.loops import Work, open_loader, our_config, write_config
-from benchmarks.rounds import MOST_FOREIGN_CORES, Clocks, Problem, Timing, compare, load_note, waiting_for
-from benchmarks.telling import describe, markdown_table, origin, spread
+from benchmarks.rounds import MOST_FOREIGN_CORES, Clocks, Problem, Timing, compare, in_rounds, load_note, waiting_for
+from benchmarks.telling import REPOSITORY, describe, markdown_table, origin, range_text, spread, write
 
 OURS = "ours"
 DESCRIPTIONS = {
@@ -45,8 +45,6 @@ DESCRIPTIONS = {
 }
 NAMES = tuple(DESCRIPTIONS)
 MODES = {"one": "one process", "weak": "same batch per process", "strong": "same global batch"}
-
-_REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class _Counter:
             raise _Over
 
 
-def run_as_rank(request: Path) -> None:
+def run_as_rank(request: Path, file: Path) -> None:
     """One process of a job of a peer: rank 0 writes how long the steps took, and among how many processes."""
     asked = json.loads(request.read_text(encoding="utf-8"))
     work = Work(**{**asked["work"], "shape": tuple(asked["work"]["shape"])})
@@ -117,7 +115,7 @@ def run_as_rank(request: Path) -> None:
     is_together = dist.is_initialized()
     if not is_together or dist.get_rank() == 0:
         answer = {"seconds": counter.seconds, "num_ranks": dist.get_world_size() if is_together else 1}
-        Path(asked["answer"]).write_text(json.dumps(answer), encoding="utf-8")
+        write(answer, file)
     if is_together:
         dist.destroy_process_group()
 
@@ -145,8 +143,8 @@ def run_job(entry: str, mode: str, setup: Setup) -> Timing:
         try:
             ended = subprocess.run(
                 command,
-                cwd=_REPOSITORY,
-                env={**os.environ, **variables, "PYTHONPATH": str(_REPOSITORY)},
+                cwd=REPOSITORY,
+                env={**os.environ, **variables, "PYTHONPATH": str(REPOSITORY)},
                 capture_output=True,
                 text=True,
                 timeout=TIMEOUT,
@@ -163,8 +161,8 @@ def run_job(entry: str, mode: str, setup: Setup) -> Timing:
         seconds, had = read(folder)
     if had != num_ranks:
         raise Problem(f"it had {had} processes instead of {num_ranks}", is_absence=False)
-    wall, own = after.wall - before.wall, after.tree - before.tree
-    return Timing(seconds / setup.steps, own / wall, max(0.0, after.machine - before.machine - own) / wall)
+    own = (after.tree - before.tree) / (after.wall - before.wall)
+    return Timing(seconds / setup.steps, own, after.foreign_cores(before))
 
 
 def _our_command(num_ranks: int, work: Work, steps: int, folder: Path) -> list[str]:
@@ -180,12 +178,12 @@ def _our_command(num_ranks: int, work: Work, steps: int, folder: Path) -> list[s
 
 def _peer_command(entry: str, num_ranks: int, work: Work, steps: int, folder: Path) -> list[str]:
     request = folder / "request.json"
-    asked = {"entry": entry, "work": asdict(work), "steps": steps, "answer": str(folder / "answer.json")}
+    asked = {"entry": entry, "work": asdict(work), "steps": steps}
     request.write_text(json.dumps(asked), encoding="utf-8")
     command = [sys.executable]
     if num_ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    return [*command, "-m", "benchmarks.ranks", "--as-rank", str(request)]
+    return [*command, "-m", "benchmarks.ranks", "--as-rank", str(request), "--json", str(folder / "answer.json")]
 
 
 def read_answer(folder: Path) -> tuple[float, int]:
@@ -217,22 +215,21 @@ def run_rounds(
     modes = list(MODES) if setup.num_ranks > 1 else ["one"]
     taken: dict[Key, list[Timing]] = {(name, mode): [] for name in names for mode in modes}
     problems: dict[Key, Problem] = {}
-    for number in range(rounds):
-        order = [key for key in taken if key not in problems]
-        random.Random(seed + number).shuffle(order)
-        for key in order:
-            where = f"round {number + 1}: {key[0]}: {MODES[key[1]]}"
-            try:
-                timing = run_job(*key, setup)
-            except Problem as problem:
-                problems[key] = problem
-                taken[key].clear()
-                sys.stderr.write(f"{where}: {problem}\n")
-                continue
-            taken[key].append(timing)
-            sys.stderr.write(
-                f"{where}: {1000 * timing.seconds:.1f} ms, others kept {timing.foreign_cores:.2f} cores busy\n"
-            )
+    left = list(taken)
+    for number, (name, mode) in in_rounds(left, rounds, seed):
+        where = f"round {number + 1}: {name}: {MODES[mode]}"
+        try:
+            timing = run_job(name, mode, setup)
+        except Problem as problem:
+            problems[name, mode] = problem
+            taken[name, mode].clear()
+            left.remove((name, mode))
+            sys.stderr.write(f"{where}: {problem}\n")
+            continue
+        taken[name, mode].append(timing)
+        sys.stderr.write(
+            f"{where}: {1000 * timing.seconds:.1f} ms, others kept {timing.foreign_cores:.2f} cores busy\n"
+        )
     return taken, problems
 
 
@@ -285,7 +282,7 @@ def table(result: Mapping[str, Any]) -> str:
         if rate is None:
             rows.append([*row, "-", entry["problem"] or "no quiet round", "", "", ""])
             continue
-        row += [f"{rate['median']:.0f}", f"{rate['min']:.0f} to {rate['max']:.0f}"]
+        row += [f"{rate['median']:.0f}", range_text(rate, 0)]
         row.append("" if ratio is None else f"{ratio['median']:.2f}")
         efficiency = entry["efficiency"]
         if efficiency is None:
@@ -317,35 +314,13 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    matplotlib = importlib.import_module("matplotlib")
-    figures = importlib.import_module("matplotlib.figure")
-    matplotlib.rcParams["svg.hashsalt"] = "lockstep"  # the same file from the same figures
-    shown = [entry for entry in result["entries"] if entry["efficiency"] is not None]
-    names = list(dict.fromkeys(entry["entry"] for entry in shown))
-    modes = [mode for mode in MODES if mode != "one"]
-    figure = figures.Figure(figsize=(6, 3), layout="constrained")
-    axes = figure.subplots()
-    for i, name in enumerate(names):
-        own = [entry for entry in shown if entry["entry"] == name]
-        spreads = [entry["efficiency"] for entry in own]
-        axes.bar(
-            [modes.index(entry["mode"]) + 0.25 * (i - (len(names) - 1) / 2) for entry in own],
-            [100 * spread["median"] for spread in spreads],
-            width=0.22,
-            yerr=[
-                [100 * (s["median"] - s["min"]) for s in spreads],
-                [100 * (s["max"] - s["median"]) for s in spreads],
-            ],
-            label=name,
-            error_kw={"elinewidth": 0.8, "capsize": 3},
-        )
-    axes.axhline(100, color="0.7", linewidth=0.8)
-    axes.set_xticks(range(len(modes)), [MODES[mode] for mode in modes])
-    axes.set_ylabel("efficiency, % (median, min to max)")
-    if names:
-        figure.legend(loc="outside right upper", frameon=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, format=file.suffix[1:] or "svg", metadata={"Date": None} if file.suffix == ".svg" else None)
+    groups: dict[str, list[Bar]] = {}
+    for entry in result["entries"]:
+        if entry["efficiency"] is not None:
+            in_percent = {name: 100 * value for name, value in entry["efficiency"].items()}
+            bar = Bar(entry["entry"], in_percent, ours=entry["entry"] == OURS)
+            groups.setdefault(MODES[entry["mode"]], []).append(bar)
+    draw_bars(groups, "efficiency, % (median, min to max)", file, bar=100)
 
 
 # ---- command line --------------------------------------------------------------------------------------------
@@ -363,25 +338,16 @@ def default_setup(device_type: str, tiny: bool, num_ranks: int) -> Setup:
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ranks", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, help="where the result goes; read with --markdown")
-    parser.add_argument("--markdown", action="store_true", help="measure nothing: print the table of --json")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the efficiencies, to an .svg file")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser = new_parser("benchmarks.ranks", __doc__)
+    add_device(parser)
+    add_rounds(parser, rounds=3)
+    add_tiny(parser)
     parser.add_argument("--processes", type=int, metavar="N", help="beside one; default: 2, or as many as GPUs")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=NAMES, default=NAMES, help=", ".join(NAMES))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep-loaded", action="store_true", help="keep rounds in which others used the machine too")
-    parser.add_argument("--tiny", action="store_true", help="a check that all parts run: measures nothing of interest")
     parser.add_argument("--as-rank", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.json is None and options.as_rank is None:
-        parser.error("--json is missing")
     if options.tiny:
         options.rounds, options.keep_loaded = 1, True
-    if options.rounds < 1:
-        parser.error("--rounds must be at least 1")
     return options
 
 
@@ -405,8 +371,7 @@ def _run(options: argparse.Namespace, given: Sequence[str] | None) -> dict[str, 
         "took_seconds": round(time.monotonic() - started, 1),
         "entries": summarize(setup, taken, problems, options.keep_loaded),
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write(result, options.json)
     return result
 
 
@@ -414,21 +379,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 2 without a GPU, 1 where a job failed."""
     options = _arguments(arguments)
     if options.as_rank is not None:
-        run_as_rank(options.as_rank)
+        run_as_rank(options.as_rank, options.json)
         return 0
     if options.markdown:
-        result = json.loads(options.json.read_text(encoding="utf-8"))
-    elif options.device == "cuda" and not torch.cuda.is_available():
-        sys.stderr.write("there is no CUDA GPU here; use --device cpu\n")
+        return show_again(options.json, table)
+    if not is_ready(options.device):
         return 2
-    else:
-        if options.device == "cpu":
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        result = _run(options, arguments)
+    result = _run(options, arguments)
     sys.stdout.write(table(result))
-    if options.plot is not None:
-        plot(result, options.plot)
-    return int(not options.markdown and any(entry["problem"] for entry in result["entries"]))
+    return int(any(entry["problem"] for entry in result["entries"]))
 
 
 if __name__ == "__main__":

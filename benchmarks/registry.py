@@ -116,7 +116,7 @@ BENCHMARKS = (
         "step-overhead",
         "benchmarks.step_overhead",
         "what a step costs beside the model",
-        "a hand-written loop, bare Accelerate, timm's loop, Lightning, Composer",
+        "a hand-written loop, bare Accelerate, timm's loop, Lightning; Composer needs an older torch",
         "performance.md#step-overhead",
         _on_both(),
     ),
@@ -133,7 +133,7 @@ BENCHMARKS = (
     Benchmark(
         "end-to-end",
         "benchmarks.end_to_end",
-        "training from a folder of JPEGs, as a user starts it",
+        "steady training from a folder of JPEGs, each with its own loader and loop",
         "a hand-written loop, timm's loop, Lightning",
         "performance.md#end-to-end-from-jpegs",
         _on_both(),
@@ -151,7 +151,7 @@ BENCHMARKS = (
     Benchmark(
         "ranks",
         "benchmarks.ranks",
-        "one and two ranks",
+        "one rank and several, with the same batch per rank and with the same global batch",
         "DDP by hand under torchrun, bare Accelerate",
         "performance.md#one-and-two-ranks",
         _on_both(),

@@ -6,6 +6,7 @@ how entries of the same round are compared. What is measured is each benchmark's
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import random
 import sys
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 
@@ -21,6 +22,8 @@ from benchmarks.telling import range_text, spread
 
 if TYPE_CHECKING:
     import torch
+
+Name = TypeVar("Name", str, tuple[str, str])
 
 MOST_FOREIGN_CORES = 0.15  # that others may keep busy on average; rounds with more are dropped
 
@@ -33,7 +36,7 @@ class Problem(Exception):
         self.is_absence = is_absence
 
 
-def in_rounds(names: Iterable[str], rounds: int, seed: int) -> Iterator[tuple[int, str]]:
+def in_rounds(names: Iterable[Name], rounds: int, seed: int) -> Iterator[tuple[int, Name]]:
     """Yields (round, counted from 0, and name): every name once a round, in random order.
 
     Names that are taken out of a collection meanwhile are no part of the rounds that follow.
@@ -147,6 +150,27 @@ def compare(taken: Sequence[Timing], yardstick: Sequence[Timing], keep_loaded: b
         "dropped_rounds": kept.count(False),
         "rounds": [{**asdict(t), "kept": k} for t, k in zip(taken, kept, strict=True)],
     }
+
+
+def paired_ratios(entry: Mapping[str, Any], yardstick: Mapping[str, Any]) -> list[float]:
+    """Returns the ratios of two entries of a JSON, as `compare` made them, round by round."""
+    pairs = zip(entry["rounds"], yardstick["rounds"], strict=False)
+    return [one["seconds"] / other["seconds"] for one, other in pairs if one["kept"] and other["kept"]]
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
+    """Returns two of the values, between which the median of what they are drawn from lies with at least `confidence`.
+
+    By order statistics, which assume of the values only that they are independent; None where they are too few.
+    """
+    ordered = sorted(values)
+    below, rank = 0.0, 0  # the chance that at most `rank` values, counted from 0, lie below the median
+    while True:
+        below += math.comb(len(ordered), rank) / 2 ** len(ordered)
+        if 2 * below > 1 - confidence:
+            break
+        rank += 1
+    return (ordered[rank - 1], ordered[-rank]) if rank else None
 
 
 def load_note(entries: Sequence[Mapping[str, Any]], keep_loaded: bool) -> str:

@@ -12,9 +12,6 @@ of theirs. The figures of a round are compared within it.
 from __future__ import annotations
 
 import argparse
-import importlib
-import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,9 +23,19 @@ from typing import Any
 import torch
 
 from benchmarks import loops
+from benchmarks.commands import add_device, add_tiny, is_ready, new_parser, show_again
+from benchmarks.drawing import Bar, draw_bars
 from benchmarks.loops import AfterStep, Work, open_loader
-from benchmarks.rounds import MOST_FOREIGN_CORES, Problem, compare, load_note, show_times
-from benchmarks.telling import describe, markdown_table, origin, spread
+from benchmarks.rounds import (
+    MOST_FOREIGN_CORES,
+    Problem,
+    compare,
+    load_note,
+    median_interval,
+    paired_ratios,
+    show_times,
+)
+from benchmarks.telling import describe, goal_text, markdown_table, origin, spread, write
 from benchmarks.turns import Loop, Measured, Turn, take_turns
 from trainer.data.tuning import cores_of_a_rank
 from trainer.precision import STEP_DTYPES
@@ -55,6 +62,8 @@ DESCRIPTIONS = {
 }
 NAMES = tuple(DESCRIPTIONS)
 PACKAGES = ("accelerate", "timm", "lightning")
+# Our speed, of each of these loops, must be so much at least.
+GOAL_MODEL, GOALS = "resnet18", {FLOOR: 0.99, "accelerate": 1.0, "lightning": 1.0}
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ def workloads(device_type: str, tiny: bool) -> list[Workload]:
     """Returns what is trained on a kind of device.
 
     A turn, its lead included, has as many steps as there are between two reports, or a multiple of them, so that each
-    holds as many reports as the others.
+    turn of a loop holds as many reports as its others.
     """
     if tiny:
         return [
@@ -170,15 +179,18 @@ def summarize(
 
 def table(result: Mapping[str, Any]) -> str:
     """Returns the Markdown table of a result, with a line about what it was measured on."""
-    header = ["model", "loop", "", "ms per step", "min to max", f"to `{OURS}`", "min to max"]
+    header = ["model", "loop", "", "ms per step", "min to max", f"to `{OURS}`", "min to max", "95% interval"]
     header += [f"above `{FLOOR}`, µs", "samples/s", "MFU"]
-    rows = [header, ["---"] * 3 + ["---:"] * 7]
+    rows = [header, ["---"] * 3 + ["---:"] * 8]
+    ours = {entry["model"]: entry for entry in result["entries"] if entry["loop"] == OURS}
     for entry in result["entries"]:
         name, beyond = entry["loop"], entry["overhead_microseconds"]
         row = [entry["model"], f"`{name}`", DESCRIPTIONS[name], *show_times(entry)]
         if entry["seconds"] is None:
-            rows.append([*row, "", "", ""])
+            rows.append([*row, "", "", "", ""])
             continue
+        interval = _interval(entry, ours) if name != OURS else None
+        row.append("" if interval is None else "{:.2f} to {:.2f}".format(*interval))
         above = "" if beyond is None or name == FLOOR else f"{beyond['median']:+.0f}"
         mfu = "" if entry["mfu"] is None else f"{100 * entry['mfu']:.1f}%"
         rows.append([*row, above, f"{entry['samples_per_second']:.0f}", mfu])
@@ -186,15 +198,58 @@ def table(result: Mapping[str, Any]) -> str:
     threads = sorted({str(entry["num_threads"]) for entry in result["entries"] if entry["num_threads"]})
     notes = [
         f"to `{OURS}`: time within the same round, above 1 is slower than ours",
+        "95% interval: of the median ratio, by order statistics",
         f"above `{FLOOR}`: time of a step within the same round, less that of the hand-written loop",
         *(_describe(workload) for workload in settings["workloads"]),
+        *_reports_note(settings["workloads"]),
+        "the data in memory are of a kind that draws nothing at random, as our trainer knows; to each sample of a data "
+        "set of a user's own it gives a seed, which is not in these figures",
         "SGD with momentum; the same memory format, in which our trainer keeps the model",
         f"torch's threads: {', '.join(threads)} in every loop",
-        f"MFU: of {result['peak_flops'] / 1e12:.3g} TFLOP/s",
+        f"MFU: of {_peaks(result['peak_flops'])}",
         load_note(result["entries"], settings["keep_loaded"]),
         *origin(result),
     ]
-    return markdown_table(rows, notes)
+    return markdown_table(rows, notes) + "\n" + "".join(_goals(result["entries"], ours))
+
+
+def _interval(entry: Mapping[str, Any], ours: Mapping[str, Mapping[str, Any]]) -> tuple[float, float] | None:
+    """Returns between which limits the median ratio to ours lies."""
+    own = ours.get(entry["model"])
+    return median_interval(paired_ratios(entry, own)) if own else None
+
+
+def _goals(entries: Sequence[Mapping[str, Any]], ours: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yields a line for each of `GOALS`, with whether these rounds can tell."""
+    for entry in entries:
+        least = GOALS.get(entry["loop"])
+        if entry["model"] != GOAL_MODEL or least is None:
+            continue
+        ratio, interval = entry["time_ratio"], _interval(entry, ours)
+        what = f"{GOAL_MODEL}, our speed to that of `{entry['loop']}`"
+        if interval is not None:
+            what += " (95% interval {:.3f} to {:.3f}".format(*interval)
+            what += ", the bar is within it)" if interval[0] < least <= interval[1] else ")"
+        yield goal_text(what, ratio and ratio["median"], least=least)
+
+
+def _reports_note(workloads: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns where the reports are, for the models whose turns have one: there it matters."""
+    with_one = [w for w in workloads if w["lead"] + w["steps"] == w["work"]["report_every"]]
+    if not with_one:
+        return []
+    names = ", ".join(workload["work"]["model"] for workload in with_one)
+    return [
+        f"each turn of {names} has one report: ours in the steps that are counted, that of Lightning's and timm's loops "
+        "in the uncounted ones before them, to our disadvantage"
+    ]
+
+
+def _peaks(peaks: float | Mapping[str, float]) -> str:
+    """Returns the peaks of the models' precisions, or the one that the first results have."""
+    if not isinstance(peaks, Mapping):
+        return f"{peaks / 1e12:.3g} TFLOP/s"
+    return ", ".join(f"{peak / 1e12:.3g} TFLOP/s ({model})" for model, peak in peaks.items())
 
 
 def _describe(workload: Mapping[str, Any]) -> str:
@@ -203,8 +258,9 @@ def _describe(workload: Mapping[str, Any]) -> str:
     shape, precision = "x".join(map(str, work["shape"])), "float32" if work["precision"] == "no" else work["precision"]
     compiled = ", compiled" if work["compile"] else ""
     return (
-        f"{work['model']}: batches of {work['batch_size']}, {shape}, {precision}{compiled}, {where}, median of "
-        f"{workload['rounds']} alternating rounds of {workload['steps']} steps"
+        f"{work['model']}: batches of {work['batch_size']}, {shape}, {precision}{compiled}, {where}, a report every "
+        f"{work['report_every']} steps, median of {workload['rounds']} alternating rounds of {workload['steps']} steps "
+        f"after {workload['lead']}"
     )
 
 
@@ -214,51 +270,27 @@ def plot(result: Mapping[str, Any], file: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    matplotlib = importlib.import_module("matplotlib")
-    figures = importlib.import_module("matplotlib.figure")
-    matplotlib.rcParams["svg.hashsalt"] = "lockstep"  # the same file from the same figures
-    shown = [entry for entry in result["entries"] if entry["time_ratio"] is not None]
-    models = list(dict.fromkeys(entry["model"] for entry in shown))
-    figure = figures.Figure(figsize=(4 * max(len(models), 1), 2.8), layout="constrained")
-    for axes, model in zip(figure.subplots(1, max(len(models), 1), squeeze=False)[0], models, strict=False):
-        own = [entry for entry in reversed(shown) if entry["model"] == model]
-        ratios = [entry["time_ratio"] for entry in own]
-        axes.errorbar(
-            [ratio["median"] for ratio in ratios],
-            range(len(own)),
-            xerr=[[r["median"] - r["min"] for r in ratios], [r["max"] - r["median"] for r in ratios]],
-            fmt="o",
-            elinewidth=0.8,
-            capsize=3,
-        )
-        axes.axvline(1, color="0.7", linewidth=0.8)
-        axes.set_yticks(range(len(own)), [entry["loop"] for entry in own])
-        axes.set_title(model)
-        axes.set_xlabel(f"time of a step, to {OURS} (median, min to max)")
-        axes.margins(y=0.15)
-        axes.grid(axis="x", alpha=0.3)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, format=file.suffix[1:] or "svg", metadata={"Date": None} if file.suffix == ".svg" else None)
+    groups: dict[str, list[Bar]] = {}
+    for entry in result["entries"]:
+        if entry["time_ratio"] is not None:
+            bar = Bar(entry["loop"], entry["time_ratio"], ours=entry["loop"] == OURS)
+            groups.setdefault(entry["model"], []).append(bar)
+    draw_bars(groups, f"time of a step, to {OURS} (median, min to max)", file, bar=1)
 
 
 # ---- command line --------------------------------------------------------------------------------------------
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step_overhead", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--json", type=Path, required=True, help="where the result goes; read with --markdown")
-    parser.add_argument("--markdown", action="store_true", help="measure nothing: print the table of --json")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the ratios, to an .svg file")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser = new_parser("benchmarks.step_overhead", __doc__)
+    add_device(parser)
+    add_tiny(parser)
     parser.add_argument("--models", nargs="+", metavar="NAME", help="of those of the device; default: all")
     parser.add_argument("--loops", nargs="+", metavar="NAME", choices=NAMES, default=NAMES, help=", ".join(NAMES))
     parser.add_argument("--rounds", type=int, help="default: as many as each model needs")
     parser.add_argument("--threads", type=int, default=cores_of_a_rank(1), help="of torch; default: one per core")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep-loaded", action="store_true", help="keep rounds in which others used the machine too")
-    parser.add_argument("--tiny", action="store_true", help="a check that all parts run: measures nothing of interest")
     options = parser.parse_args(arguments)
     if options.tiny:
         options.threads, options.keep_loaded = 1, True
@@ -289,19 +321,18 @@ def _run(options: argparse.Namespace, given: Sequence[str] | None) -> dict[str, 
             "seed": options.seed,
             "tiny": options.tiny,
         },
-        "peak_flops": peak_flops(
-            torch.device(options.device), STEP_DTYPES["bf16" if options.device == "cuda" else "no"], False, False
-        ),
+        "peak_flops": {},
         "took_seconds": 0.0,
         "entries": [],
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
     for workload in chosen:
         flops = count_flops(workload.work)
+        peak = peak_flops(torch.device(options.device), STEP_DTYPES[workload.work.precision], False, False)
+        result["peak_flops"][workload.name] = peak
         measured = measure(workload, names, options.threads, options.seed)
-        result["entries"] += summarize(workload, measured, flops, result["peak_flops"], options.keep_loaded)
+        result["entries"] += summarize(workload, measured, flops, peak, options.keep_loaded)
         result["took_seconds"] = round(time.monotonic() - started, 1)
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write(result, options.json)
     return result
 
 
@@ -309,19 +340,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 2 without a GPU, 1 where a loop failed for another reason than a missing library."""
     options = _arguments(arguments)
     if options.markdown:
-        result = json.loads(options.json.read_text(encoding="utf-8"))
-    elif options.device == "cuda" and not torch.cuda.is_available():
-        sys.stderr.write("there is no CUDA GPU here; use --device cpu\n")
+        return show_again(options.json, table)
+    if not is_ready(options.device):
         return 2
-    else:
-        if options.device == "cpu":
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        result = _run(options, arguments)
+    result = _run(options, arguments)
     sys.stdout.write(table(result))
-    if options.plot is not None:
-        plot(result, options.plot)
     failed = any(entry["problem"] and not entry["is_left_out"] for entry in result["entries"])
-    return int(not options.markdown and failed)
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS_FOLDER = "benchmarks/results"  # what a suite leaves there changes nothing that is measured after it
 
 
 def describe(
@@ -44,7 +45,7 @@ def describe(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", module, *(sys.argv[1:] if arguments is None else arguments)]),
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", ".", f":(exclude){RESULTS_FOLDER}")),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
@@ -86,7 +87,8 @@ def origin(result: Mapping[str, Any]) -> list[str]:
         *([f"{count}{gpu['name']} ({gpu['memory_gib']} GiB), CUDA {told['cuda']}"] if gpu else []),
         f"{told['cpu']}, {told['cores']} cores" + ("" if gpu else ", no GPU"),
         ", ".join(f"{name} {version}" for name, version in packages.items()),
-        f"{told['date'][:10]}, commit {(told['commit'] or 'unknown')[:10]}",
+        f"{told['date'][:10]}, commit {(told['commit'] or 'unknown')[:10]}"
+        + (" with uncommitted changes" if told.get("uncommitted_changes") else ""),
         f"`{told['command']}`",
     ]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import random
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.loops import AfterStep
-from benchmarks.rounds import Clocks, Problem, Timing, waiting_for
+from benchmarks.rounds import Clocks, Problem, Timing, in_rounds, waiting_for
 from trainer.errors import one_line
 
 TIMEOUT = 900  # seconds, of one turn
@@ -85,9 +84,8 @@ class Turns:
         self._wait()
         seconds = time.perf_counter() - self._began
         after = Clocks.read()
-        wall, own = after.wall - self._before.wall, after.tree - self._before.tree
-        foreign = max(0.0, after.machine - self._before.machine - own)
-        timing = Timing(seconds / self._turn.steps, own / wall, foreign / wall)
+        own = (after.tree - self._before.tree) / (after.wall - self._before.wall)
+        timing = Timing(seconds / self._turn.steps, own, after.foreign_cores(self._before))
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # the others need the memory
         self._connection.send(Taken(timing, torch.get_num_threads()))
@@ -226,20 +224,19 @@ def take_turns(
                 stack.callback(entrants[name].close)
             except Problem as problem:
                 leave_out(name, f"{what}: {name}", problem)
-        for number in range(rounds):
-            order = [name for name in entrants if measured[name].problem is None]
-            random.Random(seed + number).shuffle(order)
-            for name in order:
-                where = f"round {number + 1}: {what}: {name}"
-                try:
-                    taken = entrants[name].take(turn)
-                except Problem as problem:
-                    leave_out(name, where, problem)
-                    continue
-                measured[name].times.append(taken.timing)
-                measured[name].num_threads = taken.num_threads
-                sys.stderr.write(
-                    f"{where}: {1000 * taken.timing.seconds:.3f} ms, "
-                    f"others kept {taken.timing.foreign_cores:.2f} cores busy\n"
-                )
+        left = [name for name in entrants if measured[name].problem is None]
+        for number, name in in_rounds(left, rounds, seed):
+            where = f"round {number + 1}: {what}: {name}"
+            try:
+                taken = entrants[name].take(turn)
+            except Problem as problem:
+                leave_out(name, where, problem)
+                left.remove(name)
+                continue
+            measured[name].times.append(taken.timing)
+            measured[name].num_threads = taken.num_threads
+            sys.stderr.write(
+                f"{where}: {1000 * taken.timing.seconds:.3f} ms, "
+                f"others kept {taken.timing.foreign_cores:.2f} cores busy\n"
+            )
     return measured

@@ -54,6 +54,7 @@ def measure_trainer(setup: Setup, seed: int) -> Measurement:
                 "args": {"momentum": MOMENTUM},
             },
             "precision": "bf16",
+            "backends": {"cudnn_benchmark": setup.device.type == "cuda"},  # as the plain loop has it
             "train": {"steps": _ENDLESS, "batch_size": setup.batch_size},
             "log": {"every": _REPORT_STEPS},
             "checkpoint": {"every": _ENDLESS},

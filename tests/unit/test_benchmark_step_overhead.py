@@ -18,10 +18,9 @@ from launching import run
 
 from benchmarks import step_overhead
 from benchmarks.loops import AfterStep
-from benchmarks.rounds import MOST_FOREIGN_CORES, Problem, Timing
+from benchmarks.rounds import MOST_FOREIGN_CORES, Problem, Timing, median_interval
 from benchmarks.step_overhead import NAMES, Measured, plot, summarize, table, workloads
 from benchmarks.turns import Entrant, Turn, Turns
-from trainer.config import LogConfig
 
 
 def _write_down(steps: int, after_step: AfterStep, folder: Path) -> None:
@@ -113,6 +112,38 @@ def test_loops_are_compared_with_ours_within_rounds() -> None:
     assert "not for this torch" in table(result)
 
 
+def test_the_bars_are_of_our_speed_and_say_what_the_rounds_can_tell() -> None:
+    ours = [0.1, 0.102, 0.11, 0.1, 0.101, 0.1]
+    measured = {
+        "raw": _measured(*(0.97 * second for second in ours)),
+        "accelerate": _measured(*(factor * s for factor, s in zip((0.9, 1, 1.1, 1.02, 1.05, 1.1), ours, strict=True))),
+        "lightning": Measured(problem=Problem("failed", is_absence=False)),
+        "ours": _measured(*ours),
+    }
+    goals = [line for line in table(_result(**measured)).splitlines() if line.startswith("- ")]
+    assert goals == [
+        "- resnet18, our speed to that of `raw` (95% interval 0.970 to 0.970): 0.970, at least 0.99: NOT MET",
+        "- resnet18, our speed to that of `lightning`: not measured",
+        "- resnet18, our speed to that of `accelerate` (95% interval 0.900 to 1.100, the bar is within it): 1.035, "
+        "at least 1: met",
+    ]
+
+
+def test_the_interval_of_a_median_is_that_of_the_tables() -> None:
+    values = list(range(26, 0, -1))
+    assert median_interval(values) == (8, 19)  # the 8th of 26, as in tables of the sign test
+    assert median_interval(values[:9]) == (19, 25)  # the 2nd of 9
+    assert median_interval(values[:6]) == (21, 26)
+    assert median_interval(values[:5]) is None
+
+
+def test_the_peak_is_that_of_each_models_precision() -> None:
+    result = _result()
+    assert "MFU: of 0.001 TFLOP/s;" in table(result)
+    result["peak_flops"] = {"resnet50": 9.9e14, "mlp": 6.7e13}
+    assert "MFU: of 990 TFLOP/s (resnet50), 67 TFLOP/s (mlp);" in table(result)
+
+
 def test_a_round_in_which_others_used_the_machine_is_compared_with_nothing() -> None:
     loaded = _measured(0.5, 0.5, foreign=MOST_FOREIGN_CORES + 0.01)
     raw, *_, ours = _result(raw=loaded)["entries"]
@@ -131,9 +162,9 @@ def test_the_plot_is_the_same_file_from_the_same_figures(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-def test_every_turn_holds_as_many_of_our_reports_as_the_others(device_type: str) -> None:
+def test_a_turn_lasts_from_report_to_report_or_a_multiple_of_that(device_type: str) -> None:
     for workload in workloads(device_type, tiny=False):
-        assert workload.steps % LogConfig().every.count == 0
+        assert (workload.lead + workload.steps) % workload.work.report_every == 0
 
 
 @nightly

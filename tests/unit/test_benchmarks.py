@@ -214,6 +214,8 @@ def test_the_origin_names_the_gpus_where_they_took_part() -> None:
     assert lines[:2] == ["2 x GPU X (79.2 GiB), CUDA 13.0", "Chip, 64 cores"]
     assert lines[2:] == ["Python 3.12, torch 2", "2026-11-23, commit unknown", "`python -m benchmarks.feed`"]
     assert origin({"environment": {**told, "gpu": None, "gpus": 0, "cuda": None}})[0] == "Chip, 64 cores, no GPU"
+    changed = origin({"environment": {**told, "gpu": None, "uncommitted_changes": True}})
+    assert changed[2] == "2026-11-23, commit unknown with uncommitted changes"
 
 
 @pytest.mark.parametrize(

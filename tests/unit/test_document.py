@@ -130,12 +130,20 @@ def test_what_was_not_measured_says_so_and_how_to(result: Result, tmp_path: Path
     assert text.endswith("2 cores; torch 2; `python -m benchmarks.digits`.\n<!-- end -->\nAfter.\n")
 
 
-@pytest.mark.parametrize("changes", [{"quick": True}, {"settings": {"tiny": True}}], ids=["quick", "tiny"])
-def test_a_quick_run_is_no_source(result: Result, tmp_path: Path, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"quick": True}, "nothing was measured"),
+        ({"settings": {"tiny": True}}, "nothing was measured"),
+        ({"settings": {"keep_loaded": True}}, "other load"),
+    ],
+    ids=["quick", "tiny", "loaded"],
+)
+def test_what_is_no_measurement_is_no_source(result: Result, tmp_path: Path, changes: dict[str, Any], why: str) -> None:
     result.file.write_text(measured(**changes))
     page = tmp_path / "page.md"
     page.write_text("<!-- table: digits-cpu.json -->\n<!-- end -->\n")
-    with pytest.raises(document.NoSource, match="nothing was measured"):
+    with pytest.raises(document.NoSource, match=why):
         document.rewritten(page)
     page.write_text("<!-- table: other.json -->\n<!-- end -->\n")
     with pytest.raises(document.NoSource, match=r"other\.json is no result"):

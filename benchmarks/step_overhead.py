@@ -240,8 +240,8 @@ def _reports_note(workloads: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     names = ", ".join(workload["work"]["model"] for workload in with_one)
     return [
-        f"each turn of {names} has one report: ours in the steps that are counted, that of Lightning's and timm's loops "
-        "in the uncounted ones before them, to our disadvantage"
+        f"each turn of {names} has one report: ours in the steps that are counted, that of Lightning's and timm's "
+        "loops in the uncounted ones before them, to our disadvantage"
     ]
 
 

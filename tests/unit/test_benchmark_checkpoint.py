@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conftest import REPOSITORY, Train, WriteConfig
+from conftest import REPOSITORY, Train, WriteConfig, nightly
 from launching import run
 
 from benchmarks import checkpoint, soak
@@ -16,6 +16,7 @@ from benchmarks.rounds import MOST_FOREIGN_CORES
 from trainer.checkpoint.storage import LocalStorage
 
 
+@nightly
 def test_the_benchmark_measures_every_method(tmp_path: Path) -> None:
     file = tmp_path / "results" / "checkpoint.json"
     command = [sys.executable, "-m", "benchmarks.checkpoint", "--tiny", "--folder", str(tmp_path / "saves")]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, nightly
 from launching import run
 
 from benchmarks.feed_training import main, measure, summarize, table
@@ -39,6 +39,7 @@ def measured(*rates: float) -> list[Measurement]:
     return [Measurement(int(10 * rate), 10.0) for rate in rates]
 
 
+@nightly
 def test_a_run_measures_every_feed_and_prints_the_same_table_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,6 +28,7 @@ def _cells(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
 
 
+@nightly
 def test_the_memory_benchmark_measures_every_policy_of_every_model(tmp_path: Path) -> None:
     file = tmp_path / "results" / "memory.json"
     policies = [policy for policy in memory.DEFAULT_POLICIES if policy != "auto-50"]  # what so small a model cannot

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, nightly
 from launching import run
 from PIL import Image
 
@@ -167,6 +167,7 @@ def test_a_measurement_counts_the_cpu_time_of_children_and_closes_its_entry(
     assert 0.39 < taken.cpu_seconds < 0.6  # two batches of 0.2 s: the warm-up and the start are not in it
 
 
+@nightly
 def test_a_run_measures_and_prints_the_same_table_again(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

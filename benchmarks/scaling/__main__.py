@@ -23,7 +23,7 @@ from benchmarks.telling import REPOSITORY, describe, write
 
 PARTS = ("estimate", "check", "simulate")
 NUM_GPUS = (8, 64, 1024, 16384)
-SIMULATED = {
+SIMULATED: dict[str, tuple[int, ...]] = {
     "sampler": (8, 1024, 16384),
     "layout": (8, 1024, 16384),
     "planner": (8, 64, 1024),

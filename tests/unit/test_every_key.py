@@ -30,12 +30,12 @@ def marks(file: Path) -> dict[str, str]:
     of_module = [ast.unparse(node.value) for node in assigned if "pytestmark" in map(ast.unparse, node.targets)]
     found = {}
     for node in body:
-        is_class = isinstance(node, ast.ClassDef)
-        of_class = [ast.unparse(mark) for mark in node.decorator_list] if is_class else []
-        for each in node.body if is_class else [node]:
+        of_class = [ast.unparse(mark) for mark in node.decorator_list] if isinstance(node, ast.ClassDef) else []
+        inside, prefix = (node.body, f"{node.name}::") if isinstance(node, ast.ClassDef) else ([node], "")
+        for each in inside:
             if isinstance(each, ast.FunctionDef):
                 own = [ast.unparse(mark) for mark in each.decorator_list]
-                found[f"{node.name}::{each.name}" if is_class else each.name] = "\n".join(of_module + of_class + own)
+                found[prefix + each.name] = "\n".join(of_module + of_class + own)
     return found
 
 

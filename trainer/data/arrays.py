@@ -42,8 +42,7 @@ class ArrayPictures:
 
     def at(self, indices: NDArray[np.int64]) -> ArrayPictures:
         """Returns the pictures at `indices`, copied."""
-        targets = self.targets[torch.from_numpy(indices)] if isinstance(self.targets, torch.Tensor) else None
-        targets = [self.targets[int(i)] for i in indices] if targets is None else targets
+        targets = [self.targets[int(i)] for i in indices]
         return ArrayPictures(Part(self.dataset, indices), self.images[indices], targets, self.as_tensors)
 
     def __len__(self) -> int:

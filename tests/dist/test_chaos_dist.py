@@ -77,6 +77,7 @@ def test_a_job_that_does_not_repeat_itself_is_found_out(write_config: WriteConfi
         assert any(difference.startswith(start) for difference in report["differences"]), start
 
 
+@nightly
 @pytest.mark.timeout(600)
 def test_a_job_that_comes_to_its_own_end(write_config: WriteConfig, tmp_path: Path) -> None:
     file = config(write_config, train={"steps": 50, "batch_size": 12})

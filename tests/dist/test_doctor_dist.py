@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SUPPORT, WriteConfig
+from conftest import SUPPORT, WriteConfig, nightly
 from launching import run
 
 DOCTOR = [sys.executable, "-m", "launch", "doctor"]
@@ -85,6 +85,7 @@ def test_a_machine_with_faults(write_config: WriteConfig, tmp_path: Path) -> Non
     assert done.stderr.splitlines()[-1].startswith("error: ")
 
 
+@nightly
 def test_a_slow_rank_and_one_that_stops_are_named(tmp_path: Path) -> None:
     done = run(
         [sys.executable, str(SUPPORT / "slowed_doctor.py")], tmp_path

@@ -177,8 +177,8 @@ STORIES = (
     Story(
         "skip",
         (
-            Case("NaN, skip", "nan", 1, "step 30: the loss of rank 1 is nan", blames=False),
-            Case("infinite gradient, skip", "inf-gradient", 0, "step 36: the norm of the gradients", blames=False),
+            Case("NaN, skip", "nan", 1, "step 30: the loss of rank 1 is nan", blames=False, nightly=True),
+            Case("infinite gradient, skip", "inf-gradient", 0, "step 36: the norm of the gradients", blames=False, nightly=True),
         ),
         changes={"faults__non_finite": "skip"},
         same=False,
@@ -186,15 +186,15 @@ STORIES = (
     Story(
         "rollback",
         (
-            Case("NaN, rollback", "nan", 1, "leaving out the batch of step 30", blames=False),
-            Case("a spike, rollback", "spike", 1, "leaving out the batch of step 36", blames=False),
+            Case("NaN, rollback", "nan", 1, "leaving out the batch of step 30", blames=False, nightly=True),
+            Case("a spike, rollback", "spike", 1, "leaving out the batch of step 36", blames=False, nightly=True),
         ),
         changes={"faults__non_finite": "rollback", "faults__spike_factor": 50.0},
         same=False,
     ),
     Story(
         "NaN stops it",
-        (Case("NaN, stop", "nan", 1, "error: rank 1 .*: the loss of rank 1 is nan"),),
+        (Case("NaN, stop", "nan", 1, "error: rank 1 .*: the loss of rank 1 is nan", nightly=True),),
         code=1,
     ),
     Story(
@@ -379,7 +379,7 @@ ALL = [pytest.param(story, case, id=case.name) for story in STORIES for case in 
 
 def test_there_are_enough() -> None:
     assert sum(len(story.cases) for story in STORIES) >= 40  # nightly
-    assert len(ALL) >= 17  # each kind of fault
+    assert len(ALL) >= 15  # each kind of fault; bad numbers have tests of their own
     assert len({case.name for story in STORIES for case in story.cases}) == sum(len(story.cases) for story in STORIES)
 
 
@@ -389,7 +389,7 @@ def test_fault(story: Story, case: Case, stories: Stories) -> None:
     assert told.problems[case.name] == [], told.output
 
 
-@pytest.mark.parametrize("story", STORIES, ids=lambda story: story.name)
+@pytest.mark.parametrize("story", [story for story in STORIES if story.told], ids=lambda story: story.name)
 def test_the_end_is_that_of_a_run_in_peace(story: Story, stories: Stories, server: TrainServer) -> None:
     told, folder = stories[story]
     assert told.end == "", told.output

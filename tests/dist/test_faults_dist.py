@@ -218,6 +218,7 @@ STORIES = (
                 r"rank 1 takes .* it costs \d+% of each step",
                 blames=False,
                 options={"seconds": 0.3, "times": 8},
+                nightly=True,  # tests/dist/test_advice_dist.py has one
             ),
         ),
     ),

@@ -83,6 +83,7 @@ def test_a_shrinking_process_costs_no_restart(write_config: WriteConfig, tmp_pat
     assert summary(tmp_path / "run")["status"] == "finished"
 
 
+@nightly
 def test_torchrun_starts_again_with_less(write_config: WriteConfig, tmp_path: Path) -> None:
     config = hungry(write_config, {"limit": 4, "rank": 1}, memory={"on_oom": "shrink"})
     command = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--max-restarts", "1", str(REPOSITORY / "train.py")]
@@ -122,6 +123,7 @@ def test_a_stop_signal_reaches_one_shrinking_process(
     assert summary(tmp_path / "run")["status"] == "stopped"
 
 
+@nightly
 def test_one_shrinking_process_does_not_outlive_its_launcher(write_config: WriteConfig, tmp_path: Path) -> None:
     job = Job([*LAUNCH, "--config", str(long_run(write_config)), "--processes", "1"], tmp_path)
     job.wait_for(lambda output: "step 40/" in output)

@@ -75,7 +75,7 @@ class Ours:
         self.job = job
         self.step = 0
         self.folder = CheckpointFolder(open_storage(str(folder)), keep=1)
-        self.saver = Saver(self.folder, _Alone(), None, True, job.device)
+        self.saver = Saver(self.folder, Alone(), None, True, job.device)
         self.saver.prepare(job.state())
 
     def save(self, _: Path, step_seconds: float) -> Cost:
@@ -110,7 +110,9 @@ class Ours:
             raise RuntimeError(f"step {checkpoint.step} does not read back as step {self.step}: {wrong[:3]}")
 
 
-class _Alone:
+class Alone:
+    """The ranks of a checkpoint, where there is only this process."""
+
     rank = 0
     num_ranks = 1
 

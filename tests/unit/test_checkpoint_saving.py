@@ -16,6 +16,7 @@ from resuming import interrupted
 from run_results import checkpoint, identical, losses, records, summary, tensors, weights
 from torch import nn
 
+from benchmarks.checkpoint_methods import Alone
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.layout import make_layout
 from trainer.checkpoint.manifest import Damaged, Manifest, Progress
@@ -24,21 +25,6 @@ from trainer.checkpoint.state import Parts, State
 from trainer.checkpoint.storage import LocalStorage
 from trainer.checkpoint.writing import Saver
 from trainer.telemetry.clock import Timer
-
-
-class Alone:
-    """A single process."""
-
-    rank = 0
-    num_ranks = 1
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
-    gather_on_main = gather
-
-    def from_main(self, value: Callable[[], Any]) -> Any:
-        return value()
 
 
 class Job:

@@ -1,7 +1,8 @@
 """Runs of one process that really have a problem: what they are told, and what following it gains.
 
-`LOCKSTEP_NIGHTLY=1` follows all of it, in longer runs; else only the first is followed. A promise is kept within the
-margin of `advising.MARGIN`. What takes time here sleeps wherever it can, so that the load of the machine does not
+`LOCKSTEP_NIGHTLY=1` runs and follows all of it, in longer runs; else there are three, of which only the first is
+followed; what each rule says of given figures is `test_advice`. A promise is kept within the margin of
+`advising.MARGIN`. What takes time here sleeps wherever it can, so that the load of the machine does not
 decide.
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 from advising import Followed, Told, check
-from conftest import NIGHTLY, Train, WriteConfig
+from conftest import NIGHTLY, Train, WriteConfig, nightly
 from run_results import summary
 
 from trainer.advice import adviser, survey
@@ -109,6 +110,7 @@ def test_more_workers_where_one_is_too_slow(
     assert "workers" not in texts[-1]
 
 
+@nightly
 def test_workers_where_there_are_none(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
     config = write_config(
         data__train=_steady(0.003),
@@ -124,6 +126,7 @@ def test_workers_where_there_are_none(train: Train, write_config: WriteConfig, t
     check(train, config, tmp_path, "data_wait", is_right)
 
 
+@nightly
 def test_a_deeper_queue_for_uneven_samples(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
     config = write_config(
         data__train={"name": "bottlenecks:Uneven", "args": {"length": 1200, "seconds": 1.2, "every": 240}},
@@ -144,12 +147,14 @@ def test_a_deeper_queue_for_uneven_samples(train: Train, write_config: WriteConf
     check(train, config, tmp_path, "data_wait", is_right, holds=holds)
 
 
+@nightly
 def test_copies_beside_the_step(train: Train, write_config: WriteConfig, tmp_path: Path, slow_bus: None) -> None:
     config = write_config(data__eval=None, checkpoint__every=1000, model=_sleeping(0.03, 0.03), **_steps(8))
     right = _settings("data.workers", 1, 3)
     check(train, config, tmp_path, "copies", right, holds=partial(_mends, "copies"))
 
 
+@nightly
 def test_larger_micro_batches_for_tiny_kernels(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
     config = write_config(
         data__eval=None,
@@ -164,6 +169,7 @@ def test_larger_micro_batches_for_tiny_kernels(train: Train, write_config: Write
     check(train, config, tmp_path, "host_bound", right, holds=holds)
 
 
+@nightly
 def test_keeping_activations_where_memory_is_idle(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
     config = write_config(
         data__eval=None,
@@ -179,6 +185,7 @@ def test_keeping_activations_where_memory_is_idle(train: Train, write_config: Wr
     check(train, config, tmp_path, "recomputation", is_right, holds=partial(_mends, "recomputation"))
 
 
+@nightly
 def test_saving_behind_the_training(train: Train, write_config: WriteConfig, tmp_path: Path, slow_disk: None) -> None:
     config = write_config(
         data__eval=None,
@@ -193,6 +200,7 @@ def test_saving_behind_the_training(train: Train, write_config: WriteConfig, tmp
     check(train, config, tmp_path, "checkpoints", is_right, holds=partial(_mends, "checkpoints"))
 
 
+@nightly
 def test_rarer_saves_where_a_disk_is_slow(
     train: Train, write_config: WriteConfig, tmp_path: Path, slow_disk: None
 ) -> None:
@@ -200,6 +208,7 @@ def test_rarer_saves_where_a_disk_is_slow(
     check(train, config, tmp_path, "checkpoints", _settings("checkpoint.every", 6, 48))
 
 
+@nightly
 def test_rarer_evaluations(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
     config = write_config(
         data__eval=_steady(0.005, length=24),
@@ -212,6 +221,7 @@ def test_rarer_evaluations(train: Train, write_config: WriteConfig, tmp_path: Pa
     check(train, config, tmp_path, "evaluations", right, holds=partial(_mends, "evaluations"))
 
 
+@nightly
 def test_workers_that_keep_what_they_read(
     train: Train, write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Train, WriteConfig
+from conftest import Train, WriteConfig, few
 from PIL import Image
 
 from trainer.cli import main
@@ -19,6 +19,7 @@ from trainer.runtime import Runtime
 
 NORMALIZE = {"mean": [0.5] * 3, "std": [0.25] * 3}
 CROPS = [{"name": "RandomResizedCrop", "args": {"size": 16}}, {"name": "RandomHorizontalFlip"}]
+FEEDS = ["host", "resident", "device_decode"]
 EVAL = [{"name": "Resize", "args": {"size": 18}}, {"name": "CenterCrop", "args": {"size": 16}}]
 
 
@@ -64,7 +65,7 @@ def losses(tmp_path: Path, run: str = "run") -> list[float]:
     return [r["train/loss"] for r in records if "train/loss" in r]
 
 
-@pytest.mark.parametrize("feed", ["host", "resident", "device_decode"])
+@pytest.mark.parametrize("feed", few(FEEDS, "device_decode"))
 def test_photos_are_learned_in_every_mode(feed: str, train: Train, photo_config: WriteConfig, tmp_path: Path) -> None:
     code, _, err = train("--config", photo_config(data__feed=feed, train__epochs=8))
     assert (code, err) == (0, "")
@@ -72,7 +73,7 @@ def test_photos_are_learned_in_every_mode(feed: str, train: Train, photo_config:
     assert summary(tmp_path)["skipped_samples"] == 0
 
 
-@pytest.mark.parametrize("feed", ["host", "resident", "device_decode"])
+@pytest.mark.parametrize("feed", few(FEEDS, "host", "resident"))
 def test_resume_in_mid_epoch_is_exact(feed: str, train: Train, photo_config: WriteConfig, tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "data__feed": feed,

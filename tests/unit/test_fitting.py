@@ -253,6 +253,7 @@ def test_within_a_budget_the_same_bits_in_less_memory(train: Train, write_config
     assert peak_of_a_step(file, *WITHIN_BUDGET) < 0.85 * peak_of_a_step(file, f"run.dir={tmp_path / 'other'}")
 
 
+@nightly
 def test_within_a_target_the_same_bits(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
     file = stack(write_config, args=DROPPING)
     none, full = predicted(file, BATCH), predicted(file, BATCH, "full")

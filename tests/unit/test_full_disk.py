@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Train, WriteConfig, nightly
+from conftest import Train, WriteConfig, few, nightly
 from resuming import TrainServer, leftovers
 from run_results import losses, records, summary
 
@@ -77,7 +77,7 @@ def warnings(out: str) -> list[str]:
     return [line for line in out.splitlines() if re.search("cannot|failed", line)]
 
 
-@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("behind", few([False, True], True))
 def test_room_for_a_checkpoint_and_a_half(
     behind: bool, disk: MakeDisk, train: Train, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -139,7 +139,7 @@ def test_a_failed_save_may_end_the_run(disk: MakeDisk, train: Train, write_confi
     assert kept(folder) == [2]
 
 
-@pytest.mark.parametrize("freed", [True, False])
+@pytest.mark.parametrize("freed", few([True, False], True))
 def test_a_full_run_folder(
     freed: bool, disk: MakeDisk, train: Train, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -200,7 +200,7 @@ def test_a_disk_that_becomes_read_only(disk: MakeDisk, train: Train, write_confi
     assert kept(run / "checkpoints") == [8]
 
 
-@pytest.mark.parametrize("lost", ["run", "run/checkpoints"])
+@pytest.mark.parametrize("lost", few(["run", "run/checkpoints"], "run"))
 def test_a_folder_that_is_lost_and_found(lost: str, train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
     folder, run = tmp_path / lost, tmp_path / "run"
     events = {3: f"take {folder}", 7: f"give {folder}"}

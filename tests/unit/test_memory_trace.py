@@ -92,7 +92,7 @@ def simulated(model: nn.Module, make_optimizer: OptimizerOf, batch: Any, **args:
 
 
 @pytest.mark.parametrize("make_optimizer", few([adamw, sgd], adamw))
-@pytest.mark.parametrize("name", few(MODELS, "resnet18", "convnext_tiny", "swin_t", "small_vit_dropout"))
+@pytest.mark.parametrize("name", few(MODELS, "resnet18", "small_vit_dropout"))
 def test_as_much_as_measured(name: str, make_optimizer: OptimizerOf) -> None:
     model = MODELS[name]()
     batch = batch_of(4)
@@ -105,7 +105,7 @@ def test_as_much_as_measured(name: str, make_optimizer: OptimizerOf) -> None:
 
 
 @pytest.mark.parametrize("args", [{"is_accumulating": True}, {"clip_norm": True}])
-@pytest.mark.parametrize("name", ["resnet18", "small_vit"])
+@pytest.mark.parametrize("name", few(["resnet18", "small_vit"], "small_vit"))
 def test_as_much_as_measured_otherwise(name: str, args: dict[str, bool]) -> None:
     model = MODELS[name]()
     batch = batch_of(2)

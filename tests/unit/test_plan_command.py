@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, Outcome, WriteConfig, few, nightly
+from conftest import REPOSITORY, Outcome, WriteConfig, nightly
 from launching import run
 
 from launch.cli import main
@@ -109,6 +109,7 @@ def test_two_processes_may_share_the_model(plan: Plan, vit: Path) -> None:
     assert "fsdp" not in alone
 
 
+@nightly
 def test_what_fits_depends_on_the_device(plan: Plan, vit: Path) -> None:
     code, out, _ = plan("--config", vit, "--device", "64MiB")
     assert code == 1
@@ -153,7 +154,8 @@ def test_dropout_does_not_hinder_recomputing(plan: Plan, vit: Path) -> None:
     assert "memory.checkpointing=full, predicted:" in out
 
 
-@pytest.mark.parametrize("suffix", few(["html", "png"], "html"))
+@nightly
+@pytest.mark.parametrize("suffix", ["html", "png"])
 def test_a_drawing(suffix: str, plan: Plan, vit: Path, tmp_path: Path) -> None:
     pytest.importorskip("trainer.memory.plot")
     file = tmp_path / f"step.{suffix}"

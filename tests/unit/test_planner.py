@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import nightly
+from conftest import few, nightly
 from torch import nn
 from torch.nn import functional
 from torchvision import models
@@ -68,7 +68,7 @@ def other(**changes: Any) -> Planner:
 # ---- one setting -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("of", [planner, convolutions])
+@pytest.mark.parametrize("of", few([planner, convolutions], planner))
 def test_the_peak_grows_with_the_micro_batch(of: Any) -> None:
     peaks = [of().uniform(size, "none").peak_bytes for size in (1, 4, 8, 24)]
     assert peaks == sorted(set(peaks))
@@ -211,6 +211,7 @@ def test_the_fastest_is_plain_where_that_fits() -> None:
     assert (found.micro_batch_size, found.checkpointing, found.num_recomputed) == (48, "none", 0)
 
 
+@nightly
 def test_the_fastest_recomputes_where_plain_does_not_fit() -> None:
     limit = int(0.9 * planner().uniform(24, "none").peak_bytes)
     given = planner().fastest(limit, 24)

@@ -25,6 +25,9 @@ from trainer.small_models import MLP
 
 FORMATS = ("safetensors", "state_dict", "onnx", "torch_export")
 EMA = {"name": "adamw", "lr": 0.01, "ema": {"decay": 0.9}}
+FSDP = {"strategy": "fsdp", "reshard_after_forward": False, "cpu_offload": True, "sync_batchnorm": True}
+HSDP = {"strategy": "hsdp", "shard_size": 2}
+COMPRESSED = {"gradient_compression": "bf16", "static_graph": True}
 
 
 @pytest.fixture
@@ -310,14 +313,7 @@ def test_evaluate_with_averages_and_without(averaged_run: Path) -> None:
     assert results.evaluate(averaged_run, best=False, kind="raw")["loss"] != found["loss"]
 
 
-@pytest.mark.parametrize(
-    "parallel",
-    [
-        {"strategy": "fsdp", "reshard_after_forward": False, "cpu_offload": True, "sync_batchnorm": True},
-        {"strategy": "hsdp", "shard_size": 2},
-        {"gradient_compression": "bf16", "static_graph": True},
-    ],
-)
+@pytest.mark.parametrize("parallel", few([HSDP, FSDP, COMPRESSED], HSDP))
 def test_a_run_of_many_processes_is_evaluated_on_one(
     parallel: dict[str, Any], run_dir: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

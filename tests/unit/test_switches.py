@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Train, WriteConfig
+from conftest import Train, WriteConfig, few
 from run_results import losses, weights
 from torch import nn
 
@@ -70,7 +70,10 @@ def test_an_optimizer_without_a_fused_implementation() -> None:
     assert raised.value.problems[0].path == "optim.implementation"
 
 
-@pytest.mark.parametrize(("first", "second"), [("fused", "for_loop"), ("for_loop", "fused"), ("foreach", "auto")])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    few([("fused", "for_loop"), ("for_loop", "fused"), ("foreach", "auto")], ("fused", "for_loop")),
+)
 def test_another_implementation_goes_on(
     first: str, second: str, train: Train, write_config: WriteConfig, tmp_path: Path
 ) -> None:

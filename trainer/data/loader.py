@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from trainer.data.columns import columns, rows
 from trainer.data.datasets import SizedDataset, draws_nothing
 from trainer.data.decode import UNREADABLE, Encoded, crop_and_resize, read_size
 from trainer.data.draws import Stream, sample_keys, uniforms
@@ -148,6 +149,7 @@ class SampleLoader:
         self.stacks = stacks
         self.is_random = bool(transform.transforms) or not draws_nothing(dataset)
         """Whether samples may draw from the global generators."""
+        self._items_are_as_kept = stacks and not self.is_random and type(transform) is HostTransform
 
     def load(self, keys: Sequence[Sequence[int]], allocate: Allocate, reading: OnRead) -> LoadedBatch | LoadFailure:
         """Loads one batch, its tensors in memory from `allocate`. Disturbs the global generators.
@@ -212,6 +214,9 @@ class SampleLoader:
     def _load_items(
         self, keys: Sequence[SampleKey], allocate: Allocate, reading: OnRead, skipped: list[Skipped]
     ) -> tuple[list[SampleKey], Any]:
+        if self._items_are_as_kept and (kept := columns(self.dataset)) is not None:
+            reading(keys[0].sample)
+            return list(keys), rows(kept, [key.sample for key in keys], allocate)
         found = [self._first_readable(key, self._read_item, reading, skipped) for key in keys]
         pairs = [pair for pair in found if pair is not None]
         read = [key for key, _ in pairs]

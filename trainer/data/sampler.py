@@ -8,6 +8,7 @@ arithmetic; loading the samples is `trainer.data.loader`.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -184,7 +185,7 @@ class StepSampler(DistributedSampler[int]):
             drop_last=plan.drop_last,
         )
         self.plan = plan
-        self._permutation: tuple[int, torch.Tensor] | None = None
+        self._permutation: tuple[int, NDArray[np.int64]] | None = None
 
     def samples(self, step: int) -> list[int]:
         """Returns the sample indices of this rank in global step `step`, in order."""
@@ -206,17 +207,16 @@ class StepSampler(DistributedSampler[int]):
         """
         plan = self.plan
         epoch, k = divmod(step, plan.steps_per_epoch)
-        places = positions + k * plan.batch_size
-        size = plan.group_size * plan.num_repeats
-        groups, within = places // size, places % size
-        samples = self._order(epoch)[plan.group_size * groups + within % plan.group_size].tolist()
-        repeats = (within // plan.group_size).tolist()
-        return [SampleKey(epoch, sample, repeat) for sample, repeat in zip(samples, repeats, strict=True)]
+        places = positions.numpy() + k * plan.batch_size  # numpy: these are small, and torch takes longer to begin
+        groups, within = np.divmod(places, plan.group_size * plan.num_repeats)
+        repeats, member = np.divmod(within, plan.group_size)
+        samples = self._order(epoch)[plan.group_size * groups + member]
+        return list(map(SampleKey, itertools.repeat(epoch), samples.tolist(), repeats.tolist()))
 
-    def _order(self, epoch: int) -> torch.Tensor:
+    def _order(self, epoch: int) -> NDArray[np.int64]:
         if self._permutation is None or self._permutation[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed + epoch)  # as DistributedSampler does
-            self._permutation = epoch, torch.randperm(self.plan.num_samples, generator=generator)
+            self._permutation = epoch, torch.randperm(self.plan.num_samples, generator=generator).numpy()
         return self._permutation[1]
 
     def __iter__(self) -> Iterator[int]:

@@ -158,6 +158,7 @@ def test_a_port_that_is_taken_or_out_of_reach(hosts: Hosts, write_config: WriteC
     end_jobs(hosts.jobs)
 
 
+@nightly
 def test_a_crash_is_shown_with_its_host(hosts: Hosts, write_config: WriteConfig, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     write_plan(plan, tmp_path / "run", [Event("raise", rank=1, step=20)], 600)
@@ -186,6 +187,7 @@ def test_a_stop_and_going_on(number: signal.Signals, hosts: Hosts, write_config:
         assert "continuing from step" in job.output()
 
 
+@nightly
 def test_a_lost_host_ends_a_job_of_a_fixed_size(hosts: Hosts, write_config: WriteConfig) -> None:
     job = launch(hosts, steady(write_config, steps=5000), ["host1", "host2"])
     reached(job, 10)
@@ -315,6 +317,7 @@ def both(hosts: Hosts, folder: Path, command: list[str], rank: str, **variables:
     return [job.output() for job in jobs]
 
 
+@nightly
 def test_accelerate_by_hand(hosts: Hosts, write_config: WriteConfig, tmp_path: Path) -> None:
     config = write_config()
     where = ["--main_process_ip", hosts.address(1), "--main_process_port", "29400"]

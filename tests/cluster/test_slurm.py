@@ -184,6 +184,7 @@ def test_what_slurm_accepts_and_would_never_run(slurm: Slurm, folder: Path) -> N
         partition("State=UP")
 
 
+@nightly
 def test_inside_an_allocation(slurm: Slurm, folder: Path) -> None:
     config = write(folder, train__epochs=1000, data__train=SLOW, **RARELY)
     (folder / "slowly").touch()

@@ -62,6 +62,7 @@ def _sleeping(backward: float, num_blocks: int, width: int) -> dict[str, Any]:
     return {"name": "bottlenecks:Sleeping", "args": arguments}
 
 
+@nightly
 def test_half_the_bytes_over_a_slow_network(
     slow_network: TrainServer, write_config: WriteConfig, tmp_path: Path
 ) -> None:
@@ -87,6 +88,7 @@ def test_smaller_buckets_where_there_is_one(
     check(partial(slow_network.train, ranks=2), config, tmp_path, "communication", is_right)
 
 
+@nightly
 def test_parameters_that_stay_gathered(slow_network: TrainServer, write_config: WriteConfig, tmp_path: Path) -> None:
     config = _config(write_config, model=_sleeping(0.02, 4, 256), parallel={"strategy": "fsdp"})
 

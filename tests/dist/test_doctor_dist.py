@@ -56,6 +56,7 @@ def test_two_ranks_here(write_config: WriteConfig, tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "run").iterdir()] == ["doctor.json"]
 
 
+@nightly
 def test_a_machine_with_faults(write_config: WriteConfig, tmp_path: Path) -> None:
     """No room in /dev/shm, a run folder on a read-only mount, few open files: each is named, all in one run."""
     trial = subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False)

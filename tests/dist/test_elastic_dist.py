@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import WriteConfig, nightly
+from conftest import WriteConfig, few, nightly
 from resuming import TrainServer
 from run_results import checkpoint, close, losses, optimizer_state, summary, weights
 
@@ -54,7 +54,7 @@ def samples(recorded: Path, ranks: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("every", [pytest.param(1, marks=nightly), 4])
-@pytest.mark.parametrize("name", JOURNEYS)
+@pytest.mark.parametrize("name", few(JOURNEYS, "fsdp on 3, ddp on 1, fsdp on 2"))
 def test_other_processes_go_on(
     name: str, every: int, server: TrainServer, write_config: WriteConfig, tmp_path: Path
 ) -> None:

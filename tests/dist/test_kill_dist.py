@@ -65,7 +65,7 @@ def config(write_config: WriteConfig, file: str, run: Path, **changes: Any) -> P
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", few(RUNS, "2 ranks", "2 ranks, fsdp"))
+@pytest.mark.parametrize("name", few(RUNS, "2 ranks, fsdp"))
 def test_killed_at_random_instants_equals_undisturbed(
     name: str, server: TrainServer, write_config: WriteConfig, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Outcome, WriteConfig, tiny_config
+from conftest import Outcome, WriteConfig, nightly, tiny_config
 from resuming import TrainServer, assert_same_end
 
 from trainer.checkpoint.folder import open_folder
@@ -52,7 +52,7 @@ def quiet(train: TrainOnTwo, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("phase", "rank", "everybody"),
     [
         ("before the file", 1, False),  # rank 0 has written its own, or is about to
-        ("after the file", 0, False),
+        pytest.param("after the file", 0, False, marks=nightly),
         ("before the rename", 0, True),
     ],
 )

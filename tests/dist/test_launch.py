@@ -43,7 +43,7 @@ def losses(folder: Path) -> dict[int, float]:
 @pytest.mark.parametrize(
     ("launcher", "processes"),
     [
-        ([str(BIN / "accelerate"), "launch"], 1),
+        pytest.param([str(BIN / "accelerate"), "launch"], 1, marks=nightly),  # as the README's
         ([str(BIN / "torchrun"), "--nproc-per-node", "2"], 2),
         ([str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"], 2),
     ],
@@ -73,6 +73,7 @@ def test_a_launcher_that_starts_too_few_is_refused(flags: list[str], write_confi
     assert summary(tmp_path / "run")["num_processes"] == 2
 
 
+@nightly
 def test_too_few_processes_of_an_accelerate_config_file(write_config: WriteConfig, tmp_path: Path) -> None:
     file = tmp_path / "accelerate.yaml"
     file.write_text(
@@ -91,6 +92,7 @@ def test_accelerate_config_with_foreign_plugin_is_refused(write_config: WriteCon
     assert "DeepSpeed" in done.stderr
 
 
+@nightly
 def test_precision_that_contradicts_the_config_is_refused(write_config: WriteConfig, tmp_path: Path) -> None:
     launcher = [str(BIN / "accelerate"), "launch", "--mixed_precision", "bf16"]
     done = run([*launcher, TRAIN, "--config", str(write_config())], tmp_path)
@@ -133,7 +135,7 @@ def long_config(write_config: WriteConfig, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("processes", "number", "to_group", "workers"),
     [
-        (1, signal.SIGINT, True, 2),
+        pytest.param(1, signal.SIGINT, True, 2, marks=nightly),
         (2, signal.SIGINT, True, 2),  # Ctrl-C in a terminal
     ],
 )
@@ -167,6 +169,7 @@ def test_two_ctrl_c_end_at_once_and_leave_no_process(write_config: WriteConfig, 
     assert alive(family) == []
 
 
+@nightly
 def test_a_second_ctrl_c_ends_one_process_at_once(write_config: WriteConfig, tmp_path: Path) -> None:
     config = long_config(write_config, data__train={"name": "slow:Sleepy", "args": {"length": 4800, "after": 200}})
     job = Job([*LAUNCH, "--config", str(config), "--processes", "1"], tmp_path)

@@ -73,6 +73,7 @@ def test_two_shrinking_processes_start_again_by_themselves(write_config: WriteCo
     assert "micro_batch_size: null" in (tmp_path / "run" / "config.yaml").read_text()
 
 
+@nightly
 def test_a_shrinking_process_costs_no_restart(write_config: WriteConfig, tmp_path: Path) -> None:
     shrinking = {"memory": {"on_oom": "shrink"}, "launch__max_restarts": 1}
     done = local(hungry(write_config, {"limit": 6, "after": 6}, **shrinking), 1)
@@ -107,8 +108,9 @@ def long_run(write_config: WriteConfig) -> Path:
     )
 
 
+@nightly
 @pytest.mark.parametrize(
-    ("number", "to_group"), [(signal.SIGINT, True), pytest.param(signal.SIGUSR1, False, marks=nightly)]
+    ("number", "to_group"), [(signal.SIGINT, True), (signal.SIGUSR1, False)]
 )
 def test_a_stop_signal_reaches_one_shrinking_process(
     number: signal.Signals, to_group: bool, write_config: WriteConfig, tmp_path: Path

@@ -78,6 +78,7 @@ def test_a_killed_rank_starts_the_job_again(processes: int, write_config: WriteC
     assert summary(tmp_path / "run")["num_processes"] == processes
 
 
+@nightly
 def test_killed_more_often_than_it_may_start_again(write_config: WriteConfig, tmp_path: Path) -> None:
     job = launch(restarting(write_config, 1), 2)
     job.wait_for(lambda output: reached(20) in output)
@@ -117,6 +118,7 @@ def test_a_stop_is_no_failure(number: signal.Signals, to: str, write_config: Wri
     assert (tmp_path / "run" / "checkpoints" / f"step-{found['step']:08d}").is_dir()
 
 
+@nightly
 def test_a_stop_while_it_starts_again(write_config: WriteConfig, tmp_path: Path) -> None:
     job = launch(restarting(write_config, 2), 2)
     job.wait_for(lambda output: reached(20) in output)
@@ -172,6 +174,7 @@ def test_torchrun_by_hand(write_config: WriteConfig, tmp_path: Path) -> None:
     assert summary(tmp_path / "run")["status"] == "stopped"
 
 
+@nightly
 def test_torchrun_by_hand_shows_the_first_error_last(write_config: WriteConfig, tmp_path: Path) -> None:
     config = str(write_config(data__train={"name": "vectors:Buggy", "args": {"length": 60}}))
     done = run([TORCHRUN, "--nproc-per-node", "2", TRAIN, "--config", config], tmp_path, ACCELERATE_USE_CPU="true")

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import WriteConfig
+from conftest import WriteConfig, few
 from resuming import TrainServer
 from run_results import records, summary
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", few(["ddp", "fsdp"], "fsdp"))
 def test_a_late_rank_and_an_evaluation(
     strategy: str, server: TrainServer, write_config: WriteConfig, tmp_path: Path
 ) -> None:

@@ -232,8 +232,8 @@ def test_workers_that_keep_what_they_read(
         data__eval=None,
         checkpoint__every=1000,
         data__workers=1,
-        train={"steps": 60, "batch_size": 12},
-        log__every=5,
+        train={"steps": 100, "batch_size": 12},
+        log__every=10,  # so that each has a size of its own
     )
 
     def is_right(told: Told) -> bool:

@@ -39,7 +39,7 @@ NOT_HERE = {
     "docker build": "needs Docker; tests/unit/test_kubernetes.py reads the Dockerfile",
     "wandb sweep": "needs a server; tests/dist/test_sweep.py has a stand-in for it",
     "wandb agent": "needs a server; tests/dist/test_sweep.py has a stand-in for it",
-    "wandb sync": "needs W&B's servers; tests/unit/test_tracking.py has a stand-in for them",
+    "wandb sync": "needs W&B's servers; tests/unit/test_wandb_interruptions.py has a stand-in for them",
 }
 # The parts of launchers that start nothing when asked.
 HAVE_DRY_RUN = ("agent", "doctor", "hosts", "kubernetes", "local", "slurm")

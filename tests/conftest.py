@@ -15,6 +15,7 @@ import yaml
 
 if TYPE_CHECKING:
     from resuming import TrainServer
+    from watching import WatchedJob
 
 # Several threads for numbers as few as these only wait for one another. Whatever is launched has as many as by default.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -101,6 +102,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainServer]:
 
     with TrainServer(tmp_path_factory.mktemp("server")) as running:
         yield running
+
+
+@pytest.fixture
+def watched_job(tmp_path: Path) -> Iterator[WatchedJob]:
+    """Starts ranks, each a forked process that runs a function under its watch."""
+    from watching import WatchedJob
+
+    job = WatchedJob(tmp_path)
+    yield job
+    job.close()
 
 
 def tiny_config(run_dir: Path, **changes: Any) -> dict[str, Any]:

@@ -114,6 +114,12 @@ def watched_job(tmp_path: Path) -> Iterator[WatchedJob]:
     job.close()
 
 
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a shard of a packed folder hold two samples."""
+    monkeypatch.setattr("trainer.data.listing.SHARD_SAMPLES", 2)
+
+
 def tiny_config(run_dir: Path, **changes: Any) -> dict[str, Any]:
     """A config that trains in a second: 60 vectors of 8 numbers, an MLP with dropout, two epochs."""
     config: dict[str, Any] = {

@@ -16,6 +16,7 @@ import yaml
 if TYPE_CHECKING:
     from resuming import TrainServer
     from watching import WatchedJob
+    from worker_pools import MakePool
 
 # Several threads for numbers as few as these only wait for one another. Whatever is launched has as many as by default.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -112,6 +113,15 @@ def watched_job(tmp_path: Path) -> Iterator[WatchedJob]:
     job = WatchedJob(tmp_path)
     yield job
     job.close()
+
+
+@pytest.fixture
+def make_pool() -> Iterator[MakePool]:
+    """Makes pools of loader workers."""
+    from worker_pools import opened_pools
+
+    with opened_pools() as make:
+        yield make
 
 
 @pytest.fixture

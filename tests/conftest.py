@@ -106,6 +106,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainServer]:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Lets torch compute with one thread: several that wait for a busy machine's cores take longer than the work."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def watched_job(tmp_path: Path) -> Iterator[WatchedJob]:
     """Starts ranks, each a forked process that runs a function under its watch."""
     from watching import WatchedJob

@@ -23,6 +23,8 @@ from trainer.memory.checkpointing import (
     uniform_policies,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PLANS: dict[str, Callable[[list[str]], Mapping[str, Policy]]] = {
     "full": lambda names: uniform_policies(names, "full"),
     "every_2": lambda names: uniform_policies(names, "every_2"),
@@ -89,14 +91,6 @@ def assert_same(got: Outcome, expected: Outcome) -> None:
     for ours, theirs in ((got.gradients, expected.gradients), (got.buffers, expected.buffers)):
         assert list(ours) == list(theirs)
         assert [n for n in ours if not torch.equal(ours[n], theirs[n])] == []
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", few(MODELS, "vit", "users", "resnet50"))

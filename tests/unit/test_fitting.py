@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import Outcome, Train, WriteConfig, forget_accelerate, nightly
 from run_results import identical, losses, records, summary, weights
 
@@ -22,16 +20,10 @@ from trainer.memory.measure import measure_cpu_peak
 from trainer.memory.planner import Planner, Prediction
 from trainer.memory.shrink import Shrink, write_shrink
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BATCH = 128
 AUTO = "train.micro_batch_size=auto"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def stack(

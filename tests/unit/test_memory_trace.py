@@ -6,7 +6,7 @@ import functools
 import gc
 import itertools
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,17 +22,10 @@ from trainer.memory.fakes import CannotSimulate, fake_tensors
 from trainer.memory.measure import measure_cpu_peak
 from trainer.memory.trace import CPU_GRANULARITY, MemoryTrace, StepMemory, simulate_step
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OptimizerOf = Callable[[nn.Module], torch.optim.Optimizer]
 TOLERANCE = 0.1
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for a busy machine's cores take longer than the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def adamw(model: nn.Module, **args: Any) -> torch.optim.Optimizer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,11 @@ from launching import run
 
 from launch.cli import main
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DIGITS = str(REPOSITORY / "configs" / "digits.yaml")
 VIT = {"patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 128, "mlp_dim": 512, "image_size": 64}
 Plan = Callable[..., Outcome]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,16 +18,10 @@ from trainer.memory.fakes import fake_tensors
 from trainer.memory.planner import Job, Planner, Prediction, solve_policies
 from trainer.memory.table import Row, config_lines, parts_table, settings_table
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 H100 = find_device("h100-80g")
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 48)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def vit() -> nn.Module:

@@ -18,6 +18,8 @@ from trainer.errors import UserError
 from trainer.loop import Trainer
 from trainer.optim import build_optimizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CNN: dict[str, Any] = {
     "data": {"train": {"name": "digits", "args": {"split": "train"}}, "workers": 0},
     "model": {"name": "small_cnn", "args": {"width": 8}},
@@ -27,11 +29,8 @@ STACK = {"name": "fitted_model:Stack", "args": {"depth": 2}}
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _compiles_anew() -> Iterator[None]:
     yield
-    torch.set_num_threads(before)
     torch._dynamo.reset()
 
 

@@ -1,4 +1,4 @@
-"""Blocks that are computed again in backward: the same bits, less kept, and errors that say what to do."""
+"""Blocks that are computed again in backward: the same bits, and less kept."""
 
 from __future__ import annotations
 
@@ -11,15 +11,11 @@ import torch
 from checkpointed_models import MODELS, UsersBlock, build, images, mixed
 from conftest import few
 from torch import nn
-from torch.nn import functional as F
 
-from trainer.errors import UserError
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.checkpointing import (
     Policy,
     apply_checkpointing,
-    check_compiled_buffers,
-    explain_checkpointing_error,
     uniform_policies,
 )
 
@@ -40,10 +36,10 @@ class Outcome(NamedTuple):
     kept_bytes: int
 
 
-def prepared(model: nn.Module, plan: str, **settings: Any) -> nn.Module:
+def prepared(model: nn.Module, plan: str) -> nn.Module:
     blocks = repeated_blocks(model)
     if plan != "none":
-        apply_checkpointing(blocks, PLANS[plan](list(blocks)), **settings)
+        apply_checkpointing(blocks, PLANS[plan](list(blocks)))
     return model
 
 
@@ -139,7 +135,7 @@ def test_less_is_kept(name: str) -> None:
     assert kept["full"] < kept["selective"] < kept["none"]
 
 
-def test_selective_computes_no_product_convolution_or_attention_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_selective_computes_no_product_convolution_or_attention_again() -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):
@@ -270,16 +266,6 @@ def test_applying_again_replaces() -> None:
     assert [m for m in model.modules() if getattr(m, "inplace", False)] == in_place
 
 
-def test_policies_that_do_not_fit() -> None:
-    blocks = repeated_blocks(build("users"))
-    with pytest.raises(ValueError, match="no such block: 'other'"):
-        apply_checkpointing(blocks, {"other": "full"})
-    with pytest.raises(ValueError, match="no such policy: 'some'"):
-        apply_checkpointing(blocks, dict.fromkeys(blocks, "some"))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="no such setting: 'half'"):
-        uniform_policies(list(blocks), "half")  # type: ignore[arg-type]
-
-
 def test_every_2() -> None:
     assert uniform_policies(["a", "b", "c"], "every_2") == {"a": "full", "b": "none", "c": "full"}
 
@@ -344,170 +330,6 @@ def test_a_big_buffer_that_changes_late_is_told(caplog: pytest.LogCaptureFixture
     caplog.clear()
     block(torch.ones(2, 8)).sum().backward()
     assert not caplog.records
-
-
-# ---- torch.compile ---------------------------------------------------------------------------------------------
-
-
-class ConvBlock(nn.Module):
-    scale: torch.Tensor
-
-    def __init__(self, changes_a_buffer: bool = False) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(4, 4, 3, padding=1)
-        self.norm = nn.BatchNorm2d(4)
-        self.act = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(4, 4, 1)
-        self.changes_a_buffer = changes_a_buffer
-        self.register_buffer("scale", torch.ones(4, 1, 1))
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        hidden = self.act(self.norm(self.conv(inputs)))
-        if self.changes_a_buffer:
-            with torch.no_grad():
-                self.scale.mul_(0.9).add_(hidden.mean())
-        return inputs + self.conv2(hidden) * self.scale
-
-
-def compiled_step(plan: str, whole: bool, backend: str) -> tuple[nn.Sequential, list[torch.Tensor | None]]:
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    model = nn.Sequential(ConvBlock(), ConvBlock(), ConvBlock())
-    blocks = repeated_blocks(model)
-    assert list(blocks) == ["0", "1", "2"]
-    prepared(model, plan, **({} if plan == "none" else {"for_compile": True}))
-    run: Any = torch.compile(model, backend=backend, fullgraph=True) if whole else model
-    for block in [] if whole else blocks.values():
-        block.compile(backend=backend, fullgraph=True)
-    for step in range(2):
-        images = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(step))
-        run(images).square().mean().backward()
-    check_compiled_buffers(blocks)
-    check_compiled_buffers(blocks)
-    return model, [p.grad for p in model.parameters()]
-
-
-# Some of torch's compiler uses what torch deprecates.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize(("backend", "whole"), [("aot_eager", True), ("aot_eager", False), ("inductor", True)])
-def test_compiled_blocks_update_batch_norm_once(backend: str, whole: bool) -> None:
-    expected, gradients = compiled_step("none", whole, "aot_eager")
-    for plan in ("full", "selective") if backend == "aot_eager" else ("selective",):
-        model, got = compiled_step(plan, whole, backend)
-        for a, b in zip([*model.buffers(), *got], [*expected.buffers(), *gradients], strict=True):
-            assert a is not None
-            assert b is not None
-            assert torch.equal(a, b) if backend == "aot_eager" else torch.allclose(a, b, atol=1e-6)
-        assert dict(model.named_buffers())["0.norm.num_batches_tracked"] == 2
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_compiled_blocks_that_change_other_buffers_are_refused() -> None:
-    torch._dynamo.reset()
-    model = nn.Sequential(ConvBlock(True), ConvBlock(True))
-    blocks = repeated_blocks(model)
-    apply_checkpointing(blocks, uniform_policies(list(blocks), "full"), for_compile=True)
-    torch.compile(model, backend="aot_eager")(torch.randn(2, 4, 8, 8)).sum().backward()
-    with pytest.raises(UserError, match="block 0 changes its buffer scale in forward"):
-        check_compiled_buffers(blocks)
-
-
-class BreakingBlock(ConvBlock):
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        torch._dynamo.graph_break()
-        return super().forward(inputs)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("policy", ["full", "selective"])
-def test_a_compiled_block_must_be_one_piece(policy: Policy) -> None:
-    """In pieces it would update BatchNorm twice."""
-    torch._dynamo.reset()
-    block = BreakingBlock()
-    apply_checkpointing({"block": block}, {"block": policy}, for_compile=True)
-    with pytest.raises(torch._dynamo.exc.Unsupported) as info:
-        torch.compile(block, backend="aot_eager")(torch.randn(2, 4, 8, 8))
-    assert "cannot take a checkpointed block in one piece" in str(explain_checkpointing_error(info.value))
-    block(torch.randn(2, 4, 8, 8)).sum().backward()  # not compiled
-    assert block.norm.num_batches_tracked == 1
-
-
-# ---- errors ----------------------------------------------------------------------------------------------------
-
-
-class InPlace(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(4, 4, 1)
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return F.relu_(self.conv(inputs)).exp()
-
-
-class Forgetful(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.calls = 0
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        return self.linear(inputs[: 5 - self.calls].exp()).exp().sum(0) + inputs.sum(0)
-
-
-def error_of(block: nn.Module, policy: Policy, after: Callable[[torch.Tensor], Any] = lambda x: None) -> UserError:
-    apply_checkpointing({"block": block}, {"block": policy})
-    inputs = torch.ones(4, 4, requires_grad=True) * 1
-    loss = block(inputs).sum()
-    after(inputs)
-    with pytest.raises(RuntimeError) as info:
-        loss.backward()
-    explained = explain_checkpointing_error(info.value)
-    assert explained is not None
-    assert [p.path for p in explained.problems] == ["memory.checkpointing"]
-    return explained
-
-
-def test_a_product_changed_in_place() -> None:
-    assert "F.relu_(x) or x += y), which 'selective' keeps for backward; use 'full'" in str(
-        error_of(InPlace(), "selective")
-    )
-    block = InPlace()
-    apply_checkpointing({"block": block}, {"block": "full"})
-    block(torch.ones(4, 4)).sum().backward()
-
-
-@pytest.mark.parametrize("policy", ["full", "selective"])
-def test_a_forward_that_is_not_repeatable(policy: Policy) -> None:
-    text = str(error_of(Forgetful(), policy))
-    assert "a block's forward did something else when it was computed again" in text
-    assert "\n" not in text
-
-
-@pytest.mark.parametrize("policy", ["full", "selective"])
-def test_an_input_changed_in_place(policy: Policy) -> None:
-    explained = error_of(nn.Sequential(nn.Identity(), nn.Linear(4, 4)), policy, after=lambda x: x.add_(1))
-    assert "the input of a block is changed in place" in str(explained)
-
-
-def test_a_second_backward_of_selective() -> None:
-    block = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
-    apply_checkpointing({"block": block}, {"block": "selective"})
-    loss = block(torch.ones(4, 4)).sum()
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError) as info:
-        loss.backward()
-    assert "differentiated twice, which 'selective' cannot; use 'full'" in str(explain_checkpointing_error(info.value))
-
-
-def test_other_errors_are_left_alone() -> None:
-    assert explain_checkpointing_error(RuntimeError("CUDA out of memory")) is None
-    value = torch.ones(2, requires_grad=True) * 1
-    loss = value.exp().mul_(2).exp().sum() + value.square().sum()
-    value.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation") as info:
-        loss.backward()
-    assert explain_checkpointing_error(info.value) is None
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------

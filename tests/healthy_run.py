@@ -6,15 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from trainer.advice.adviser import advice
-from trainer.advice.measured import (
-    Advice,
-    Batch,
-    Exchange,
-    Host,
-    Loading,
-    Measured,
-    Memory,
-)
+from trainer.advice.measured import Advice, Batch, Exchange, Host, Loading, Measured, Memory
 
 GIB = 2**30
 MIB = 2**20

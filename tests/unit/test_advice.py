@@ -12,15 +12,7 @@ from typing import Any
 from healthy_run import ACCUMULATING, EXCHANGE, GIB, MIB, heard, measured
 
 from trainer.advice.adviser import RULES, Adviser, advice
-from trainer.advice.measured import (
-    Batch,
-    Exchange,
-    Host,
-    Loading,
-    Measured,
-    Memory,
-    Pauses,
-)
+from trainer.advice.measured import Batch, Exchange, Host, Loading, Measured, Memory, Pauses
 from trainer.faults.pace import Straggler
 
 

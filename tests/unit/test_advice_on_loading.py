@@ -8,10 +8,7 @@ from dataclasses import replace
 import pytest
 from healthy_run import GIB, MIB, heard, said
 
-from trainer.advice.measured import (
-    Host,
-    Loading,
-)
+from trainer.advice.measured import Host, Loading
 from trainer.advice.survey import _WorkerMemory
 
 

@@ -7,11 +7,7 @@ from dataclasses import replace
 import pytest
 from healthy_run import GIB, heard, said
 
-from trainer.advice.measured import (
-    Host,
-    Pauses,
-    speed_up,
-)
+from trainer.advice.measured import Host, Pauses, speed_up
 
 
 def test_saving_behind_the_training() -> None:

@@ -7,12 +7,7 @@ from dataclasses import replace
 import pytest
 from healthy_run import ACCUMULATING, EXCHANGE, GIB, MIB, heard, said
 
-from trainer.advice.measured import (
-    Exchange,
-    Host,
-    Memory,
-    speed_up,
-)
+from trainer.advice.measured import Exchange, Host, Memory, speed_up
 from trainer.advice.survey import _Stragglers, is_behind
 from trainer.faults.pace import Straggler
 

@@ -13,11 +13,7 @@ from conftest import few
 from torch import nn
 
 from trainer.memory.blocks import repeated_blocks
-from trainer.memory.checkpointing import (
-    Policy,
-    apply_checkpointing,
-    uniform_policies,
-)
+from trainer.memory.checkpointing import Policy, apply_checkpointing, uniform_policies
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

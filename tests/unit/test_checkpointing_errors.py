@@ -13,12 +13,7 @@ from torch.nn import functional as F
 
 from trainer.errors import UserError
 from trainer.memory.blocks import repeated_blocks
-from trainer.memory.checkpointing import (
-    Policy,
-    apply_checkpointing,
-    explain_checkpointing_error,
-    uniform_policies,
-)
+from trainer.memory.checkpointing import Policy, apply_checkpointing, explain_checkpointing_error, uniform_policies
 
 
 def test_policies_that_do_not_fit() -> None:

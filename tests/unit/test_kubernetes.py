@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import copy
-import logging
 import re
-import signal
-import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,51 +17,24 @@ from conftest import REPOSITORY, WriteConfig
 from dockerfile_parse import DockerfileParser
 from jsonschema import ValidationError
 from kubeflow_trainer_api import models
-from kubernetes_pods import job_of
+from kubernetes_manifests import (
+    BASE,
+    KINDS,
+    PREFIX,
+    RICH,
+    STORED,
+    Manifest,
+    as_job,
+    config_of,
+    container_of,
+    pod_of,
+    variables_of,
+)
 
-from launch import agent, kubernetes, node, starting
+from launch import kubernetes
 from launch.cli import main
-from trainer.config import Config, load_config
-from trainer.errors import UserError
+from trainer.config import load_config
 
-Manifest = dict[str, Any]
-
-PREFIX = "launch__kubernetes__"
-BASE = {f"{PREFIX}image": "me/lockstep:1", f"{PREFIX}volume_claim": "runs", "run__dir": "runs/tiny"}
-RICH = {
-    f"{PREFIX}namespace": "research",
-    f"{PREFIX}gpus_per_node": 8,
-    f"{PREFIX}cpus_per_node": 32,
-    f"{PREFIX}memory_per_node": "200GiB",
-    f"{PREFIX}node_selector": {"cloud.google.com/gke-accelerator": "a100"},
-    "launch__environment": {"NCCL_DEBUG": "INFO"},
-    "launch__nodes": "1:4",
-    "launch__port": 30000,
-}
-STORED = {f"{PREFIX}volume_claim": None, "checkpoint__dir": "s3://bucket/run"}
-KINDS: dict[str, Manifest] = {
-    "job": {},
-    "trainjob": {f"{PREFIX}kind": "trainjob"},
-    "cluster-runtime": {f"{PREFIX}kind": "trainjob", f"{PREFIX}runtime": "torch-distributed"},
-}
-# Of Kubeflow Trainer, which torch's plugin completes.
-CLUSTER_RUNTIME: Manifest = {
-    "spec": {
-        "template": {
-            "spec": {
-                "replicatedJobs": [
-                    {
-                        "name": "node",
-                        "template": {
-                            "metadata": {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}},
-                            "spec": {"template": {"spec": {"containers": [{"name": "node", "image": "theirs"}]}}},
-                        },
-                    }
-                ]
-            }
-        }
-    }
-}
 # Values that the schemas leave open, and what the API server takes of those that we may write.
 ENUMS = {
     "action": {"FailJob", "Ignore", "Count"},
@@ -102,10 +70,6 @@ def check(manifest: Manifest) -> None:
         kubernetes_validate.validate(manifest, version, strict=True)
 
 
-def config_of(write_config: WriteConfig, **changes: Any) -> Config:
-    return load_config(str(write_config(**{**BASE, **changes})), [])
-
-
 @pytest.fixture
 def made(write_config: WriteConfig) -> Callable[..., dict[str, Manifest]]:
     """Returns the manifests of a config with changes, by kind, as read back from the YAML."""
@@ -118,29 +82,6 @@ def made(write_config: WriteConfig) -> Callable[..., dict[str, Manifest]]:
 
 
 Made = Callable[..., dict[str, Manifest]]
-
-
-def as_job(manifests: Mapping[str, Manifest]) -> Manifest:
-    """Returns the Job that comes of manifests of any kind."""
-    if "Job" in manifests:
-        return manifests["Job"]
-    return job_of(manifests["TrainJob"], manifests.get("TrainingRuntime", CLUSTER_RUNTIME))
-
-
-def pod_of(manifests: Mapping[str, Manifest]) -> Manifest:
-    pod = as_job(manifests)["spec"]["template"]["spec"]
-    assert isinstance(pod, dict)
-    return pod
-
-
-def container_of(manifests: Mapping[str, Manifest]) -> Manifest:
-    (container,) = pod_of(manifests)["containers"]
-    assert isinstance(container, dict)
-    return container
-
-
-def variables_of(manifests: Mapping[str, Manifest]) -> dict[str, str]:
-    return {v["name"]: v["value"] for v in container_of(manifests)["env"] if "value" in v}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -250,7 +191,7 @@ def test_logs_are_found_by_label(kind: str, made: Made) -> None:
     assert all(labels.items() <= manifest["metadata"]["labels"].items() for manifest in manifests.values())
 
 
-def test_where_pods_meet(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_pods_meet(made: Made) -> None:
     manifests = made(launch__nodes="1:4")
     job, service = manifests["Job"], manifests["Service"]
     assert job["spec"]["completions"] == job["spec"]["parallelism"] == 4
@@ -336,29 +277,6 @@ def test_the_first_command_of_its_page_works_as_written(
         check(manifest)
 
 
-@pytest.mark.parametrize(
-    ("run_name", "longest", "expected"),
-    [
-        ("digits", 61, "digits"),
-        ("My.Run_2", 61, "my-run-2-[0-9a-f]{6}"),
-        ("2024-run", 61, "run-2024-run-[0-9a-f]{6}"),
-        ("x" * 80, 61, "x{54}-[0-9a-f]{6}"),
-        ("a-" * 40, 50, "[a-]+-[0-9a-f]{6}"),
-        ("9._", 61, "run-9-[0-9a-f]{6}"),
-    ],
-)
-def test_names(run_name: str, longest: int, expected: str) -> None:
-    name = kubernetes.derive_name(run_name, longest)
-    assert re.fullmatch(expected, name)
-    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name)
-    assert len(name) <= longest
-
-
-def test_no_two_runs_have_one_name() -> None:
-    names = ["my-run", "My-Run", "my.run", "my_run", "my-run.", "x" * 70, "x" * 71]
-    assert len({kubernetes.derive_name(name, 61) for name in names}) == len(names)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_names_leave_room_for_the_number_of_a_pod(kind: str, made: Made) -> None:
     name = made(**KINDS[kind], run__name="x" * 80, launch__nodes=1000)["Job" if kind == "job" else "TrainJob"]
@@ -375,123 +293,11 @@ def test_pods_without_gpus(made: Made) -> None:
     assert variables_of(manifests)["OMP_NUM_THREADS"] == "3"
     manifests = made(**{f"{PREFIX}cpus_per_node": 6}, launch__environment={"OMP_NUM_THREADS": 1, "TEXT": "$(HOME) $X"})
     assert variables_of(manifests) == {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TEXT": "$$(HOME) $X"}
-    other = made(**{f"{PREFIX}gpus_per_node": 2, f"{PREFIX}gpu_resource": "amd.com/gpu"})
-    assert container_of(other)["resources"]["limits"] == {"amd.com/gpu": 2}
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({f"{PREFIX}image": None}, "launch.kubernetes.image: is missing"),
-        ({f"{PREFIX}volume_claim": None}, "launch.kubernetes.volume_claim: is missing: runs/tiny would be gone"),
-        (
-            {**STORED, "memory__on_oom": "shrink", "launch__nodes": "1:2"},
-            "memory.on_oom: needs a run folder that all pods",
-        ),
-        ({f"{PREFIX}gpus_per_node": 2, "launch__processes": 3}, "launch.processes: 3 processes: each pod has 2 GPUs"),
-        ({f"{PREFIX}memory_per_node": "8GiB"}, "launch.kubernetes.shared_memory: 8GiB counts as memory of the pod"),
-        ({"launch__environment": {"POD_IP": "1"}}, "launch.environment: POD_IP is set by the job itself"),
-        ({f"{PREFIX}runtime": "x"}, "launch.kubernetes.runtime: has no effect with kind: job"),
-        ({**KINDS["trainjob"], "launch__environment": {"PET_NNODES": 1}}, "launch.environment: PET_NNODES is set"),
-        ({**KINDS["cluster-runtime"], f"{PREFIX}secrets": ["s"]}, "launch.kubernetes.secrets: a TrainJob cannot say"),
-        ({**KINDS["cluster-runtime"], f"{PREFIX}max_pod_failures": 3}, "launch.kubernetes.max_pod_failures: a TrainJ"),
-        ({"tracking__wandb": {"tags": ["x" * 1_100_000]}}, "too large for a ConfigMap"),
-    ],
-)
-def test_what_does_not_go_together(changes: Manifest, expected: str, write_config: WriteConfig) -> None:
-    with pytest.raises(UserError) as raised:
-        kubernetes.manifests(config_of(write_config, **changes))
-    (problem,) = raised.value.problems
-    assert str(problem).startswith(expected) or expected in str(problem)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("namespace", "My Team"),
-        ("gpu_resource", "gpu"),
-        ("memory_per_node", "90%"),
-        ("shared_memory", 0.5),
-        ("mount_path", "workspace"),
-        ("node_selector", {"a b": "c"}),
-        ("node_selector", {"spot": True}),
-        ("secrets", ["A_B"]),
-    ],
-)
-def test_values_that_no_cluster_takes(key: str, value: object, write_config: WriteConfig) -> None:
-    with pytest.raises(UserError, match=f"launch.kubernetes.{key}"):
-        config_of(write_config, **{PREFIX + key: value})
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, []),
-        ({"run__dir": "/scratch/tiny"}, ["run.dir: /scratch/tiny is not below launch.kubernetes.mount_path, /worksp"]),
-        ({"run__dir": "/workspace/runs/tiny"}, []),
-        ({"checkpoint__dir": "/scratch"}, ["checkpoint.dir: /scratch is not below"]),
-        ({"checkpoint__dir": "s3://bucket/run"}, []),
-        (
-            {"checkpoint__dir": "s3://bucket/run", f"{PREFIX}volume_claim": None},
-            ["run.dir: runs/tiny is gone with its"],
-        ),
-        ({"run__dir": "/nfs/tiny", f"{PREFIX}volume_claim": None}, ["run.dir: /nfs/tiny is gone with its pod"]),
-    ],
-)
-def test_what_is_lost_with_a_pod(
-    changes: Manifest, expected: list[str], write_config: WriteConfig, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING, logger="lockstep"):
-        kubernetes.manifests(config_of(write_config, **changes))
-    assert len(caplog.messages) == len(expected)
-    assert all(message.startswith(start) for message, start in zip(caplog.messages, expected, strict=True))
 
 
 @pytest.mark.parametrize("changes", [{**STORED, "launch__nodes": 1}, {"launch__nodes": 2}])
 def test_a_smaller_micro_batch_is_kept_where_all_see_it(changes: Manifest, made: Made) -> None:
     assert "Job" in made(**changes, memory__on_oom="shrink")
-
-
-def test_a_problem_names_the_line(write_config: WriteConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    file = write_config(**{**BASE, f"{PREFIX}memory_per_node": "4GiB"})
-    assert main(["kubernetes", "--config", str(file)]) == 2
-    assert re.fullmatch(rf"error: {file}:\d+: launch.kubernetes.shared_memory: .*\n", capsys.readouterr().err)
-
-
-@pytest.mark.parametrize(
-    ("outcome", "expected"),
-    [
-        (agent.Outcome(0), 0),
-        (agent.Outcome(1), 1),
-        (agent.Outcome(1, is_own=False), 75),  # another machine's failure
-        (agent.Outcome(1, told_to_stop=True), 75),  # before there was a rank
-        (agent.Outcome(2, is_own=False), 2),
-        (agent.Outcome(75), 75),
-    ],
-)
-def test_only_one_machine_has_failed(
-    outcome: agent.Outcome, expected: int, write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(starting, "run_agent", lambda *_, **__: outcome)
-    monkeypatch.setattr(starting.os, "environ", {})
-    plan, config = starting.LaunchPlan(["torchrun"]), config_of(write_config)
-    place = node.Place(0, "tiny-0.tiny", 29400, "tiny.abc", "10.1.2.3")
-    assert node.run_replaceable(plan, place, config) == expected
-    assert starting.run(plan, config) == outcome.code
-
-
-def test_the_first_machine_is_waited_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(node, "_KEEP_ALIVE_SECONDS", 0)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        place = node.Place(1, "127.0.0.1", server.getsockname()[1], "tiny.abc", join_seconds=0)
-        assert node._first_machine_comes(place)
-    assert not node._first_machine_comes(place)
-    assert "error: the first machine, 127.0.0.1, cannot be reached at port" in capsys.readouterr().err
-    place = replace(place, join_seconds=60)
-    handler = signal.getsignal(signal.SIGTERM)
-    threading.Timer(0.5, signal.raise_signal, [signal.SIGTERM]).start()
-    assert not node._first_machine_comes(place)
-    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_the_dockerfile(tmp_path: Path) -> None:

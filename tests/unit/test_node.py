@@ -1,11 +1,15 @@
-"""One machine's part of a job: its command line, its address, and the launcher elsewhere that holds its leash."""
+"""One machine's part of a job: its command line, address and exit code, and the launcher that holds its leash."""
 
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -13,7 +17,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, WriteConfig
 
-from launch import node
+from launch import agent, node, starting
 from launch.cli import main
 from launch.node import Place
 from launch.starting import LaunchPlan
@@ -144,6 +148,42 @@ def test_the_command(
         in shown
     )
     assert shown.endswith("launch.processes=2 launch.nodes=2\n")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "expected"),
+    [
+        (agent.Outcome(0), 0),
+        (agent.Outcome(1), 1),
+        (agent.Outcome(1, is_own=False), 75),  # another machine's failure
+        (agent.Outcome(1, told_to_stop=True), 75),  # before there was a rank
+        (agent.Outcome(2, is_own=False), 2),
+        (agent.Outcome(75), 75),
+    ],
+)
+def test_only_one_machine_has_failed(
+    outcome: agent.Outcome, expected: int, write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(starting, "run_agent", lambda *_, **__: outcome)
+    monkeypatch.setattr(starting.os, "environ", {})
+    plan, config = LaunchPlan(["torchrun"]), load_config(str(write_config()))
+    place = Place(0, "tiny-0.tiny", 29400, "tiny.abc", "10.1.2.3")
+    assert node.run_replaceable(plan, place, config) == expected
+    assert starting.run(plan, config) == outcome.code
+
+
+def test_the_first_machine_is_waited_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(node, "_KEEP_ALIVE_SECONDS", 0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = Place(1, "127.0.0.1", server.getsockname()[1], "tiny.abc", join_seconds=0)
+        assert node._first_machine_comes(place)
+    assert not node._first_machine_comes(place)
+    assert "error: the first machine, 127.0.0.1, cannot be reached at port" in capsys.readouterr().err
+    place = replace(place, join_seconds=60)
+    handler = signal.getsignal(signal.SIGTERM)
+    threading.Timer(0.5, signal.raise_signal, [signal.SIGTERM]).start()
+    assert not node._first_machine_comes(place)
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 ON_A_LEASH = """

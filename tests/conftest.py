@@ -106,6 +106,24 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainServer]:
 
 
 @pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """The run folder of `tiny_config`, empty."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def fault_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that this process takes its plan of faults from, not written yet."""
+    from trainer.faults.plan import VARIABLE
+
+    file = tmp_path / "plan.json"
+    monkeypatch.setenv(VARIABLE, str(file))
+    return file
+
+
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """Lets torch compute with one thread: several that wait for a busy machine's cores take longer than the work."""
     import torch

@@ -6,42 +6,45 @@ import collections
 import io
 import json
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from conftest import no_waiting
+from gpu_feeds import (
+    BATCH,
+    CPU,
+    CROPS,
+    CUDA,
+    MILLISECOND,
+    NO_GPU_DECODER,
+    NORMALIZE,
+    NUM_CLASSES,
+    SEED,
+    batches_of,
+    config,
+    folder_config,
+    opened,
+    save_picture,
+    start,
+    steps,
+)
 
 from benchmarks.plain_loop import count_overlapping_copies
-from trainer.config_data import DataConfig
 from trainer.data.arrays import ArrayPictures, as_array_pictures
 from trainer.data.datasets import ImageFolder, TorchFile
 from trainer.data.decode import codec, decodes_on_gpu
-from trainer.data.feed import DeviceFeed, MicroBatch
+from trainer.data.feed import DeviceFeed
 from trainer.data.nested import map_tensors
-from trainer.data.sampler import BatchPlan, StepSampler
 from trainer.data.slots import Slot
-from trainer.errors import UserError
 from trainer.tasks.classification import Classification
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-    # Setting the mode that finds waiting warns that it does not find all of it.
-    pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
-]
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-SEED, BATCH, NUM_CLASSES = 3, 32, 7
-ENDLESS = 10**6  # steps
-MILLISECOND = 2_000_000  # cycles of a GPU's clock, about
-NORMALIZE = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
-CROPS: list[dict[str, Any]] = [{"name": "RandomResizedCrop", "args": {"size": 48}}, {"name": "RandomHorizontalFlip"}]
+
 AUGMENT = {"mixup": 0.4, "cutmix": 1.0, "mix_probability": 0.8, "erase": 0.5, "erase_with": "noise"}
-NO_GPU_DECODER = "needs nvImageCodec (nvidia-nvimgcodec-cu13) and nvJPEG (nvidia-nvjpeg)"
 
 
 class Numbers:
@@ -52,58 +55,6 @@ class Numbers:
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         return torch.arange(256, dtype=torch.int32) * 7919 + index * 104_729, index % NUM_CLASSES
-
-
-def config(train: dict[str, Any], crops: list[dict[str, Any]], **settings: Any) -> DataConfig:
-    base: dict[str, Any] = {"train": train, "feed": "host", "workers": 2, "prefetch": 2}
-    base["transforms"] = {"train": crops}
-    return DataConfig.model_validate({**base, **settings})
-
-
-def folder_config(folder: Path, **settings: Any) -> DataConfig:
-    return config(
-        {"name": "image_folder", "args": {"root": str(folder)}}, CROPS, **{"normalize": NORMALIZE, **settings}
-    )
-
-
-@contextmanager
-def opened(dataset: Any, data: DataConfig, device: torch.device = CUDA) -> Iterator[DeviceFeed]:
-    """Opens a feed that its user still has to start."""
-    feed = DeviceFeed(dataset, data, "train", device, SEED, Classification(num_classes=NUM_CLASSES))
-    try:
-        yield feed
-    finally:
-        feed.close()
-
-
-def start(feed: DeviceFeed, batch_size: int = BATCH) -> None:
-    mixes = feed.config.augment.mixes
-    plan = BatchPlan.split(len(feed.dataset), batch_size, None, 1, False, group_size=2 if mixes else 1)
-    feed.start(StepSampler(plan, 0, SEED), 0, ENDLESS)
-
-
-def steps(feed: DeviceFeed, first: int, last: int) -> Iterator[MicroBatch]:
-    for step in range(first, last):
-        yield from feed.step_batches(step)
-
-
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Makes every operation that waits for the device an error, on all threads."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def save_picture(path: Path, index: int, **settings: Any) -> None:
-    """Saves a smooth picture, whose size differs from its neighbours'."""
-    low = np.random.default_rng(index).integers(0, 255, (5, 6, 3), dtype=np.uint8)
-    picture = Image.fromarray(low).resize((90 + index % 31, 70 + index % 17), Image.Resampling.BICUBIC)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -349,33 +300,6 @@ def test_evaluating_again_and_again_takes_no_more_memory(folder: Path) -> None:
 # ---- the batches of the CPU ----------------------------------------------------------------------------------
 
 
-def record_bytes(feed: DeviceFeed, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Returns a list that will hold the images of each batch as they are before the device half."""
-    seen: list[torch.Tensor] = []
-    augmented = feed._augmented
-
-    def record(item: Any) -> Any:
-        seen.append(feed._input(item.batch.data).cpu())
-        return augmented(item)
-
-    monkeypatch.setattr(feed, "_augmented", record)
-    return seen
-
-
-def batches_of(
-    dataset: Any, data: DataConfig, device: torch.device, monkeypatch: pytest.MonkeyPatch, num_steps: int = 7
-) -> list[tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Returns of each batch the ids, and on the host the bytes before the device half, images and targets after it."""
-    with opened(dataset, data, device) as feed:
-        seen = record_bytes(feed, monkeypatch)
-        start(feed)
-        batches = list(steps(feed, 0, num_steps))
-        return [
-            (batch.sample_ids.tolist(), before, batch.data[0].cpu(), batch.data[1].cpu())
-            for batch, before in zip(batches, seen, strict=True)
-        ]
-
-
 @pytest.mark.parametrize("augment", [{}, AUGMENT], ids=["plain", "augmented"])
 @pytest.mark.parametrize("feed", ["host", "resident"])
 @pytest.mark.parametrize("kind", ["files", "arrays"])
@@ -398,149 +322,6 @@ def test_batches_are_those_of_the_cpu(
         assert torch.equal(here[1], there[1])
         torch.testing.assert_close(here[2], there[2], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(here[3], there[3], rtol=1e-6, atol=1e-6)
-
-
-# ---- decoding on the device ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def _gpu_decoder() -> None:
-    if not (codec() and decodes_on_gpu()):
-        pytest.skip(NO_GPU_DECODER)
-
-
-def various_pictures(root: Path) -> Path:
-    """Makes a folder of JPEGs of every kind that is common, and of PNGs, which the GPU does not decode."""
-    kinds: list[tuple[str, dict[str, Any]]] = [
-        ("420.jpg", {"quality": 92, "subsampling": 2}),
-        ("422.jpg", {"quality": 92, "subsampling": 1}),
-        ("444.jpg", {"quality": 92, "subsampling": 0}),
-        ("progressive.jpg", {"quality": 92, "progressive": True}),
-        ("picture.png", {}),
-    ]
-    for i in range(60):
-        name, settings = kinds[i % len(kinds)]
-        save_picture(root / f"class_{i % NUM_CLASSES}" / f"{i:03}-{name}", i, **settings)
-    for i in range(60, 64):
-        file = root / "class_0" / f"{i:03}-grey.jpg"
-        save_picture(file, i)
-        Image.open(file).convert("L").save(file, quality=92)
-    return root
-
-
-@pytest.mark.usefixtures("_gpu_decoder")
-@pytest.mark.parametrize("workers", [0, 2])
-def test_pictures_decoded_on_the_gpu_look_like_those_of_the_host(
-    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = various_pictures(tmp_path / "various")
-    dataset = ImageFolder(str(root))
-    host = batches_of(dataset, folder_config(root), CPU, monkeypatch)
-    data = folder_config(root, feed="device_decode", workers=workers)
-    there = batches_of(dataset, data, CUDA, monkeypatch)
-    differences: dict[str, list[float]] = {}
-    for (ids, before, _, targets), (expected_ids, expected, _, expected_targets) in zip(there, host, strict=True):
-        assert ids == expected_ids
-        assert torch.equal(targets, expected_targets)
-        assert before.shape == expected.shape
-        per_picture = (before.float() - expected.float()).abs().mean(dim=(1, 2, 3))
-        for sample, difference in zip(ids, per_picture.tolist(), strict=True):
-            kind = Path(dataset.samples[sample][0]).stem.partition("-")[2]
-            differences.setdefault(kind, []).append(difference)
-    means = {kind: float(np.mean(values)) for kind, values in differences.items()}
-    assert len(means) == 6
-    assert max(means.values()) < 2, means  # grey levels: nvJPEG's inverse DCT and upsampling are its own
-
-
-@pytest.mark.usefixtures("_gpu_decoder")
-def test_late_devices_do_not_change_what_the_gpu_decodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = various_pictures(tmp_path / "various")
-    dataset, data = ImageFolder(str(root)), folder_config(tmp_path / "various", feed="device_decode")
-    calm = batches_of(dataset, data, CUDA, monkeypatch, num_steps=40)
-    with opened(dataset, data) as feed:
-        start(feed)
-        late = []
-        for batch in steps(feed, 0, 40):
-            torch.cuda._sleep(5 * MILLISECOND)
-            late.append([values.clone() for values in batch.data])
-            del batch
-            torch.cuda._sleep(5 * MILLISECOND)
-    for here, there in zip(late, calm, strict=True):
-        assert torch.equal(here[0].cpu(), there[2])
-        assert torch.equal(here[1].cpu(), there[3])
-
-
-def half_of_it(jpeg: bytes) -> bytes:
-    return jpeg[: len(jpeg) // 2]
-
-
-def half_of_it_with_an_end(jpeg: bytes) -> bytes:
-    return jpeg[: len(jpeg) // 2] + jpeg[-2:]
-
-
-def no_picture(jpeg: bytes) -> bytes:
-    return b"<html>404 not found</html>"
-
-
-def noise_after_the_header(jpeg: bytes) -> bytes:
-    return jpeg[:700] + random.Random(0).randbytes(len(jpeg) - 700)
-
-
-def broken_folder(root: Path, spoil: Callable[[bytes], bytes]) -> tuple[Path, int]:
-    """Makes 40 JPEGs, one of them spoilt. Returns the folder and the spoilt one's index."""
-    for i in range(40):
-        save_picture(root / "class_0" / f"{i:03}.jpg", i, quality=92)
-    file = root / "class_0" / "017.jpg"
-    file.write_bytes(spoil(file.read_bytes()))
-    return root, 17
-
-
-@pytest.mark.usefixtures("_gpu_decoder")
-@pytest.mark.parametrize("spoil", [half_of_it, no_picture])
-def test_a_broken_picture_ends_decoding_on_the_gpu_and_is_named(
-    spoil: Callable[[bytes], bytes], tmp_path: Path
-) -> None:
-    root, _ = broken_folder(tmp_path, spoil)
-    with opened(ImageFolder(str(root)), folder_config(root, feed="device_decode")) as feed:
-        start(feed)
-        with pytest.raises(UserError, match=r"017\.jpg"):
-            list(steps(feed, 0, 3))
-
-
-def decoded_both_ways(
-    spoil: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> tuple[int, Any, Any]:
-    """Returns the broken sample, and the batches of the host and of the GPU, which skip what they find broken."""
-    root, broken = broken_folder(tmp_path, spoil)
-    dataset = ImageFolder(str(root))
-    skip = {"on_error": "skip", "max_skipped": 1.0}
-    host = batches_of(dataset, folder_config(root, **skip), CPU, monkeypatch)
-    there = batches_of(dataset, folder_config(root, feed="device_decode", **skip), CUDA, monkeypatch)
-    return broken, host, there
-
-
-@pytest.mark.usefixtures("_gpu_decoder")
-@pytest.mark.parametrize("spoil", [half_of_it, no_picture])
-def test_a_broken_picture_is_replaced_as_on_the_host(
-    spoil: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    broken, host, there = decoded_both_ways(spoil, tmp_path, monkeypatch)
-    assert [ids for ids, *_ in there] == [ids for ids, *_ in host]
-    assert broken not in {sample for ids, *_ in there for sample in ids}
-    for (_, before, *_), (_, expected, *_) in zip(there, host, strict=True):
-        assert (before.float() - expected.float()).abs().mean() < 2
-
-
-@pytest.mark.usefixtures("_gpu_decoder")
-@pytest.mark.parametrize("spoil", [half_of_it_with_an_end, noise_after_the_header])
-def test_a_picture_that_no_decoder_finds_broken_harms_no_other(
-    spoil: Callable[[bytes], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    broken, host, there = decoded_both_ways(spoil, tmp_path, monkeypatch)
-    for (ids, before, *_), (host_ids, expected, *_) in zip(there, host, strict=True):
-        for i, (sample, host_sample) in enumerate(zip(ids, host_ids, strict=True)):
-            if sample == host_sample != broken:
-                assert (before[i].float() - expected[i].float()).abs().mean() < 2
 
 
 # ---- overlap -------------------------------------------------------------------------------------------------

@@ -22,22 +22,13 @@ import torch
 import yaml
 from conftest import REPOSITORY, WriteConfig, nightly
 from launching import Job, alive, environment, local, run
-from run_results import weights
+from run_results import losses, summary, weights
 
 from trainer.cli import main
 
 TRAIN = str(REPOSITORY / "train.py")
 BIN = Path(sys.executable).parent
 LAUNCH = [sys.executable, "-m", "launch", "local"]
-
-
-def summary(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "summary.json").read_text())
-
-
-def losses(folder: Path) -> dict[int, float]:
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from conftest import REPOSITORY, WriteConfig, nightly
 from launching import Job, alive, local, run
+from run_results import summary
 
 LAUNCH = [sys.executable, "-m", "launch", "local"]
 BIN = Path(sys.executable).parent
@@ -25,10 +26,6 @@ def hungry(write_config: WriteConfig, args: dict[str, Any], **changes: Any) -> P
 
 def record(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "out-of-memory" / "shrink.json").read_text())
-
-
-def summary(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "summary.json").read_text())
 
 
 def test_one_rank_of_two_stops_both(write_config: WriteConfig, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import yaml
 from conftest import NIGHTLY, REPOSITORY, nightly
 from launching import local
 from resuming import TrainServer
-from run_results import weights
+from run_results import losses, summary, weights
 from safetensors.torch import load_file
 
 from trainer.cli import main
@@ -49,15 +49,6 @@ def runs(server: TrainServer, tmp_path_factory: pytest.TempPathFactory) -> dict[
         assert done.code == 0, done.out + done.err
         assert "Traceback" not in done.err
     return {world: folder / "runs" / f"digits-{world}" for world in WORLDS}
-
-
-def summary(run: Path) -> dict[str, Any]:
-    return json.loads((run / "summary.json").read_text())
-
-
-def losses(run: Path) -> list[float]:
-    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [r["train/loss"] for r in records if "train/loss" in r]
 
 
 def recorded(run: Path, split: str, rank: int) -> list[list[int]]:

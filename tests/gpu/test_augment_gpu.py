@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import no_waiting
 
 from trainer.config_data import AugmentConfig, NormalizeConfig
 from trainer.data.augment import DeviceAugmentation, mix_targets
@@ -37,15 +38,11 @@ def on_both(augmentation: DeviceAugmentation, count: int, compiled: bool) -> tup
     forward = torch.compile(augmentation, fullgraph=True) if compiled else augmentation
     pinned = images.pin_memory(), plan.pin_memory(), torch.arange(count).pin_memory()
     forward(images.to(device), plan.to(device))
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         on_device = pinned[1].to(device, non_blocking=True)
         result = forward(pinned[0].to(device, non_blocking=True), on_device)
         if augmentation.mixes:
             targets = mix_targets(pinned[2].to(device, non_blocking=True) % 7, on_device, 7)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     if augmentation.mixes:
         assert torch.equal(targets.cpu(), mix_targets(torch.arange(count) % 7, plan, 7))
     return expected, result

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from conftest import no_waiting
 from numpy.typing import NDArray
 from sklearn.datasets import load_sample_images
 
@@ -40,12 +41,8 @@ def test_bits_are_those_of_the_cpu(size: tuple[int, int], as_list: bool) -> None
     images = list(on_device) if as_list else on_device
     for budget in (2**28, 2**23):
         crop_resize(images, boxes, size, workspace_bytes=budget)  # warm-up: cuBLAS, allocator
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting():
             result = crop_resize(images, boxes, size, workspace_bytes=budget)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         assert result.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(result.cpu(), expected)
 
@@ -59,9 +56,6 @@ def test_padded_crops_are_those_of_the_cpu(as_list: bool) -> None:
     expected = crop_resize(stored, boxes, (32, 32))
     on_device = stored.cuda()
     images = list(on_device) if as_list else on_device
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         result = crop_resize(images, boxes, (32, 32))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(result.cpu(), expected)

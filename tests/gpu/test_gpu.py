@@ -8,18 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Train, WriteConfig, forget_accelerate
-from run_results import checkpoint
+from conftest import Train, WriteConfig, forget_accelerate, no_waiting
+from run_results import checkpoint, losses, summary
 
 from trainer.config import load_config
 from trainer.loop import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-
-def losses(run: Path) -> list[float]:
-    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [r["train/loss"] for r in records if "train/loss" in r]
 
 
 def test_a_step_never_waits_for_the_device(write_config: WriteConfig) -> None:
@@ -28,12 +23,9 @@ def test_a_step_never_waits_for_the_device(write_config: WriteConfig) -> None:
     trainer.start()
     for _ in range(3):  # warm-up: allocator, cuBLAS, lazy state
         trainer.train_step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         for _ in range(3):
             trainer.train_step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     trainer.close()
 
 
@@ -97,4 +89,4 @@ def test_overflow_skips_the_step_and_is_counted(train: Train, write_config: Writ
     sgd = {"name": "sgd", "lr": 1e-3}
     file = write_config(precision="fp16", optim=sgd, data__train={"name": "vectors:Huge", "args": {"length": 60}})
     assert train("--config", file).code == 0
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped_steps"] > 0
+    assert summary(tmp_path / "run")["skipped_steps"] > 0

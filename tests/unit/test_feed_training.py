@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import Train, WriteConfig, few
 from PIL import Image
+from run_results import losses, summary
 
 from trainer.cli import main
 from trainer.data.datasets import ImageFolder
@@ -56,21 +57,12 @@ def photo_config(photos: Path, write_config: WriteConfig) -> WriteConfig:
     return write
 
 
-def summary(tmp_path: Path) -> dict[str, Any]:
-    return json.loads((tmp_path / "run" / "summary.json").read_text())
-
-
-def losses(tmp_path: Path, run: str = "run") -> list[float]:
-    records = map(json.loads, (tmp_path / run / "metrics.jsonl").read_text().splitlines())
-    return [r["train/loss"] for r in records if "train/loss" in r]
-
-
 @pytest.mark.parametrize("feed", few(FEEDS, "device_decode"))
 def test_photos_are_learned_in_every_mode(feed: str, train: Train, photo_config: WriteConfig, tmp_path: Path) -> None:
     code, _, err = train("--config", photo_config(data__feed=feed, train__epochs=8))
     assert (code, err) == (0, "")
-    assert summary(tmp_path)["metrics"]["eval/accuracy"] == 1.0
-    assert summary(tmp_path)["skipped_samples"] == 0
+    assert summary(tmp_path / "run")["metrics"]["eval/accuracy"] == 1.0
+    assert summary(tmp_path / "run")["skipped_samples"] == 0
 
 
 @pytest.mark.parametrize("feed", few(FEEDS, "host", "resident"))
@@ -84,7 +76,7 @@ def test_resume_in_mid_epoch_is_exact(feed: str, train: Train, photo_config: Wri
     assert train("--config", photo_config(**settings), "train.epochs=null", "train.steps=9").code == 0
     whole = f"run.dir={tmp_path}/whole"
     assert train("--config", photo_config(**settings), "train.epochs=null", "train.steps=9", whole).code == 0
-    assert losses(tmp_path) == losses(tmp_path, "whole")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 def test_workers_do_not_change_a_run(train: Train, photo_config: WriteConfig, tmp_path: Path) -> None:
@@ -92,7 +84,7 @@ def test_workers_do_not_change_a_run(train: Train, photo_config: WriteConfig, tm
     for workers in (0, 1, "auto"):
         run = f"run.dir={tmp_path}/{workers}"
         assert train("--config", file, f"data.workers={workers}", run, "data.prefetch=3").code == 0
-    assert losses(tmp_path, "0") == losses(tmp_path, "1") == losses(tmp_path, "auto")
+    assert losses(tmp_path / "0") == losses(tmp_path / "1") == losses(tmp_path / "auto")
 
 
 def test_mixing_gives_soft_targets_in_training_alone(
@@ -157,7 +149,7 @@ def test_a_cache_is_made_once_and_noticed_when_the_source_changes(
         code, out, _ = train("--config", file, f"run.dir={tmp_path}/{name}")
         assert code == 0
         assert ("packed 30 images" in out) == (name == "first")
-        assert losses(tmp_path, name) == losses(tmp_path, "plain")
+        assert losses(tmp_path / name) == losses(tmp_path / "plain")
     assert len(list((tmp_path / "packed").iterdir())) == 1  # one for training and evaluation: the same folder
     Image.new("RGB", (24, 24)).save(photos / "a" / "new.jpg")
     code, out, _ = train("--config", file, f"run.dir={tmp_path}/third")
@@ -180,7 +172,7 @@ def test_the_pack_command_makes_the_cache_that_a_run_reads(
     photos.rename(tmp_path / "gone")
     file = photo_config(data__cache=None, data__train=packed, data__eval=packed)
     assert train("--config", file, f"run.dir={tmp_path}/from_pack").code == 0
-    assert losses(tmp_path, "from_pack") == losses(tmp_path)
+    assert losses(tmp_path / "from_pack") == losses(tmp_path / "run")
 
 
 def test_pack_refuses_bad_settings(photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -208,7 +200,7 @@ def test_unreadable_samples_are_counted(
     code, out, _ = train("--config", file, "data.on_error=skip", "data.max_skipped=0.05", "checkpoint.resume=auto")
     assert code == 0, out
     assert str(broken) in out
-    assert summary(tmp_path)["skipped_samples"] >= 4  # once per epoch of training, and per evaluation
+    assert summary(tmp_path / "run")["skipped_samples"] >= 4  # once per epoch of training, and per evaluation
     code, _, err = train("--config", file, "data.on_error=skip", "data.max_skipped=0.02", f"run.dir={tmp_path}/strict")
     assert code == 2
     assert "1 of the first 30 samples cannot be read, more than data.max_skipped (0.02)" in err
@@ -308,7 +300,7 @@ def test_evaluating_a_run_does_not_move_or_pack_its_training_data(
     assert main(["evaluate", str(tmp_path / "run")]) == 0
     captured = capfd.readouterr()
     assert captured.err.count("pictures, ") == 1  # those of the evaluation
-    assert json.loads(captured.out)["accuracy"] == summary(tmp_path)["metrics"]["eval/accuracy"]
+    assert json.loads(captured.out)["accuracy"] == summary(tmp_path / "run")["metrics"]["eval/accuracy"]
 
 
 def test_keys_without_effect_are_named(train: Train, photo_config: WriteConfig) -> None:

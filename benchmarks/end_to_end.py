@@ -25,9 +25,10 @@ from typing import Any
 from benchmarks import loops
 from benchmarks.commands import add_device, add_rounds, add_tiny, is_ready, new_parser, show_again
 from benchmarks.drawing import Bar, draw_bars
+from benchmarks.feed_entries import AREA, ASPECT, MEAN, STD
 from benchmarks.feed_training import make_tiny_pictures
 from benchmarks.loops import AfterStep, Work
-from benchmarks.peers import AREA, ASPECT, MEAN, STD, open_timm_loader, open_torchvision_loader
+from benchmarks.peers import open_timm_loader, open_torchvision_loader
 from benchmarks.pictures import DEFAULT_FOLDER, NUM_CLASSES, describe_pictures, list_pictures, make_pictures
 from benchmarks.plain_loop import TINY_MODEL
 from benchmarks.rounds import MOST_FOREIGN_CORES, compare, load_note

@@ -3,8 +3,8 @@
     python -m benchmarks.feed --json benchmarks/results/feed-cpu.json
 
 Owns the rounds, the JSON that comes of them and its table. In every round each entry is measured once, in a fresh
-process and in random order, so that a machine that slows down slows all of them. What they are is `benchmarks.peers`,
-what a measurement is `benchmarks.measure`.
+process and in random order, so that a machine that slows down slows all of them. What they are is
+`benchmarks.feed_entries`, what a measurement is `benchmarks.measure`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 
 from benchmarks.commands import add_rounds, new_parser, show_again
 from benchmarks.drawing import Bar, draw_bars
-from benchmarks.measure import EXIT_NOT_INSTALLED, Measurement
-from benchmarks.peers import ENTRIES, Entry
+from benchmarks.feed_entries import Entry
+from benchmarks.measure import ENTRIES, EXIT_NOT_INSTALLED, Measurement
 from benchmarks.pictures import DEFAULT_FOLDER, SHAPES, describe_pictures, list_pictures, make_pictures
 from benchmarks.rounds import MOST_FOREIGN_CORES, Problem, in_rounds, is_quiet, load_note
 from benchmarks.telling import REPOSITORY, describe, goal_text, markdown_table, origin, publish, range_text, spread

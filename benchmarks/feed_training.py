@@ -27,7 +27,9 @@ from PIL import Image
 
 from benchmarks.commands import add_device, add_rounds, add_tiny, is_ready, new_parser, show_again
 from benchmarks.drawing import Bar, draw_bars
-from benchmarks.peers import ENTRIES, SIZE, open_timm_loader
+from benchmarks.feed_entries import SIZE
+from benchmarks.measure import ENTRIES
+from benchmarks.peers import open_timm_loader
 from benchmarks.pictures import DEFAULT_FOLDER, NUM_CLASSES, Shape, describe_pictures, make_picture, make_pictures
 from benchmarks.plain_loop import (
     NUM_OUTPUTS,

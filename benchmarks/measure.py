@@ -1,8 +1,8 @@
 """One measurement of one entry, in a process of its own: `python -m benchmarks.measure NAME FOLDER`.
 
-Owns the window that is counted: warm up, take CPU time of this process and all below it, count pictures, take it
-again. Prints one JSON object as its last line. Which measurements are taken, and what becomes of them, is
-`benchmarks.feed`.
+Owns the list of all entries, and the window that is counted: warm up, take CPU time of this process and all below it,
+count pictures, take it again. Prints one JSON object as its last line. Which measurements are taken, and what becomes
+of them, is `benchmarks.feed`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.peers import ENTRIES
+from benchmarks.decoding_limits import LIMITS
+from benchmarks.feed_entries import Entry
+from benchmarks.our_feed import OURS
+from benchmarks.peers import PEERS
 from benchmarks.rounds import Clocks
 
 EXIT_NOT_INSTALLED = 3
+ENTRIES: dict[str, Entry] = {**PEERS, **OURS, **LIMITS}  # all of them, in the order of the table
 
 
 @dataclass(frozen=True)

@@ -1,90 +1,46 @@
-"""What is measured: every way from a folder of JPEGs to batches, ours and our peers', by name.
+"""Our peers' ways from a folder of JPEGs to batches, each set up as its own documentation does it.
 
-Owns how each is set up, as its own documentation does it: one decoding worker or thread, random resized crops of
-224x224 (8 to 100% of the area, 3/4 to 4/3), random flips, shuffled, batch after batch without end. How they are
-measured is `benchmarks.measure`. Libraries are imported where they are used, each in a process of its own.
+Libraries are imported where they are used, each in a process of its own.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
-import itertools
-import math
 import os
 import random
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from benchmarks.pictures import NUM_CLASSES, list_pictures
+from benchmarks.feed_entries import (
+    AREA,
+    ASPECT,
+    BYTES,
+    FLOATS,
+    MEAN,
+    SIZE,
+    STD,
+    Batches,
+    Entries,
+    random_crop,
+    shuffled_forever,
+)
+from benchmarks.pictures import list_pictures
 
-SIZE = 224  # pixels, of both sides of what a feed delivers
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-AREA, ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
-
-FLOATS = "float32 CHW, normalised"
-BYTES = "uint8 CHW"
-BYTES_UNFLIPPED = "uint8 CHW, flips left to the device"
-
-Kind = Literal["ours", "peer", "limit"]
-Batches = Generator[int, None, None]  # the number of pictures in each batch; closing it ends workers and threads
-Open = Callable[[Path, int, int], Batches]  # (folder of class folders, batch size, seed)
-Variables = Callable[[], AbstractContextManager[dict[str, str]]]
-
-
-def _no_variables() -> AbstractContextManager[dict[str, str]]:
-    return nullcontext({})
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One way from JPEGs to batches."""
-
-    name: str
-    kind: Kind
-    output: str  # what a batch holds when it is counted
-    packages: tuple[str, ...]  # what does the work, as installed; a pattern where the name says which CUDA
-    open: Open
-    variables: Variables = _no_variables  # environment variables that its process must be started with
-
-    def versions(self) -> dict[str, str]:
-        """Returns the installed versions of `packages`, without those that are missing."""
-        installed = {
-            str(found.metadata["Name"]).lower().replace("_", "-"): found.version
-            for found in importlib.metadata.distributions()
-        }
-        return {n: installed[n] for p in self.packages for n in sorted(installed) if fnmatchcase(n, p)}
-
-
-ENTRIES: dict[str, Entry] = {}
-
-
-def entry(
-    name: str, kind: Kind, output: str, *packages: str, variables: Variables = _no_variables
-) -> Callable[[Open], Open]:
-    """Adds a function to what is measured, under this name and in this place of the table."""
-
-    def add(open_batches: Open) -> Open:
-        ENTRIES[name] = Entry(name, kind, output, packages, open_batches, variables)
-        return open_batches
-
-    return add
+PEERS = Entries("peer")
 
 
 # ---- torchvision: references/classification ----------------------------------------------------------------
 
 
-@entry("torchvision", "peer", FLOATS, "torchvision", "pillow")
+@PEERS.add("torchvision", FLOATS, "torchvision", "pillow")
 def _torchvision(folder: Path, batch_size: int, seed: int) -> Batches:
     return _torchvision_loader(folder, batch_size, seed, as_floats=True)
 
 
-@entry("torchvision-uint8", "peer", BYTES, "torchvision", "pillow")
+@PEERS.add("torchvision-uint8", BYTES, "torchvision", "pillow")
 def _torchvision_bytes(folder: Path, batch_size: int, seed: int) -> Batches:
     return _torchvision_loader(folder, batch_size, seed, as_floats=False)
 
@@ -142,12 +98,12 @@ def _epochs(loader: Any) -> Batches:
 # ---- timm --------------------------------------------------------------------------------------------------
 
 
-@entry("timm", "peer", FLOATS, "timm", "torchvision", "pillow")
+@PEERS.add("timm", FLOATS, "timm", "torchvision", "pillow")
 def _timm(folder: Path, batch_size: int, seed: int) -> Batches:
     return _epochs(_timm_loader(folder, batch_size, seed))
 
 
-@entry("timm-uint8", "peer", BYTES, "timm", "torchvision", "pillow")
+@PEERS.add("timm-uint8", BYTES, "timm", "torchvision", "pillow")
 def _timm_bytes(folder: Path, batch_size: int, seed: int) -> Batches:
     return _epochs(_timm_loader(folder, batch_size, seed).loader)  # before its prefetcher, which normalises
 
@@ -194,12 +150,12 @@ def open_timm_loader(folder: Path, batch_size: int, seed: int, size: int, **opti
 # ---- DALI: the ResNet-50 example, on the CPU ---------------------------------------------------------------
 
 
-@entry("dali", "peer", FLOATS, "nvidia-dali-cuda*", "nvidia-nvimgcodec-cu*")
+@PEERS.add("dali", FLOATS, "nvidia-dali-cuda*", "nvidia-nvimgcodec-cu*")
 def _dali(folder: Path, batch_size: int, seed: int) -> Batches:
     return _dali_pipeline(folder, batch_size, seed, as_floats=True)
 
 
-@entry("dali-uint8", "peer", BYTES, "nvidia-dali-cuda*", "nvidia-nvimgcodec-cu*")
+@PEERS.add("dali-uint8", BYTES, "nvidia-dali-cuda*", "nvidia-nvimgcodec-cu*")
 def _dali_bytes(folder: Path, batch_size: int, seed: int) -> Batches:
     return _dali_pipeline(folder, batch_size, seed, as_floats=False)
 
@@ -263,7 +219,7 @@ def _ffmpeg_of_pyav() -> Iterator[dict[str, str]]:
         yield {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, search_path))}
 
 
-@entry("spdl", "peer", "uint8 HWC", "spdl-core", "spdl-io", "av", variables=_ffmpeg_of_pyav)
+@PEERS.add("spdl", "uint8 HWC", "spdl-core", "spdl-io", "av", variables=_ffmpeg_of_pyav)
 def _spdl(folder: Path, batch_size: int, seed: int) -> Batches:
     import spdl.io
     from spdl.pipeline import PipelineBuilder
@@ -289,7 +245,7 @@ def _spdl(folder: Path, batch_size: int, seed: int) -> Batches:
 
     pipeline = (
         PipelineBuilder()
-        .add_source(_shuffled_forever(paths, seed))
+        .add_source(shuffled_forever(paths, seed))
         .aggregate(batch_size)
         .pipe(load, concurrency=1)
         .add_sink(3)
@@ -298,191 +254,3 @@ def _spdl(folder: Path, batch_size: int, seed: int) -> Batches:
     with pipeline.auto_stop():
         for images in pipeline:
             yield len(images)
-
-
-# ---- ours --------------------------------------------------------------------------------------------------
-
-
-_OUR_PACKAGES = ("lockstep-trainer", "nvidia-nvimgcodec-cu*", "torch", "pillow")
-_ENDLESS = 10**9  # steps
-
-
-@entry("ours", "ours", BYTES_UNFLIPPED, *_OUR_PACKAGES)
-def _ours(folder: Path, batch_size: int, seed: int) -> Batches:
-    """What our host does; the device half (flip, normalise) is the GPU's on a real run."""
-    return _host_half(open_our_feed(folder, batch_size, seed))
-
-
-@entry("ours-all-on-cpu", "ours", FLOATS, *_OUR_PACKAGES)
-def _ours_all_on_cpu(folder: Path, batch_size: int, seed: int) -> Batches:
-    """With the device half, on the CPU: what a run without a GPU does."""
-    feed = open_our_feed(folder, batch_size, seed)
-    try:
-        for step in itertools.count():
-            for batch in feed.step_batches(step):
-                yield len(batch.sample_ids)
-    finally:
-        feed.close()
-
-
-@entry("ours-packed-jpeg", "ours", BYTES_UNFLIPPED, *_OUR_PACKAGES)
-def _ours_packed_jpeg(folder: Path, batch_size: int, seed: int) -> Batches:
-    """From the packed cache, as its defaults are: JPEGs, the shorter side at most 400 pixels."""
-    return _host_half(open_our_feed(folder, batch_size, seed, pack={}))
-
-
-@entry("ours-packed-jpeg-256", "ours", BYTES_UNFLIPPED, *_OUR_PACKAGES)
-def _ours_packed_jpeg_256(folder: Path, batch_size: int, seed: int) -> Batches:
-    """From the packed cache, pictures shrunk to 256 pixels."""
-    return _host_half(open_our_feed(folder, batch_size, seed, pack={"max_size": 256}))
-
-
-@entry("ours-packed-mixed-256", "ours", BYTES_UNFLIPPED, *_OUR_PACKAGES)
-def _ours_packed_mixed_256(folder: Path, batch_size: int, seed: int) -> Batches:
-    """From the packed cache, shrunk to 256 pixels, every second picture stored raw."""
-    return _host_half(open_our_feed(folder, batch_size, seed, pack={"max_size": 256, "encoding": "mixed"}))
-
-
-@entry("ours-packed-raw", "ours", BYTES_UNFLIPPED, *_OUR_PACKAGES)
-def _ours_packed_raw(folder: Path, batch_size: int, seed: int) -> Batches:
-    """From the packed cache, stored raw, the shorter side at most 400 pixels."""
-    return _host_half(open_our_feed(folder, batch_size, seed, pack={"encoding": "raw"}))
-
-
-@entry("ours-packed-raw-256", "ours", BYTES_UNFLIPPED, *_OUR_PACKAGES)
-def _ours_packed_raw_256(folder: Path, batch_size: int, seed: int) -> Batches:
-    """From the packed cache, stored raw, shrunk to 256 pixels."""
-    return _host_half(open_our_feed(folder, batch_size, seed, pack={"max_size": 256, "encoding": "raw"}))
-
-
-def _host_half(feed: Any) -> Batches:
-    try:
-        while True:  # not `step_batches`, which runs the device half
-            yield len(feed._next(feed._batches).batch.sample_ids)
-    finally:
-        feed.close()
-
-
-def open_our_feed(folder: Path, batch_size: int, seed: int, pack: dict[str, Any] | None = None, **settings: Any) -> Any:
-    """Returns our `DeviceFeed` on the CPU with one worker, started at step 0.
-
-    Args:
-        folder: class folders of JPEGs.
-        batch_size: pictures per batch.
-        seed: seed of order and augmentation.
-        pack: settings of the packed cache that is read instead, and made first.
-        **settings: further keys of the config's `data` section.
-    """
-    import torch
-
-    from trainer.config_data import CacheConfig, DataConfig
-    from trainer.data.datasets import build_dataset
-    from trainer.data.feed import DeviceFeed
-    from trainer.data.packed import PackedImages
-    from trainer.data.packing import pack_folder
-    from trainer.data.sampler import BatchPlan, StepSampler
-
-    section = {
-        "train": {"name": "image_folder", "args": {"root": str(folder)}},
-        "transforms": {
-            "train": [{"name": "RandomResizedCrop", "args": {"size": SIZE}}, {"name": "RandomHorizontalFlip"}]
-        },
-        "normalize": {"mean": list(MEAN), "std": list(STD)},
-        "workers": 1,
-        **settings,
-    }
-    config = DataConfig.model_validate(section)
-    dataset: Any = build_dataset(config.train, "data.train", _OnlyRank())
-    if pack is not None:
-        cache = CacheConfig(path=str(folder.with_name(f"{folder.name}-packed")), **pack)
-        dataset = PackedImages(pack_folder(dataset, cache))
-    feed = DeviceFeed(dataset, config, "train", torch.device("cpu"), seed, _Pairs())
-    plan = BatchPlan.split(len(dataset), batch_size, None, num_ranks=1, drop_last=False)
-    feed.start(StepSampler(plan, rank=0, seed=seed), step=0, total_steps=_ENDLESS)
-    return feed
-
-
-class _Pairs:
-    """What a task would say of batches that are (images, labels)."""
-
-    input_key, target_key = "image", "label"
-    num_classes: int | None = NUM_CLASSES
-    transforms_targets, stacks = False, True
-    target_keys: tuple[str, ...] | None = None
-
-    def check(self, data: Any, sample_ids: Any) -> None:
-        """Finds nothing wrong."""
-
-    def targets(self, data: Any) -> Any:
-        """Returns the labels."""
-        return data[1]
-
-    def with_targets(self, data: Any, targets: Any) -> Any:
-        """Returns the batch with other labels."""
-        return [data[0], targets]
-
-
-class _OnlyRank:
-    """A job of one process: nobody goes first."""
-
-    def main_first(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-
-# ---- limits: decoding and nothing else, in one thread ------------------------------------------------------
-
-
-@entry("limit-full-decode", "limit", "uint8 HWC, whole pictures as they are", "simplejpeg")
-def _full_decode(folder: Path, batch_size: int, seed: int) -> Batches:
-    """libjpeg-turbo, all of every picture."""
-    import simplejpeg
-
-    for paths in _path_batches(folder, batch_size, seed):
-        for path in paths:
-            simplejpeg.decode_jpeg(Path(path).read_bytes())
-        yield len(paths)
-
-
-@entry("limit-region-decode", "limit", "uint8 HWC, crops as they are", "nvidia-nvimgcodec-cu*")
-def _region_decode(folder: Path, batch_size: int, seed: int) -> Batches:
-    """libjpeg-turbo through nvImageCodec, no more of a picture than its random crop needs."""
-    from trainer.data.decode import CPU_ONLY, codec
-
-    library = codec()
-    if library is None:
-        raise ModuleNotFoundError("nvidia.nvimgcodec")
-    cpu = library.Backend(library.BackendKind.CPU_ONLY)
-    decoder = library.Decoder(device_id=CPU_ONLY, backends=[cpu], max_num_cpu_threads=1)
-    draws = random.Random(seed)
-    for paths in _path_batches(folder, batch_size, seed):
-        for path in paths:
-            stream = library.CodeStream(Path(path).read_bytes())
-            left, top, width, height = random_crop(draws, stream.width, stream.height)
-            region = library.Region(top, left, top + height, left + width)
-            assert decoder.decode(stream.get_sub_code_stream(region=region)) is not None, path
-        yield len(paths)
-
-
-def _path_batches(folder: Path, batch_size: int, seed: int) -> Iterator[list[str]]:
-    paths = _shuffled_forever([str(file) for file in list_pictures(folder)], seed)
-    while True:
-        yield list(itertools.islice(paths, batch_size))
-
-
-def _shuffled_forever(paths: Sequence[str], seed: int) -> Iterator[str]:
-    draws = random.Random(seed)
-    while True:
-        yield from draws.sample(paths, len(paths))
-
-
-def random_crop(draws: random.Random, width: int, height: int) -> tuple[int, int, int, int]:
-    """Returns (left, top, width, height) in pixels as torchvision's `RandomResizedCrop` draws them."""
-    for _ in range(10):
-        area = width * height * draws.uniform(*AREA)
-        aspect = math.exp(draws.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
-        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            left, top = draws.randint(0, width - crop_width), draws.randint(0, height - crop_height)
-            return left, top, crop_width, crop_height
-    side = min(width, height)  # within every aspect ratio allowed
-    return (width - side) // 2, (height - side) // 2, side, side

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers import AREA, ASPECT, MEAN, STD
+from benchmarks.feed_entries import AREA, ASPECT, MEAN, STD
 from trainer.config_model import ModelConfig
 from trainer.model import build_model
 

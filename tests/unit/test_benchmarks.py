@@ -17,8 +17,8 @@ from PIL import Image
 
 from benchmarks import digits, feed
 from benchmarks.feed import add_ratios, summarize, table
-from benchmarks.measure import Measurement, measure
-from benchmarks.peers import ENTRIES, Batches, Entry, random_crop
+from benchmarks.feed_entries import Batches, Entry, random_crop
+from benchmarks.measure import ENTRIES, Measurement, measure
 from benchmarks.pictures import SHAPES, describe_pictures, list_pictures, make_pictures
 from benchmarks.rounds import MOST_FOREIGN_CORES, Problem, in_rounds
 from benchmarks.telling import goal_text, origin

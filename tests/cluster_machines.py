@@ -8,6 +8,7 @@ names and addresses. Whoever takes a slot first ends what a killed test run left
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -124,6 +125,12 @@ class Hosts:
         self.local = self.state / "local"  # on each host a folder of its own
         self.jobs: list[launching.Job] = []
         self.mend()
+
+    @property
+    def overrides(self) -> list[str]:
+        """How a launcher reaches the hosts, and that no GPU is seen there."""
+        options = json.dumps(["-F", str(self.ssh_config)])
+        return [f"launch.hosts.ssh_options={options}", 'launch.hosts.setup=["export CUDA_VISIBLE_DEVICES="]']
 
     def address(self, i: int) -> str:
         return f"10.77.{self.slot}.{i}"

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -120,6 +120,28 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainServer]:
 
 
 @pytest.fixture
+def outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets nothing of a Slurm job that this process may be part of be seen."""
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "SBATCH_")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def regnets_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets RegNets, which compute the widths of their layers with tensors, be built on the meta device."""
+    import torch
+    from torchvision.models.regnet import BlockParams
+
+    def on_the_cpu(*args: Any, **kwargs: Any) -> Any:
+        with torch.device("cpu"):
+            return from_init_params(*args, **kwargs)
+
+    from_init_params = BlockParams.from_init_params
+    monkeypatch.setattr(BlockParams, "from_init_params", on_the_cpu)
+
+
+@pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """The run folder of `tiny_config`, empty."""
     folder = tmp_path / "run"
@@ -195,6 +217,13 @@ def tiny_config(run_dir: Path, **changes: Any) -> dict[str, Any]:
             section = section.setdefault(parent, {})
         section[last] = value
     return config
+
+
+class Alone:
+    """A job of one process, whose turn it always is."""
+
+    def main_first(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 WriteConfig = Callable[..., Path]

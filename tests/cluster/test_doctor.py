@@ -18,12 +18,6 @@ from launching import run
 DOCTOR = [sys.executable, "-m", "launch", "doctor"]
 
 
-def reach(hosts: Hosts) -> list[str]:
-    """Returns how the hosts are reached, and that no GPU is seen there."""
-    options = json.dumps(["-F", str(hosts.ssh_config)])
-    return [f"launch.hosts.ssh_options={options}", 'launch.hosts.setup=["export CUDA_VISIBLE_DEVICES="]']
-
-
 def checks(file: Path) -> dict[str, Any]:
     return {check["name"]: check for check in json.loads(file.read_text())["checks"]}
 
@@ -52,7 +46,7 @@ def test_a_slow_link_and_a_folder_of_one_host_alone_are_named(
     config = str(write_config(run__dir=str(hosts.local / "run")))  # which is another one on each host
     arguments = ["--config", config, "--hosts", "host1,host2", "--processes", "1", "--json", "found.json"]
     with slow_cable(hosts, 2, "100mbit"):
-        done = run([*DOCTOR, *arguments, *reach(hosts)], tmp_path)
+        done = run([*DOCTOR, *arguments, *hosts.overrides], tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     found = checks(tmp_path / "found.json")
     (slow,) = failures(found["pairs"])
@@ -73,7 +67,7 @@ def test_a_slow_link_and_a_folder_of_one_host_alone_are_named(
 @nightly
 def test_a_host_that_does_not_answer_is_named(hosts: Hosts, tmp_path: Path) -> None:
     hosts.unplug(2)
-    done = run([*DOCTOR, "--hosts", "host1,host2", *reach(hosts)], tmp_path)
+    done = run([*DOCTOR, "--hosts", "host1,host2", *hosts.overrides], tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: host2")
 

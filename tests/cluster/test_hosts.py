@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import signal
@@ -27,15 +26,9 @@ LOST_SECONDS = 60  # within which a job that cannot go on says so
 STEPS = 150
 
 
-def overrides(hosts: Hosts) -> list[str]:
-    """Returns how the hosts are reached, and that no GPU is seen there."""
-    options = json.dumps(["-F", str(hosts.ssh_config)])
-    return [f"launch.hosts.ssh_options={options}", 'launch.hosts.setup=["export CUDA_VISIBLE_DEVICES="]']
-
-
 def launch(hosts: Hosts, config: Path, names: Sequence[str], *options: str) -> Job:
     """Starts a job on these hosts, from outside of them, and notes when each line of its output came."""
-    arguments = ["--config", str(config), "--hosts", ",".join(names), *options, *overrides(hosts)]
+    arguments = ["--config", str(config), "--hosts", ",".join(names), *options, *hosts.overrides]
     hosts.jobs.append(Job([sys.executable, "-m", "launch", "hosts", *arguments], config.parent))
     return hosts.jobs[-1]
 

@@ -8,18 +8,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import no_waiting
-from numpy.typing import NDArray
+from drawn import random_boxes
 from sklearn.datasets import load_sample_images
 
 from trainer.data.device_crop import crop_resize
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-
-def random_boxes(count: int, height: int, width: int) -> NDArray[np.float64]:
-    draws = np.random.default_rng(0).random((count, 4))
-    h, w = (0.05 + 0.95 * draws[:, 0]) * height, (0.05 + 0.95 * draws[:, 1]) * width
-    return np.stack([draws[:, 2] * (height - h), draws[:, 3] * (width - w), h, w], axis=1)
 
 
 @pytest.fixture(params=[False, True], ids=["float32", "tf32"])

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn import keys
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as image_functional
 
 from trainer.config_data import AugmentConfig, NormalizeConfig
 from trainer.data.augment import AugmentationPlan, DeviceAugmentation, SymmetricBeta, mix_targets
-from trainer.data.draws import Keys, sample_keys
-from trainer.data.sampler import SampleKey
 from trainer.errors import UserError
 
 NORMALIZE = NormalizeConfig(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -24,10 +23,6 @@ HEIGHT, WIDTH = 24, 36
 def pictures(count: int, height: int = HEIGHT, width: int = WIDTH) -> torch.Tensor:
     generator = torch.Generator().manual_seed(count)
     return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
-
-
-def keys(count: int, epoch: int = 0) -> Keys:
-    return sample_keys(7, [SampleKey(epoch, i) for i in range(count)])
 
 
 def everything(**changes: Any) -> DeviceAugmentation:

@@ -9,13 +9,13 @@ import torch
 from checkpointed_models import UsersModel
 from torch import nn
 from torchvision import models
-from torchvision.models.regnet import BlockParams
 
 from trainer.errors import UserError
 from trainer.memory.blocks import repeated_blocks
 from trainer.small_models import SmallCNN
 
 
+@pytest.mark.usefixtures("regnets_on_meta")
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -40,13 +40,7 @@ from trainer.small_models import SmallCNN
         ("alexnet", {}),
     ],
 )
-def test_torchvision(name: str, expected: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    def on_the_cpu(*args: object, **kwargs: object) -> object:
-        with torch.device("cpu"):  # RegNet computes its layer widths with tensors
-            return from_init_params(*args, **kwargs)
-
-    from_init_params = BlockParams.from_init_params
-    monkeypatch.setattr(BlockParams, "from_init_params", on_the_cpu)
+def test_torchvision(name: str, expected: dict[str, int]) -> None:
     with torch.device("meta"):
         model = models.get_model(name, **({"init_weights": False} if name == "inception_v3" else {}))
     blocks = repeated_blocks(model)

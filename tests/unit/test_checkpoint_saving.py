@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from conftest import Train, WriteConfig, nightly
 from resuming import interrupted
 from run_results import checkpoint, identical, losses, records, summary, tensors, weights
@@ -125,10 +124,10 @@ def test_weights_changed_meanwhile_spoil_that_save_alone(tmp_path: Path) -> None
 def test_a_model_that_changes_its_weights_is_told_what_to_set(
     train: Train, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    file = with_model(write_config(checkpoint={"every": 1}), "odd_parts:Meddling")
+    file = write_config(checkpoint={"every": 1}, model={"name": "odd_parts:Meddling"})
     _, out, _ = train("--config", file)
     assert "set checkpoint.async_save to false" in out
-    file = with_model(write_config(checkpoint={"every": 1, "async_save": False}), "odd_parts:Meddling")
+    file = write_config(checkpoint={"every": 1, "async_save": False}, model={"name": "odd_parts:Meddling"})
     code, out, _ = train("--config", file, f"run.dir={tmp_path / 'waiting'}")
     assert code == 0
     assert "async_save" not in out
@@ -196,13 +195,6 @@ def test_an_end_that_cannot_be_saved_is_no_success(
     assert CheckpointFolder(LocalStorage(tmp_path / "run" / "checkpoints"), keep=2).newest().step == 5
     monkeypatch.undo()
     assert train("--config", write_config()).code == 0
-
-
-def with_model(file: Path, name: str) -> Path:
-    config = yaml.safe_load(file.read_text())
-    config["model"] = {"name": name}
-    file.write_text(yaml.safe_dump(config))
-    return file
 
 
 # ---- when ---------------------------------------------------------------------------------------------------
@@ -303,11 +295,11 @@ def test_state_that_cannot_be_saved_is_found_at_the_first_step(train: Train, wri
 def test_extra_state_and_evaluations_that_draw(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
     """A module's extra state is saved, and how often one evaluates changes nothing of the training."""
     for name, every in (("often", 1), ("seldom", 99)):
-        file = with_model(write_config(eval={"every": every}), "odd_parts:Counting")
+        file = write_config(eval={"every": every}, model={"name": "odd_parts:Counting"})
         assert train("--config", file, f"run.dir={tmp_path / name}").code == 0
     assert losses(tmp_path / "often") == losses(tmp_path / "seldom")
     assert checkpoint(tmp_path / "often", 10).manifest.values["model._extra_state"] == {"num_calls": 10}
-    file = with_model(write_config(train__epochs=3), "odd_parts:Counting")
+    file = write_config(train__epochs=3, model={"name": "odd_parts:Counting"})
     assert train("--config", file, f"run.dir={tmp_path / 'often'}").code == 0
     assert checkpoint(tmp_path / "often", 15).manifest.values["model._extra_state"] == {"num_calls": 15}
 

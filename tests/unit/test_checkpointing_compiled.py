@@ -12,6 +12,7 @@ from trainer.errors import UserError
 from trainer.memory.blocks import repeated_blocks
 from trainer.memory.checkpointing import (
     Policy,
+    Setting,
     apply_checkpointing,
     check_compiled_buffers,
     explain_checkpointing_error,
@@ -41,7 +42,7 @@ class ConvBlock(nn.Module):
         return inputs + self.conv2(hidden) * self.scale
 
 
-def compiled_step(plan: str, whole: bool, backend: str) -> tuple[nn.Sequential, list[torch.Tensor | None]]:
+def compiled_step(plan: Setting, whole: bool, backend: str) -> tuple[nn.Sequential, list[torch.Tensor | None]]:
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = nn.Sequential(ConvBlock(), ConvBlock(), ConvBlock())
@@ -65,7 +66,8 @@ def compiled_step(plan: str, whole: bool, backend: str) -> tuple[nn.Sequential, 
 @pytest.mark.parametrize(("backend", "whole"), [("aot_eager", True), ("aot_eager", False), ("inductor", True)])
 def test_compiled_blocks_update_batch_norm_once(backend: str, whole: bool) -> None:
     expected, gradients = compiled_step("none", whole, "aot_eager")
-    for plan in ("full", "selective") if backend == "aot_eager" else ("selective",):
+    plans: tuple[Setting, ...] = ("full", "selective") if backend == "aot_eager" else ("selective",)
+    for plan in plans:
         model, got = compiled_step(plan, whole, backend)
         for a, b in zip([*model.buffers(), *got], [*expected.buffers(), *gradients], strict=True):
             assert a is not None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import Alone
 from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision import datasets as torchvision_datasets
@@ -28,13 +28,6 @@ from trainer.data.datasets import (
 from trainer.data.feed import DeviceFeed
 from trainer.errors import UserError
 from trainer.tasks.classification import Classification
-
-
-class Alone:
-    """One process, whose turn it always is."""
-
-    def main_first(self) -> nullcontext[None]:
-        return nullcontext()
 
 
 def build(name: str, **args: Any) -> Any:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import few
+from drawn import random_boxes
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -22,16 +23,6 @@ def with_pil(photo: NDArray[np.uint8], box: Sequence[float], size: tuple[int, in
     corners = (left, top, left + width, top + height)
     resized = Image.fromarray(photo).resize(size[::-1], Image.Resampling.BILINEAR, box=corners)
     return np.asarray(resized).astype(np.int64)
-
-
-def random_boxes(count: int, height: int, width: int, seed: int = 0, whole: bool = False) -> NDArray[np.float64]:
-    draws = np.random.default_rng(seed).random((count, 4))
-    h, w = (0.05 + 0.95 * draws[:, 0]) * height, (0.05 + 0.95 * draws[:, 1]) * width
-    if whole:
-        h, w = np.ceil(h), np.ceil(w)
-    top, left = draws[:, 2] * (height - h), draws[:, 3] * (width - w)
-    boxes = np.stack([top, left, h, w], axis=1)
-    return np.floor(boxes) if whole else boxes
 
 
 def differences(photo: NDArray[np.uint8], boxes: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.int64]:

@@ -7,16 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn import keys
 from torchvision.transforms import InterpolationMode, v2
 
-from trainer.data.draws import Stream, sample_keys, uniforms
+from trainer.data.draws import Stream, uniforms
 from trainer.data.geometry import split_transforms
-from trainer.data.sampler import SampleKey
 from trainer.errors import UserError
-
-
-def keys(count: int, epoch: int = 0) -> Any:
-    return sample_keys(7, [SampleKey(epoch, i) for i in range(count)])
 
 
 def test_draws_are_uniform_and_independent() -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import wandb_log
 from conftest import REPOSITORY, tiny_config
-from launching import run
+from launching import TIMEOUT, run
 
 
 def in_a_process(code: str, **variables: str) -> str:
-    done = run([sys.executable, "-c", code], REPOSITORY, **variables)
+    done = run([sys.executable, "-c", code], REPOSITORY, TIMEOUT, **variables)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import Alone
 from picture_trees import make_voc
 from PIL import Image
 from segments import Segments
@@ -243,12 +243,6 @@ def test_pictures_are_not_normalised_among_the_transforms(voc: Path) -> None:
 def test_ways_that_pass_over_targets_are_refused(mode: str) -> None:
     with pytest.raises(UserError, match=rf"data\.feed: {mode} is not for this task: its targets are transformed"):
         feed(Segments(4), Segmentation(num_classes=3), feed=mode, normalize={"mean": [0.5] * 3, "std": [0.25] * 3})
-
-
-class Alone:
-    """A job of one process: nobody goes first."""
-
-    main_first = staticmethod(nullcontext)
 
 
 def test_voc_is_downloaded_only_where_it_is_not(voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import few
+from memory_models import loss_of
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -48,10 +49,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 def batch_of(num_samples: int, size: int = 64) -> dict[str, torch.Tensor]:
     return {"image": torch.zeros(num_samples, 3, size, size), "label": torch.zeros(num_samples, dtype=torch.long)}
-
-
-def loss_of(model: nn.Module, batch: Any) -> torch.Tensor:
-    return functional.cross_entropy(model(batch["image"]), batch["label"])
 
 
 def num_bytes(tensors: Any) -> int:

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torchvision import models
-from torchvision.models.regnet import BlockParams
 
 from trainer.config_model import ModelConfig
 from trainer.errors import UserError
@@ -33,14 +32,9 @@ def build(name: str, num_classes: int | None = None, weights: Path | str | None 
     return build_model(ModelConfig(name=name, args=args, weights=weights and str(weights)), num_classes)
 
 
+@pytest.mark.usefixtures("regnets_on_meta")
 @pytest.mark.parametrize("name", few(CLASSIFIERS, *FAMILIES))
-def test_every_torchvision_classifier(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def on_the_cpu(*args: Any, **kwargs: Any) -> Any:
-        with torch.device("cpu"):  # RegNet computes its layer widths with tensors
-            return from_init_params(*args, **kwargs)
-
-    from_init_params = BlockParams.from_init_params
-    monkeypatch.setattr(BlockParams, "from_init_params", on_the_cpu)
+def test_every_torchvision_classifier(name: str) -> None:
     with torch.device("meta"):
         model = build(name, num_classes=7)
         size = 299 if name == "inception_v3" else 224

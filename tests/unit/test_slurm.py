@@ -19,6 +19,8 @@ from launch.slurm_watch import Submission
 from trainer.config import Config, load_config
 from trainer.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("outside_slurm")
+
 # What runs in place of srun: the first task, on this machine.
 SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
@@ -36,13 +38,6 @@ def text_of(config: Config, *overrides: str, allocation: Allocation | None = Non
     checked = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
     assert checked.stderr == ""
     return text
-
-
-@pytest.fixture(autouse=True)
-def _outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.startswith(("SLURM_", "SBATCH_")):
-            monkeypatch.delenv(name)
 
 
 def test_what_is_asked_for_by_default(write_config: WriteConfig, tmp_path: Path) -> None:

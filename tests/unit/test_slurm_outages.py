@@ -17,6 +17,8 @@ from launch.slurm_script import script
 from launch.slurm_watch import Submission, Watch
 from trainer.config import Config, load_config
 
+pytestmark = pytest.mark.usefixtures("outside_slurm")
+
 LINE = (
     "JobId=12 JobName=x JobState={state} Reason=None Requeue=1 Restarts=0 ExitCode={code} RunTime=00:00:09 "
     "TimeLimit=UNLIMITED NodeList=n1 Command=/a b/slurm.sh WorkDir=/a StdOut=/a b/o.out Power= "
@@ -26,13 +28,6 @@ SRUN = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
 SLURM_PROCID=0 exec "$@"
 """
-
-
-@pytest.fixture(autouse=True)
-def _outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.startswith(("SLURM_", "SBATCH_")):
-            monkeypatch.delenv(name)
 
 
 def read(write_config: WriteConfig, **changes: Any) -> Config:

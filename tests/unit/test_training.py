@@ -232,19 +232,12 @@ def test_synthetic_data(train: Train, write_config: WriteConfig, tmp_path: Path)
     assert summary(tmp_path / "run")["samples"] == 128
 
 
-def with_model(file: Path, name: str, **args: Any) -> Path:
-    config = yaml.safe_load(file.read_text())
-    config["model"] = {"name": name, "args": args}
-    file.write_text(yaml.safe_dump(config))
-    return file
-
-
 def test_train_and_eval_modes(
     train: Train, write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     changes: dict[str, Any] = {"eval": {"every": 4, "batch_size": 23}}
-    assert train("--config", with_model(write_config(**changes), "vectors_model:Frozen")).code == 0
+    assert train("--config", write_config(**changes, model={"name": "vectors_model:Frozen"})).code == 0
     train_steps, evaluation = ["01"] * 4, ["00"]
     expected = train_steps + evaluation + train_steps + evaluation + train_steps[:2] + evaluation
     counting = ["01"]  # of FLOPs, on a copy
@@ -284,7 +277,7 @@ def test_what_changed_is_said(train: Train, write_config: WriteConfig) -> None:
 
 def test_a_users_pil_images_become_floats(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:
     data = {"train": {"name": "pictures:Pictures"}, "workers": 0}
-    assert train("--config", with_model(write_config(data=data), "small_cnn", num_classes=2)).code == 0
+    assert train("--config", write_config(data=data, model={"name": "small_cnn", "args": {"num_classes": 2}})).code == 0
 
 
 def test_saving_a_step_again_changes_its_progress_alone(

@@ -80,7 +80,7 @@ def test_the_shorter_side_is_shrunk(
         assert (pixels(image).float() - pixels(wanted).float()).abs().mean() < 6  # of 255
 
 
-def test_large_jpegs_are_decoded_smaller_without_looking_different(tmp_path: Path) -> None:
+def test_large_jpegs_are_decoded_smaller_without_looking_different() -> None:
     large = picture(1, (1600, 1000))
     file = BytesIO()
     large.save(file, "JPEG", quality=95)

@@ -73,7 +73,7 @@ def test_a_record_is_new_or_not() -> None:
     assert record(configured=64, micro_batch_size=32).follows(record())
 
 
-def test_records_are_read_as_written_and_rubbish_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_records_are_read_as_written_and_rubbish_is_not(tmp_path: Path) -> None:
     assert read_shrink(tmp_path) is None
     write_shrink(tmp_path, record())
     assert read_shrink(tmp_path) == record()
@@ -130,7 +130,7 @@ sys.exit(1)
 
 @pytest.mark.usefixtures("_own_children")
 def test_starting_again_ends_when_nothing_is_left_to_shrink(
-    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     config = shrinking(write_config)

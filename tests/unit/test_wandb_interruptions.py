@@ -84,7 +84,7 @@ def aliases(artifact: Mapping[str, Any]) -> set[str]:
 
 
 @pytest.fixture
-def killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
+def killed(tmp_path: Path) -> dict[str, str]:
     """Variables of a run with a checkpoint every 3 steps that is rolled back in step 8, and killed in step 9."""
     (tmp_path / "run").mkdir()
     events = [Event("nan", step=8), Event("kill", step=9, place="forward")]
@@ -226,7 +226,7 @@ def test_sync_says_in_a_line_what_it_lacks(
     assert told() == "error: 127.0.0.1 cannot be reached\n"
 
 
-def test_servers_that_keep_one_waiting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_servers_that_keep_one_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wandb_run, "_PROBE_SECONDS", 0.2)
     online = WandbConfig(mode="online")
     with WandbServer(silent=True) as silent:
@@ -246,9 +246,7 @@ def test_servers_that_keep_one_waiting(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert time.monotonic() - started < 5
 
 
-def test_a_record_that_is_not_whole_is_not_replayed(
-    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_record_that_is_not_whole_is_not_replayed(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = RunFolder(load_config(str(write_config()), []))
     folder.create()
     lines = [json.dumps({"step": step, "train/loss": 1.0}) for step in (1, 2, 3)]

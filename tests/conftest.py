@@ -83,6 +83,13 @@ def _fresh_process_state() -> Iterator[None]:
     logger.setLevel(logging.NOTSET)
 
 
+class Alone:
+    """A job of one process, whose turn it always is."""
+
+    def main_first(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
 class Outcome(NamedTuple):
     code: int
     out: str
@@ -217,13 +224,6 @@ def tiny_config(run_dir: Path, **changes: Any) -> dict[str, Any]:
             section = section.setdefault(parent, {})
         section[last] = value
     return config
-
-
-class Alone:
-    """A job of one process, whose turn it always is."""
-
-    def main_first(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
 
 WriteConfig = Callable[..., Path]

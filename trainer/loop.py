@@ -33,7 +33,7 @@ from trainer.faults.lookout import Lookout
 from trainer.faults.numbers import BadNumbers, NumberGuard
 from trainer.faults.pace import Pace, Straggler
 from trainer.faults.stopping import StopRequests
-from trainer.goodput import Ledger
+from trainer.ledger import Ledger
 from trainer.memory.checkpointing import check_compiled_buffers
 from trainer.memory.out_of_memory import Situation
 from trainer.normalising import Normaliser

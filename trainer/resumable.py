@@ -34,7 +34,7 @@ from trainer.faults.judging import WITHIN_A_STEP
 from trainer.faults.lookout import Lookout
 from trainer.faults.numbers import NumberGuard, bad_step_report
 from trainer.faults.stopping import StopRequests
-from trainer.goodput import Ledger
+from trainer.ledger import Ledger
 from trainer.profiling.recording import Profiling
 from trainer.random_state import generator_states, restore_generators
 from trainer.reporting import Reporter

@@ -16,9 +16,9 @@ import pytest
 import wandb_log
 from conftest import REPOSITORY, tiny_config
 
-from trainer import goodput
 from trainer.config import Config
-from trainer.goodput import FILE, PARTS, Goodput, Ledger, read_attempts
+from trainer.goodput import FILE, PARTS, Goodput, read_attempts
+from trainer.ledger import Ledger
 from trainer.run_folder import RunFolder
 
 START = 1_000_000.0  # seconds since 1970, of the first attempt
@@ -45,7 +45,7 @@ class FakeTime:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
     fake = FakeTime()
-    monkeypatch.setattr(goodput, "time", fake)
+    monkeypatch.setattr("trainer.ledger.time", fake)
     return fake
 
 
@@ -459,7 +459,7 @@ def in_a_process(code: str, **variables: str) -> str:
 
 
 def test_a_process_counts_from_its_start_and_only_once() -> None:
-    code = "import time; time.sleep(0.5); from trainer.goodput import _age_of_run as age; print(age(), age())"
+    code = "import time; time.sleep(0.5); from trainer.ledger import _age_of_run as age; print(age(), age())"
     started = time.time()
     first, second = map(float, in_a_process(code).split())
     assert 0.5 <= first <= time.time() - started + 0.05  # the start is known to a hundredth
@@ -468,7 +468,7 @@ def test_a_process_counts_from_its_start_and_only_once() -> None:
 
 def test_a_prompt_counts_from_the_run() -> None:
     """A person's notebook may be days old."""
-    assert in_a_process("import sys; sys.ps1 = 'In'; from trainer.goodput import _age_of_run as age; print(age())") == (
+    assert in_a_process("import sys; sys.ps1 = 'In'; from trainer.ledger import _age_of_run as age; print(age())") == (
         "0.0\n"
     )
 

@@ -206,7 +206,7 @@ def test_what_workers_load_can_be_sent_to_workers_that_are_not_forked(request: p
     try:
         feed.start(StepSampler(BatchPlan.split(20, 6, None, 1, False), 0, 0), 0, 1)
         assert feed._pool is not None
-        pickle.loads(pickle.dumps(feed._pool.load))
+        pickle.loads(pickle.dumps(feed._pool._load))
     finally:
         feed.close()
 

@@ -31,7 +31,8 @@ from torchvision import tv_tensors
 from trainer.data.nested import collate, map_tensors
 from trainer.data.sampler import SampleKey
 from trainer.data.slots import Slot
-from trainer.data.workers import Load, WorkerDied, WorkerPool
+from trainer.data.worker_process import Load
+from trainer.data.workers import WorkerDied, WorkerPool
 
 MakePool = Callable[..., WorkerPool]
 Requests = list[list[SampleKey]]

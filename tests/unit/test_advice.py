@@ -23,7 +23,8 @@ from trainer.advice.measured import (
     Pauses,
     speed_up,
 )
-from trainer.advice.survey import _Stragglers, _WorkerMemory, is_behind
+from trainer.advice.stretches import Stragglers, WorkerMemory
+from trainer.advice.survey import is_behind
 from trainer.faults.pace import Straggler
 
 GIB = 2**30
@@ -268,8 +269,8 @@ def test_memory_of_workers() -> None:
 
 def test_memory_is_compared_with_that_of_as_many_settled_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("trainer.advice.survey.time.monotonic", lambda: now)
-    memory = _WorkerMemory()
+    monkeypatch.setattr("trainer.advice.stretches.time.monotonic", lambda: now)
+    memory = WorkerMemory()
     for at, num_workers, size in (
         (1.0, 2, 10),  # just started
         (50.0, 2, 20),
@@ -409,7 +410,7 @@ def test_straggler() -> None:
 
 
 def test_a_straggler_of_a_whole_run_is_one_that_cost_much_of_it() -> None:
-    stragglers = _Stragglers()
+    stragglers = Stragglers()
     stragglers.add(Straggler(1, 0.9, 0.1, 0.5), 10)
     stragglers.add(None, 990)
     assert stragglers.worst() is None
@@ -418,7 +419,7 @@ def test_a_straggler_of_a_whole_run_is_one_that_cost_much_of_it() -> None:
     found = stragglers.worst()
     assert found is not None
     assert (found.rank, found.seconds, found.share) == (2, pytest.approx(0.4), pytest.approx(0.2))
-    assert _Stragglers().worst() is None
+    assert Stragglers().worst() is None
 
 
 # ---- pauses --------------------------------------------------------------------------------------------------

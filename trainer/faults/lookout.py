@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.checkpoint.writing import SaveFailed
-from trainer.config import FaultsConfig
+from trainer.config_run import FaultsConfig
 from trainer.data.feed import MicroBatch
 from trainer.errors import UserError, one_line, one_line_text
 from trainer.faults.fault import Fault, fault_folder, is_lost_peer

@@ -32,9 +32,10 @@ from trainer.errors import UserError
 from trainer.faults.pace import Straggler
 from trainer.memory.blocks import repeated_blocks
 from trainer.resumable import Resumable
-from trainer.runtime import Runtime, leaves_out_on_device
+from trainer.runtime import Runtime
 from trainer.telemetry.memory import memory_use
 from trainer.telemetry.observer import Observation
+from trainer.update import leaves_out_on_device
 
 if TYPE_CHECKING:
     from trainer.memory.planner import Prediction

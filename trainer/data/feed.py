@@ -23,7 +23,7 @@ from trainer.data.device_decode import DeviceDecoder
 from trainer.data.device_half import DeviceHalf, ImageMeaning
 from trainer.data.joint import JointTransform, check_joint_transforms, with_typed_samples
 from trainer.data.loader import LoadedBatch, LoadFailure, SampleLoader, preserved_generators
-from trainer.data.modes import Route, choose_route, device_memory, why_host_only, without_effect
+from trainer.data.modes import Route, choose_route, why_host_only, without_effect
 from trainer.data.nested import map_tensors, num_bytes
 from trainer.data.prefetch import DeviceBatch, Prefetcher
 from trainer.data.resident import ResidentPictures, Share
@@ -34,6 +34,7 @@ from trainer.data.tuning import WorkerTuner
 from trainer.data.unreadable import Unreadable
 from trainer.data.workers import WorkerPool
 from trainer.errors import BadSample, UserError, place_at
+from trainer.telemetry.memory import device_memory
 from trainer.units import counted
 
 logger = logging.getLogger("lockstep")

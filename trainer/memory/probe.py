@@ -19,6 +19,7 @@ from trainer.memory.planner import Job
 from trainer.memory.trace import CPU_GRANULARITY, MemoryTrace
 from trainer.random_state import generator_states, restore_generators
 from trainer.runtime import Runtime
+from trainer.telemetry.memory import peak_memory_bytes
 
 
 def largest_that_fits(
@@ -103,7 +104,7 @@ def _on_cuda(
     with torch.compiler.set_stance("force_eager"):  # or every size that is tried would be compiled
         loss(model, batch).backward()
     del ballast
-    return torch.cuda.max_memory_allocated(device)
+    return peak_memory_bytes(device)
 
 
 def _on_host(model: nn.Module, loss: Callable[[nn.Module, Any], torch.Tensor], batch: Any) -> int:

@@ -71,13 +71,13 @@ def save_picture(path: Path, index: int, **settings: Any) -> None:
 def record_bytes(feed: DeviceFeed, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Returns a list that will hold the images of each batch as they are before the device half."""
     seen: list[torch.Tensor] = []
-    augmented = feed._augmented
+    finish = feed._device_half.finish
 
-    def record(item: Any) -> Any:
-        seen.append(feed._input(item.batch.data).cpu())
-        return augmented(item)
+    def record(data: Any, plan: Any) -> Any:
+        seen.append(feed._device_half._images(data).cpu())
+        return finish(data, plan)
 
-    monkeypatch.setattr(feed, "_augmented", record)
+    monkeypatch.setattr(feed._device_half, "finish", record)
     return seen
 
 

@@ -11,7 +11,8 @@ import loads
 import torch
 
 from trainer.data.sampler import SampleKey
-from trainer.data.workers import Load, WorkerPool
+from trainer.data.worker_process import Load
+from trainer.data.workers import WorkerPool
 
 MakePool = Callable[..., WorkerPool]
 Requests = list[list[SampleKey]]

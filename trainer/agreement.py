@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.faults.stopping import StopRequests
-from trainer.runtime import Runtime
+from trainer.world import World
 
 logger = logging.getLogger("lockstep")
 
@@ -73,14 +73,14 @@ class Decisions:
     """What all ranks decide together while they train.
 
     Args:
-        runtime: this process among its peers.
+        world: the processes that train together.
         stop_requests: of this process.
     """
 
-    def __init__(self, runtime: Runtime, stop_requests: StopRequests) -> None:
-        self._runtime = runtime
+    def __init__(self, world: World, stop_requests: StopRequests) -> None:
+        self._world = world
         self._stop_requests = stop_requests
-        self._votes = StepVotes(runtime.host_group, num_questions=len(Questions()))
+        self._votes = StepVotes(world.host_group, num_questions=len(Questions()))
         self._heard = Questions()
         self.stopping = ""
         """What asked for the end, once all ranks know of it."""
@@ -108,6 +108,6 @@ class Decisions:
         # What is answered within a step or an evaluation waits for the end of the step.
         self._heard = Questions(*(old or new for old, new in zip(self._heard, answers, strict=True)))
         if self._heard.stop and not self.stopping:
-            reasons = enumerate(self._runtime.gather(self._stop_requests.reason))
+            reasons = enumerate(self._world.gather(self._stop_requests.reason))
             self.stopping = " and ".join(f"{reason} on rank {rank}" for rank, reason in reasons if reason)
             logger.info("stopping   because of %s", self.stopping)

@@ -19,7 +19,6 @@ from trainer.data.build import build_data, packed
 from trainer.data.datasets import SizedDataset, class_names
 from trainer.data.feed import DeviceFeed
 from trainer.data.loader import preserved_generators
-from trainer.data.modes import device_memory
 from trainer.data.resident import Share
 from trainer.data.sampler import BatchPlan, StepSampler
 from trainer.data.transforms import build_transforms
@@ -39,14 +38,16 @@ from trainer.model import (
 from trainer.optim import build_optimizer
 from trainer.param_groups import choose_treatments, describe_groups, has_layers_of_timm
 from trainer.precision import allows_tf32
+from trainer.random_state import seed_everything
 from trainer.run_folder import RunFolder
-from trainer.runtime import Runtime, seed_everything
+from trainer.runtime import Runtime
 from trainer.schedule import build_learning_rate
 from trainer.sync_batchnorm import synchronise_batchnorm
 from trainer.tasks import build_task
 from trainer.tasks.distillation import build_teacher, settled_teacher
 from trainer.tasks.metrics import UserMetrics, check_name
 from trainer.telemetry.efficiency import FlopCounter, peak_flops
+from trainer.telemetry.memory import device_memory
 from trainer.tracking import check_trackers
 from trainer.weights import settled_weights
 

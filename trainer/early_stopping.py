@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.checkpoint.manifest import Progress
-from trainer.config import EarlyStoppingConfig
+from trainer.config_run import EarlyStoppingConfig
 from trainer.errors import UserError
 
 

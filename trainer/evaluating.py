@@ -24,9 +24,9 @@ from trainer.tally import Tally
 
 
 class Evaluating(Observed):
-    """A run that is evaluated; `trainer.loop.Trainer` fills in its parts."""
+    """A run that is evaluated."""
 
-    media: EvalMedia | None  # of the last evaluation, on rank 0
+    media: EvalMedia | None = None  # of the last evaluation, on rank 0
 
     def is_over(self) -> bool:
         """Tells whether no step is left to make: all are made, or the run has ended early."""

@@ -1,6 +1,8 @@
-"""The training loop: `Trainer.fit`, one step, what is due between two.
+"""The training loop: `Trainer.fit`, one step, what is due between two, and the end.
 
-Reads as nouns and verbs; how each is done is in the module named after it.
+Reads as nouns and verbs; how each is done is in the module named after it. The trainer stands on what a run consists of
+(`trainer.assembly`), can be saved (`trainer.resumable`), observed (`trainer.observed`) and evaluated
+(`trainer.evaluating`).
 """
 
 from __future__ import annotations
@@ -17,41 +19,28 @@ from typing import Literal
 import torch
 
 from trainer.advice.survey import Survey
-from trainer.agreement import Decisions
-from trainer.buffers import BufferCopy
-from trainer.checkpoint.folder import open_folder
-from trainer.checkpoint.manifest import Progress
-from trainer.checkpoint.writing import SaveFailed, Saver
+from trainer.checkpoint.writing import SaveFailed
 from trainer.config import Config
-from trainer.config_values import Minutes
 from trainer.data.feed import MicroBatch
-from trainer.ema import Ema
 from trainer.errors import one_line
 from trainer.evaluating import Evaluating
-from trainer.faults.fault import Fault, next_attempt
-from trainer.faults.lookout import Lookout
-from trainer.faults.numbers import BadNumbers, NumberGuard
-from trainer.faults.pace import Pace, Straggler
-from trainer.faults.stopping import StopRequests
-from trainer.goodput import Ledger
+from trainer.faults.fault import Fault
 from trainer.memory.checkpointing import check_compiled_buffers
 from trainer.memory.out_of_memory import Situation
+from trainer.model_errors import explained_model_errors
 from trainer.normalising import Normaliser
-from trainer.parallel import watch_exchanges
-from trainer.profiling.recording import Profiling
 from trainer.random_state import generator_states, restore_generators
+from trainer.recovery import Recovery
 from trainer.reporting import Reporter
 from trainer.run_folder import RunFolder
-from trainer.runtime import Runtime, explained_model_errors
+from trainer.runtime import Runtime
 from trainer.tasks.misfit import explained_misfit
-from trainer.telemetry.clock import Clock, Timer
-from trainer.telemetry.observer import Observer
-from trainer.telemetry.stopwatch import Stopwatch
+from trainer.telemetry.clock import Clock
 from trainer.tracking import reminder
-from trainer.window import Window, either
+from trainer.update import Update
+from trainer.window import either
 
 logger = logging.getLogger("lockstep")
-
 
 _IN_STEP = 8  # most exchanges of decisions within a step, between groups of micro-batches
 
@@ -68,88 +57,21 @@ class Trainer(Evaluating):
     """
 
     def __init__(self, config: Config, to_train: bool = True) -> None:
-        self.clock = Clock()
-        with self.clock.phase("startup"):
-            super().__init__(config, Runtime(config), RunFolder(config), to_train)
-            runtime = self.runtime
-            self.progress = Progress()
-            self.stop_requests = StopRequests()
-            self.decisions = Decisions(runtime, self.stop_requests)
-            self.reporter: Reporter | None = None  # on rank 0, once the run has started
-            self.survey: Survey | None = None  # the same
-            self.first_step = 0  # of this attempt
-            self.media = None
-            self.profiling: Profiling | None = None
-            self._micro_batch = 0  # of the present step
-            self.ledger = Ledger(self.folder) if to_train and runtime.is_main else None
-            self.lookout = self._lookout() if to_train else None
-            self.stopwatch = Stopwatch(runtime.device) if to_train and config.log.time_split else None
-            self.injector = self.lookout.injector if self.lookout is not None else None
+        clock = Clock()
+        with clock.phase("startup"):
+            super().__init__(clock, config, Runtime(config), RunFolder(config), to_train)
             with self.lookout.last_words() if self.lookout is not None else nullcontext():
-                self._prepare()
+                self.build()
 
-    def _lookout(self) -> Lookout:
-        ledger, path = self.ledger, self.folder.path
-        attempt = self.runtime.from_main(lambda: next_attempt(path, ledger.number if ledger is not None else 1))
-        return Lookout(
-            self.config.faults,
-            self.runtime,
-            path,
-            attempt,
-            self._describe_feeds,
-            lambda fault: self.summarise("failed", str(fault)),
-        )
-
-    def _prepare(self) -> None:
+    def build(self) -> None:
         """Builds and wraps everything."""
-        config, runtime = self.config, self.runtime
-        self.at("building")
-        self.checkpoints = runtime.agree(lambda: open_folder(config, self.is_kept_for_good))
-        self.build()
-        self.model, self.optimizer = runtime.prepare(self.bare_model, self.bare_optimizer, self.shared_blocks.values())
+        super().build()
+        self.update = Update(self.runtime, self.optimizer, self.config.optim, self.numbers, self.buffers)
+        self.recovery = Recovery(self)
+        self._micro_batch = 0  # of the present step
         self._on_computed: Callable[[], None] | None = None  # what a backward calls before it waits for other ranks
-        if self.stopwatch is not None:
-            self._time_parts(self.stopwatch)
-        self.ema = Ema(self.bare_model, config.optim.ema) if config.optim.ema is not None else None
-        # Not where a forward is a collective: a rank that runs out of memory in it would leave the others waiting.
-        if self.planned is not None and not runtime.in_lockstep:
-            self.split_batch(self.plan.num_samples, self.confirmed_micro_batch())
-        self.saver = Saver(
-            self.checkpoints,
-            runtime,
-            runtime.new_host_group(),
-            config.checkpoint.async_save,
-            runtime.device,
-            self.beat,
-        )
-        every = config.checkpoint.every
-        self.save_timer = Timer(60 * every.count) if isinstance(every, Minutes) and runtime.is_main else None
-        self.numbers = NumberGuard(
-            config.faults,
-            runtime.num_ranks,
-            runtime.zero(),
-            is_scaled=runtime.scaler is not None,
-        )
-        self.buffers = BufferCopy(self.bare_model)
-        self.pace = Pace(runtime.device) if runtime.num_ranks > 1 else None  # one that is alone meets nobody
-        self.straggler: Straggler | None = None  # at the last report
-        self.window = Window(runtime, self.clock)
-        self.observer = Observer(runtime, self.feed, self.stopwatch)
-        self.skipped_samples = 0  # that could not be read, on all ranks, at the last report
-        if self.lookout is not None:
-            rank, num_ranks, folder = runtime.rank, runtime.num_ranks, self.folder.path / "profile"
-            self.profiling = Profiling.wanted(
-                config.profile, folder, rank, num_ranks, runtime.device, self.clock, self.at, self.total_steps
-            )
-
-    def _time_parts(self, stopwatch: Stopwatch) -> None:
-        """Has the time that steps take split into parts, also where the loop itself does not come through."""
-        self.clock.stopwatch = stopwatch
-        self.feed.on_arrival = partial(stopwatch.enter, "forward")
-        if self.runtime.is_sharded:
-            watch_exchanges(self.model, stopwatch.exchange)
-        if self.runtime.num_ranks > 1:
-            self._on_computed = partial(stopwatch.enter, "communication")
+        if self.stopwatch is not None and self.runtime.num_ranks > 1:
+            self._on_computed = partial(self.stopwatch.enter, "communication")
 
     # ---- the run ------------------------------------------------------------------------------------------
 
@@ -190,37 +112,13 @@ class Trainer(Evaluating):
         step = self.progress.step
         if step in self.progress.avoided_steps:
             return self._leave_out()
-        learning_rate = self.learning_rate(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
-        if self.numbers.policy == "skip":
-            self.buffers.keep()
         undo = self._undo() if self._asks_within(step) else None
-        if self.runtime.num_ranks > 1:
-            with self.inside("communication"):
-                self.runtime.broadcast(self.buffers.now())
-        if self.stopwatch is not None:
-            self.stopwatch.begin_step()
-        if self.pace is not None:
-            self.pace.begin_step()
+        self._begin_step(step)
         normaliser = Normaliser(self.runtime, self.plan, step, partial(self.inside, "communication"))
         loss_sum, num_samples = self.runtime.zero(), 0
         for i, batch in enumerate(self._batches(step)):
             self._micro_batch = i
-            if self.flops is not None and self.flops.is_due:  # on every rank: a user's forward may hold a collective
-                self.flops.count(batch.data, len(batch.sample_ids))
-            with self.runtime.accumulate(self.model, batch.is_last):
-                loss, count = self.loss_and_count(batch)
-                if self.injector is not None:
-                    loss = self.injector.loss(loss, step + 1)
-                is_first_exchange = batch.is_last if count is None else i == 0
-                if self.pace is not None and is_first_exchange and not self.runtime.in_lockstep:
-                    self.pace.meet()
-                scale = normaliser.scale(count)
-                self.at("backward", batch)
-                with explained_model_errors():  # blocks may run again in backward
-                    self.runtime.backward(loss * scale, self._on_computed if batch.is_last else None)
-            loss_sum += loss.detach()
+            loss_sum += self.forward_backward(batch, normaliser)
             num_samples += batch.num_samples
             if undo is not None and self._stops_within(i):
                 undo()
@@ -230,13 +128,15 @@ class Trainer(Evaluating):
         if factor is not None:
             loss_sum *= factor
             has_no_loss = factor == 0  # nothing in the global batch counts
-        is_left_out = self.judge(step, loss_sum, num_samples, has_no_loss)
+        num_all = self.plan.step_samples(step)
+        is_left_out = self.update.judge_and_clip(step, loss_sum, num_samples, num_all, has_no_loss)
         self.window.add(loss_sum, num_samples, either(is_left_out, has_no_loss))
+        self.window.grad_norm = self.update.gradient_norm
         if self.saver.holds_state:  # the last save may still be copying what the next line changes
             with self.clock.phase("checkpoint"):
                 self.saver.before_update()
-        self.progress.skipped_steps += self.runtime.step(self.optimizer, unless=is_left_out)
-        self.runtime.zero_grad(self.optimizer)
+        self.progress.skipped_steps += self.update.step(unless=is_left_out)
+        self.update.zero_grad()
         self.progress.step += 1
         if self.ema is not None:
             self.ema.update(self.progress.step)
@@ -244,6 +144,20 @@ class Trainer(Evaluating):
             self.saver.prepare(self.state())
         check_compiled_buffers(self.compiled_blocks)  # looks after the first step only
         return True
+
+    def _begin_step(self, step: int) -> None:
+        learning_rate = self.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+        if self.numbers.policy == "skip":
+            self.buffers.keep()
+        if self.runtime.num_ranks > 1:
+            with self.inside("communication"):
+                self.runtime.broadcast(self.buffers.now())
+        if self.stopwatch is not None:
+            self.stopwatch.begin_step()
+        if self.pace is not None:
+            self.pace.begin_step()
 
     def _batches(self, step: int) -> Iterator[MicroBatch]:
         """Yields the micro-batches of a step, and says where this rank is."""
@@ -260,31 +174,41 @@ class Trainer(Evaluating):
                 batch = replace(batch, data=self.injector.spoil(batch.data, step + 1))
             yield batch
 
-    def judge(
-        self, step: int, loss_sum: torch.Tensor, num_samples: int, has_no_loss: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """Looks at the numbers of a step and clips its gradients. Returns what says whether it is left out, if any."""
-        numbers, runtime = self.numbers, self.runtime
-        max_norm, max_value = self.config.optim.clip_norm, self.config.optim.clip_value
-        num_all = self.plan.step_samples(step)
-        is_left_out = None
-        if runtime.scaler is not None:  # which skips the step itself, where it then finds that the gradients overflow
-            is_left_out = numbers.judge(step, loss_sum, num_samples, num_all, None, has_no_loss)
-            if is_left_out is not None:
-                runtime.overflow(self.optimizer, is_left_out)
-        if max_norm is not None or max_value is not None:
-            runtime.unscale_gradients(self.optimizer)
-        if max_norm is not None or numbers.wants_gradient_norm:
-            self.window.grad_norm = norm = runtime.gradient_norm(self.optimizer)
-            if max_norm is not None:
-                runtime.clip_norm(self.optimizer, max_norm, norm)
-        if max_value is not None:
-            runtime.clip_values(self.optimizer, max_value)
-        if runtime.scaler is None:
-            is_left_out = numbers.judge(step, loss_sum, num_samples, num_all, self.window.grad_norm, has_no_loss)
-        if is_left_out is not None:  # the forward has changed BatchNorm's statistics
-            self.buffers.put_back(is_left_out)
-        return is_left_out
+    def forward_backward(self, batch: MicroBatch, normaliser: Normaliser) -> torch.Tensor:
+        """Runs a micro-batch forward and backward; the last one of a step exchanges gradients with the other ranks.
+
+        Returns:
+            Its summed loss.
+        """
+        if self.flops is not None and self.flops.is_due:  # on every rank: a user's forward may hold a collective
+            self.flops.count(batch.data, len(batch.sample_ids))
+        with self.runtime.accumulate(self.model, batch.is_last):
+            loss, count = self.loss_and_count(batch)
+            if self.injector is not None:
+                loss = self.injector.loss(loss, self.progress.step + 1)
+            is_first_exchange = batch.is_last if count is None else self._micro_batch == 0
+            if self.pace is not None and is_first_exchange and not self.runtime.in_lockstep:
+                self.pace.meet()
+            scale = normaliser.scale(count)
+            self.at("backward", batch)
+            with explained_model_errors():  # blocks may run again in backward
+                self.runtime.backward(loss * scale, self._on_computed if batch.is_last else None)
+        return loss.detach()
+
+    def loss_and_count(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the summed loss of a micro-batch, and what it is to be divided by where that is not samples.
+
+        A stand-in keeps this rank in step without weight.
+        """
+        is_first = self.progress.step == self.first_step
+        with explained_misfit(batch.data) if is_first else nullcontext():
+            with explained_model_errors():
+                outputs = self.task.forward(self.model, batch.data)
+            loss_sum = self.task.training_loss_sum(outputs, batch.data)
+            count = self.task.loss_count(outputs, batch.data)
+        if batch.num_samples:
+            return loss_sum, count
+        return loss_sum * 0.0, count if count is None else torch.zeros_like(count)
 
     def _leave_out(self) -> bool:
         """Lets the batch of this step pass by, and changes nothing but the position."""
@@ -305,8 +229,8 @@ class Trainer(Evaluating):
         report_due = self.due(self.config.log.every)
         # Trackers cannot take back what they were told of a step that will be made again.
         is_final = save_due or evaluation_due or (report_due and self.config.faults.non_finite == "rollback")
-        if is_alarmed or (is_final and self._any_alarm()):
-            self.recover()
+        if is_alarmed or (is_final and self.recovery.is_due()):
+            self.recovery.recover()
             return
         if report_due:
             self.report()
@@ -318,21 +242,6 @@ class Trainer(Evaluating):
             self.save()
         if evaluation_due:
             self.evaluate_and_save(is_saved=save_due)
-
-    def loss_and_count(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the summed loss of a micro-batch, and what it is to be divided by where that is not samples.
-
-        A stand-in keeps this rank in step without weight.
-        """
-        is_first = self.progress.step == self.first_step
-        with explained_misfit(batch.data) if is_first else nullcontext():
-            with explained_model_errors():
-                outputs = self.task.forward(self.model, batch.data)
-            loss_sum = self.task.training_loss_sum(outputs, batch.data)
-            count = self.task.loss_count(outputs, batch.data)
-        if batch.num_samples:
-            return loss_sum, count
-        return loss_sum * 0.0, count if count is None else torch.zeros_like(count)
 
     # ---- decisions of all ranks ---------------------------------------------------------------------------
 
@@ -372,69 +281,11 @@ class Trainer(Evaluating):
         generators = generator_states(self.runtime.device)
 
         def undo() -> None:
-            self.runtime.zero_grad(self.optimizer)
+            self.update.zero_grad()
             self.buffers.put_back()
             restore_generators(generators, self.runtime.device)
 
         return undo
-
-    # ---- numbers that go wrong ----------------------------------------------------------------------------
-
-    def _any_alarm(self) -> bool:
-        """Waits until the last step is judged, and tells whether any rank must not go on with it."""
-        if self.numbers.policy == "skip":
-            return False
-        self.numbers.settle()
-        return any(self.runtime.gather(self.numbers.is_alarmed))
-
-    def recover(self) -> None:
-        """Does what `faults.non_finite` says about bad numbers, on all ranks together.
-
-        Raises:
-            BadNumbers: the run is not to go on.
-        """
-        self.decisions.forget()
-        self.numbers.settle()
-        faults = self.config.faults
-        bad = self.note_bad_steps()[0]
-        message = bad.message
-        if faults.non_finite == "rollback":
-            if self.progress.num_rollbacks < faults.max_rollbacks:
-                self.roll_back(bad)
-                return
-            message += f"; faults.max_rollbacks ({faults.max_rollbacks}) are used up"
-        elif not self.numbers.wants_gradient_norm and self.config.optim.clip_norm is None:
-            message += ", or of the step before: gradients were not looked at"
-        self.saver.wait()
-        stands = self.saver.saved_step
-        stands_text = f"the checkpoint of step {stands} stands" if stands is not None else "there is no checkpoint yet"
-        raise BadNumbers(replace(bad, message=f"{message}; {stands_text}"))
-
-    def roll_back(self, bad: Fault) -> None:
-        """Goes back to the last checkpoint, and leaves the batch of a step out from then on."""
-        assert bad.step is not None
-        before = self.progress
-        self.at("restoring a checkpoint")
-        with self.clock.phase("checkpoint"):
-            self.saver.wait()
-            checkpoint = self.checkpoints.choose(self.runtime)
-            if checkpoint is None:
-                raise BadNumbers(replace(bad, message=f"{bad.message}; there is no checkpoint to go back to"))
-            self.load(checkpoint)
-            self.saver.saved_step = checkpoint.step
-            progress = self.progress
-            progress.num_rollbacks = before.num_rollbacks + 1
-            progress.avoided_steps = sorted({*before.avoided_steps, bad.step - 1})
-            progress.wandb_id = before.wandb_id
-            self.numbers.forget()
-            self.feed.start(self.sampler, progress.step, self.total_steps)
-            if self.reporter is not None:
-                self.folder.cut_metrics(progress.step, progress.evaluated_step)
-        if self.ledger is not None:
-            self.ledger.rolled_back(before.step, progress.step, *self.times())
-        self.save()  # of the same step, so that only the progress is new: the next attempt avoids that batch, too
-        self.measure_from_here()
-        logger.warning("going back to step %d, and leaving out the batch of step %d", progress.step, bad.step)
 
     # ---- begin and end ------------------------------------------------------------------------------------
 
@@ -482,8 +333,8 @@ class Trainer(Evaluating):
         self.at("ending")
         if self.profiling is not None:
             self.profiling.close()
-        if self._any_alarm():
-            self.recover()
+        if self.recovery.is_due():
+            self.recovery.recover()
         status: Literal["finished", "stopped"] = "finished" if self.complete() else "stopped"
         if status == "finished" or self.has_time_to_save():
             self.wait_for_the_last_save(must_be_there=status == "finished")
@@ -534,7 +385,7 @@ class Trainer(Evaluating):
             self.reporter.close(False, self._open_step(), seconds, self.beat)  # which is no hang
         self.decisions.forget()
         self.saver.wait()
-        del self.model, self.optimizer, self.bare_model, self.bare_optimizer
+        del self.model, self.optimizer, self.update, self.bare_model, self.bare_optimizer
         if self.lookout is not None:
             self.lookout.close()
         self.runtime.close()
@@ -556,8 +407,3 @@ class Trainer(Evaluating):
             optimizer=self.bare_optimizer,
             memory_plan=self.memory_table,
         )
-
-    def _describe_feeds(self) -> list[str]:
-        """Returns what is being read at this moment; called on the watch's thread."""
-        feeds = [getattr(self, "feed", None), getattr(self, "eval_feed", None)]
-        return [line for feed in feeds if feed is not None for line in feed.readings()]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from trainer.data.sampler import BatchPlan
 from trainer.errors import UserError
 from trainer.memory.sharding import local_part
-from trainer.runtime import Runtime
+from trainer.world import World
 
 
 class Normaliser:
@@ -28,7 +28,7 @@ class Normaliser:
     rank the guess is the answer.
 
     Args:
-        runtime: this process among its peers.
+        world: the processes that train together.
         plan: the batch arithmetic.
         step: which step it is.
         around: what an exchange with other ranks runs inside of.
@@ -36,12 +36,12 @@ class Normaliser:
 
     def __init__(
         self,
-        runtime: Runtime,
+        world: World,
         plan: BatchPlan,
         step: int,
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self._runtime = runtime
+        self._world = world
         self._num_samples = plan.step_samples(step)
         self._num_turns = plan.num_turns(step, 0)  # the most of any rank
         self._around = around
@@ -59,13 +59,13 @@ class Normaliser:
             UserError: the count is none, or only some micro-batches have one.
         """
         self._num_seen += 1
-        num_ranks = self._runtime.num_ranks  # over which DDP and FSDP average gradients
+        num_ranks = self._world.num_ranks  # over which DDP and FSDP average gradients
         if count is None and self._own is None:
             return num_ranks / self._num_samples
         if not isinstance(count, torch.Tensor) or count.ndim or (self._own is None and self._num_seen > 1):
             message = "loss_count must return a scalar tensor for every batch, or None for every batch"
             raise UserError(message, path="task.name")
-        count = self._runtime.exact(count).to(self._runtime.device)
+        count = self._world.exact(count).to(self._world.device)
         if self._own is None:
             self._own, self._guess = count.clone(), self._total(count) * self._num_turns
             if self._num_turns > 1:
@@ -93,7 +93,7 @@ class Normaliser:
 
     def _total(self, count: torch.Tensor) -> torch.Tensor:
         total = count.clone()
-        if self._runtime.num_ranks > 1:
+        if self._world.num_ranks > 1:
             with self._around():
                 dist.all_reduce(total)
         return total

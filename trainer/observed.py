@@ -10,32 +10,80 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Literal
 
 import torch
 
 from trainer.advice.measured import Advice
 from trainer.advice.survey import Survey
+from trainer.config import Config
 from trainer.errors import one_line
+from trainer.faults.fault import next_attempt
 from trainer.faults.injection import Injector
+from trainer.faults.lookout import Lookout
 from trainer.faults.pace import Pace, Straggler, find_straggler, waited_share
+from trainer.parallel import watch_exchanges
+from trainer.profiling.recording import Profiling
 from trainer.resumable import Resumable
-from trainer.run_folder import RANKS_FILE
+from trainer.run_folder import RANKS_FILE, RunFolder
+from trainer.runtime import Runtime
+from trainer.telemetry.clock import Clock
 from trainer.telemetry.observer import Observation, Observer, rank_record
+from trainer.telemetry.stopwatch import Stopwatch
 from trainer.window import Window
 
 logger = logging.getLogger("lockstep")
 
 
 class Observed(Resumable):
-    """A run that is observed; `trainer.loop.Trainer` fills in its parts."""
+    """A run that is observed: by its reports, and by the other ranks."""
 
-    observer: Observer
-    survey: Survey | None  # on rank 0, once it trains
-    pace: Pace | None  # of several ranks
-    straggler: Straggler | None  # at the last report
-    injector: Injector | None
-    skipped_samples: int  # that could not be read, on all ranks, at the last report
+    survey: Survey | None = None  # on rank 0, once it trains
+    straggler: Straggler | None = None  # at the last report
+    injector: Injector | None = None  # where faults are injected
+    skipped_samples = 0  # that could not be read, on all ranks, at the last report
+
+    def __init__(self, clock: Clock, config: Config, runtime: Runtime, folder: RunFolder, to_train: bool) -> None:
+        super().__init__(clock, config, runtime, folder, to_train)
+        if to_train:
+            ledger = self.ledger
+            attempt = runtime.from_main(lambda: next_attempt(folder.path, ledger.number if ledger is not None else 1))
+            self.lookout = Lookout(
+                config.faults,
+                runtime,
+                folder.path,
+                attempt,
+                self._describe_feeds,
+                lambda fault: self.summarise("failed", str(fault)),
+            )
+            self.injector = self.lookout.injector
+
+    def build(self) -> None:
+        """Builds all that is observed, and what observes it."""
+        super().build()
+        config, runtime = self.config, self.runtime
+        self.pace = Pace(runtime.device) if runtime.num_ranks > 1 else None  # one that is alone meets nobody
+        self.observer = Observer(runtime, self.feed, self.stopwatch)
+        if self.stopwatch is not None:
+            self._time_parts(self.stopwatch)
+        if self.to_train:
+            rank, num_ranks, folder = runtime.rank, runtime.num_ranks, self.folder.path / "profile"
+            self.profiling = Profiling.wanted(
+                config.profile, folder, rank, num_ranks, runtime.device, self.clock, self.at, self.total_steps
+            )
+
+    def _time_parts(self, stopwatch: Stopwatch) -> None:
+        """Has the time that steps take split into parts, also where the loop itself does not come through."""
+        self.clock.stopwatch = stopwatch
+        self.feed.on_arrival = partial(stopwatch.enter, "forward")
+        if self.runtime.is_sharded:
+            watch_exchanges(self.model, stopwatch.exchange)
+
+    def _describe_feeds(self) -> list[str]:
+        """Returns what is being read at this moment; called on the watch's thread."""
+        feeds = [getattr(self, "feed", None), getattr(self, "eval_feed", None)]  # built one after the other
+        return [line for feed in feeds if feed is not None for line in feed.readings()]
 
     def report(self) -> None:
         """Reports the steps since the last report. The only place where training waits for the device."""

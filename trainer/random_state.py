@@ -1,4 +1,4 @@
-"""The state of the global random generators of torch, numpy and Python, as tensors. Seeding is `trainer.runtime`."""
+"""The global random generators of torch, numpy and Python: seeding them, and their state as tensors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the global generators of torch (all devices), numpy and random."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def generator_states(device: torch.device) -> dict[str, torch.Tensor]:

@@ -13,18 +13,17 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
 from trainer.agreement import Decisions
 from trainer.assembly import Assembly
 from trainer.buffers import BufferCopy
 from trainer.checkpoint.compatibility import check_resumable
-from trainer.checkpoint.folder import CheckpointFolder
+from trainer.checkpoint.folder import open_folder
 from trainer.checkpoint.manifest import Manifest, Progress
 from trainer.checkpoint.reading import Checkpoint
 from trainer.checkpoint.state import Parts, State
 from trainer.checkpoint.writing import SaveFailed, Saver
+from trainer.config import Config
 from trainer.config_values import Interval, Minutes
 from trainer.data.feed import MicroBatch
 from trainer.ema import Ema
@@ -34,11 +33,13 @@ from trainer.faults.judging import WITHIN_A_STEP
 from trainer.faults.lookout import Lookout
 from trainer.faults.numbers import NumberGuard, bad_step_report
 from trainer.faults.stopping import StopRequests
-from trainer.goodput import Ledger
+from trainer.ledger import Ledger
 from trainer.profiling.recording import Profiling
 from trainer.random_state import generator_states, restore_generators
 from trainer.reporting import Reporter
-from trainer.telemetry.clock import Clock
+from trainer.run_folder import RunFolder
+from trainer.runtime import Runtime
+from trainer.telemetry.clock import Clock, Timer
 from trainer.telemetry.stopwatch import PART_OF_PLACE, Stopwatch
 from trainer.window import Window
 
@@ -46,26 +47,49 @@ logger = logging.getLogger("lockstep")
 
 
 class Resumable(Assembly):
-    """A run that can be saved and restored; `trainer.loop.Trainer` fills in its parts."""
+    """A run that can be saved and restored.
 
-    clock: Clock
-    progress: Progress
-    model: nn.Module  # as wrapped for this world
-    optimizer: Optimizer
-    ema: Ema | None
-    numbers: NumberGuard
-    buffers: BufferCopy
-    checkpoints: CheckpointFolder
-    saver: Saver
-    decisions: Decisions
-    stop_requests: StopRequests
-    ledger: Ledger | None  # on rank 0, where it trains
-    lookout: Lookout | None  # where it trains
-    profiling: Profiling | None  # where steps are to be traced
-    reporter: Reporter | None  # on rank 0, once the run has started
-    window: Window
-    first_step: int  # of this attempt
-    stopwatch: Stopwatch | None  # where it trains, and steps are split
+    Args:
+        clock: of this attempt.
+        config: the whole run.
+        runtime: this process among its peers.
+        folder: where the run leaves its files.
+        to_train: whether it will train.
+    """
+
+    lookout: Lookout | None = None  # where it trains
+    profiling: Profiling | None = None  # where steps are to be traced
+    reporter: Reporter | None = None  # on rank 0, once the run has started
+
+    def __init__(self, clock: Clock, config: Config, runtime: Runtime, folder: RunFolder, to_train: bool) -> None:
+        super().__init__(config, runtime, folder, to_train)
+        self.clock = clock
+        self.progress = Progress()
+        self.first_step = 0  # of this attempt
+        self.stop_requests = StopRequests()
+        self.decisions = Decisions(runtime, self.stop_requests)
+        self.ledger = Ledger(folder) if to_train and runtime.is_main else None
+        self.stopwatch = Stopwatch(runtime.device) if to_train and config.log.time_split else None
+
+    def build(self) -> None:
+        """Builds every component, wraps model and optimizer for this world, and opens the checkpoints."""
+        config, runtime = self.config, self.runtime
+        self.at("building")
+        self.checkpoints = runtime.agree(lambda: open_folder(config, self.is_kept_for_good))
+        super().build()
+        self.model, self.optimizer = runtime.prepare(self.bare_model, self.bare_optimizer, self.shared_blocks.values())
+        self.ema = Ema(self.bare_model, config.optim.ema) if config.optim.ema is not None else None
+        # Not where a forward is a collective: a rank that runs out of memory in it would leave the others waiting.
+        if self.planned is not None and not runtime.in_lockstep:
+            self.split_batch(self.plan.num_samples, self.confirmed_micro_batch())
+        host_group, in_background = runtime.new_host_group(), config.checkpoint.async_save
+        self.saver = Saver(self.checkpoints, runtime, host_group, in_background, runtime.device, self.beat)
+        every = config.checkpoint.every
+        self.save_timer = Timer(60 * every.count) if isinstance(every, Minutes) and runtime.is_main else None
+        is_scaled = runtime.scaler is not None
+        self.numbers = NumberGuard(config.faults, runtime.num_ranks, runtime.zero(), is_scaled)
+        self.buffers = BufferCopy(self.bare_model)
+        self.window = Window(runtime, self.clock)
 
     # ---- when ---------------------------------------------------------------------------------------------
 

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import torch
 
-from trainer.runtime import Runtime
 from trainer.telemetry.clock import Clock
+from trainer.world import World
 
 
 class Window:
     """The steps since the last report.
 
     Args:
-        runtime: for the device, and a type that is wide enough to add up.
+        world: for the device, and a type that is wide enough to add up.
         clock: of this attempt.
     """
 
-    def __init__(self, runtime: Runtime, clock: Clock) -> None:
-        self.loss_sum = runtime.zero()
+    def __init__(self, world: World, clock: Clock) -> None:
+        self.loss_sum = world.zero()
         self.num_samples = 0
         self.grad_norm: torch.Tensor | None = None
-        self._num_left_out = torch.zeros((), dtype=torch.int64, device=runtime.device)
+        self._num_left_out = torch.zeros((), dtype=torch.int64, device=world.device)
         self.restart(clock)
 
     def restart(self, clock: Clock) -> None:

@@ -9,7 +9,7 @@ import torch
 from conftest import Train, WriteConfig
 from run_results import summary
 
-from trainer.advice.survey import copied_per_second
+from trainer.advice.trials import copied_per_second
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

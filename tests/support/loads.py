@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trainer.data import workers
+from trainer.data import worker_process
 from trainer.data.slots import Slot
 
 Keys = NDArray[np.int64]
@@ -55,7 +55,7 @@ def sized(keys: Keys, slot: Slot, reading: Reading) -> Any:
 
 def open_ends(keys: Keys, slot: Slot, reading: Reading) -> Any:
     """Tells how many of the training process's pipe ends this worker has open."""
-    return sum(not end.closed for end in workers._our_ends)
+    return sum(not end.closed for end in worker_process._our_ends)
 
 
 class Structure:

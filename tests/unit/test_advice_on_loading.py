@@ -9,7 +9,7 @@ import pytest
 from healthy_run import GIB, MIB, heard, said
 
 from trainer.advice.measured import Host, Loading
-from trainer.advice.survey import _WorkerMemory
+from trainer.advice.stretches import WorkerMemory
 
 
 def test_workers() -> None:
@@ -138,8 +138,8 @@ def test_memory_of_workers() -> None:
 
 def test_memory_is_compared_with_that_of_as_many_settled_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("trainer.advice.survey.time.monotonic", lambda: now)
-    memory = _WorkerMemory()
+    monkeypatch.setattr("trainer.advice.stretches.time.monotonic", lambda: now)
+    memory = WorkerMemory()
     for at, num_workers, size in (
         (1.0, 2, 10),  # just started
         (50.0, 2, 20),

@@ -8,7 +8,8 @@ import pytest
 from healthy_run import ACCUMULATING, EXCHANGE, GIB, MIB, heard, said
 
 from trainer.advice.measured import Exchange, Host, Memory, speed_up
-from trainer.advice.survey import _Stragglers, is_behind
+from trainer.advice.stretches import Stragglers
+from trainer.advice.survey import is_behind
 from trainer.faults.pace import Straggler
 
 # ---- computing -----------------------------------------------------------------------------------------------
@@ -131,7 +132,7 @@ def test_straggler() -> None:
 
 
 def test_a_straggler_of_a_whole_run_is_one_that_cost_much_of_it() -> None:
-    stragglers = _Stragglers()
+    stragglers = Stragglers()
     stragglers.add(Straggler(1, 0.9, 0.1, 0.5), 10)
     stragglers.add(None, 990)
     assert stragglers.worst() is None
@@ -140,4 +141,4 @@ def test_a_straggler_of_a_whole_run_is_one_that_cost_much_of_it() -> None:
     found = stragglers.worst()
     assert found is not None
     assert (found.rank, found.seconds, found.share) == (2, pytest.approx(0.4), pytest.approx(0.2))
-    assert _Stragglers().worst() is None
+    assert Stragglers().worst() is None

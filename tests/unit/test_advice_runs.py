@@ -19,7 +19,7 @@ from advising import Followed, Told, check
 from conftest import NIGHTLY, Train, WriteConfig, nightly
 from run_results import summary
 
-from trainer.advice import adviser, survey
+from trainer.advice import adviser, stretches, survey
 from trainer.checkpoint.storage import LocalStorage
 from trainer.data.feed import DeviceFeed
 from trainer.telemetry import observer
@@ -226,7 +226,7 @@ def test_workers_that_keep_what_they_read(
     train: Train, write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(observer, "PERIOD_SECONDS", 0.1)
-    monkeypatch.setattr(survey, "WORKERS_SETTLE_SECONDS", 0.3)
+    monkeypatch.setattr(stretches, "WORKERS_SETTLE_SECONDS", 0.3)
     config = write_config(
         data__train={"name": "bottlenecks:Hoarding", "args": {"length": 1200, "kept": 2**18}},
         data__eval=None,

@@ -91,7 +91,7 @@ def test_dry_run_prints_a_line_that_can_be_typed() -> None:
 
 @pytest.mark.parametrize("flags", [["--num_processes", "2"], ["--num_processes=2"], ["--num-processes", "2"]])
 def test_what_accelerate_was_asked_for(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainer.runtime import promised_processes
+    from trainer.launched import promised_processes
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     command = ["python", "/usr/bin/accelerate", "launch", "--cpu", *flags, "train.py", "--config", "a.yaml"]

@@ -15,7 +15,7 @@ from run_results import checkpoint, identical, records, summary, tensors
 
 from launch.slurm_watch import _run as how_far
 from trainer.checkpoint.manifest import Progress
-from trainer.config import EarlyStoppingConfig
+from trainer.config_run import EarlyStoppingConfig
 from trainer.early_stopping import EarlyStopping
 from trainer.faults.plan import VARIABLE, Event, write_plan
 from trainer.report import write_report

@@ -17,7 +17,7 @@ from trainer import results
 from trainer.config import load_config
 from trainer.config_model import ModelConfig
 from trainer.loop import Trainer
-from trainer.memory.trace import simulate_step
+from trainer.memory.simulation import simulate_step
 from trainer.model import build_model
 
 BLOCKS: dict[str, Any] = {"name": "vectors_model:Blocks", "args": {"depth": 3}}

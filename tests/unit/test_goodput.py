@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from conftest import tiny_config
 
-from trainer import goodput
 from trainer.config import Config
-from trainer.goodput import FILE, PARTS, Goodput, Ledger, read_attempts
+from trainer.goodput import FILE, PARTS, Goodput, read_attempts
+from trainer.ledger import Ledger
 from trainer.run_folder import RunFolder
 
 START = 1_000_000.0  # seconds since 1970, of the first attempt
@@ -39,7 +39,7 @@ class FakeTime:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
     fake = FakeTime()
-    monkeypatch.setattr(goodput, "time", fake)
+    monkeypatch.setattr("trainer.ledger.time", fake)
     return fake
 
 

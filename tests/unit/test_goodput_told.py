@@ -21,7 +21,7 @@ def in_a_process(code: str, **variables: str) -> str:
 
 
 def test_a_process_counts_from_its_start_and_only_once() -> None:
-    code = "import time; time.sleep(0.5); from trainer.goodput import _age_of_run as age; print(age(), age())"
+    code = "import time; time.sleep(0.5); from trainer.ledger import _age_of_run as age; print(age(), age())"
     started = time.time()
     first, second = map(float, in_a_process(code).split())
     assert 0.5 <= first <= time.time() - started + 0.05  # the start is known to a hundredth
@@ -30,7 +30,7 @@ def test_a_process_counts_from_its_start_and_only_once() -> None:
 
 def test_a_prompt_counts_from_the_run() -> None:
     """A person's notebook may be days old."""
-    assert in_a_process("import sys; sys.ps1 = 'In'; from trainer.goodput import _age_of_run as age; print(age())") == (
+    assert in_a_process("import sys; sys.ps1 = 'In'; from trainer.ledger import _age_of_run as age; print(age())") == (
         "0.0\n"
     )
 

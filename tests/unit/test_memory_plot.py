@@ -13,7 +13,7 @@ from torch import nn
 
 from trainer.errors import UserError
 from trainer.memory.plot import plot_step
-from trainer.memory.trace import StepMemory, simulate_step
+from trainer.memory.simulation import StepMemory, simulate_step
 from trainer.units import format_bytes
 
 

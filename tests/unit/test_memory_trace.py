@@ -21,7 +21,8 @@ from torchvision import models
 from trainer.memory.devices import find_device
 from trainer.memory.fakes import CannotSimulate, fake_tensors
 from trainer.memory.measure import measure_cpu_peak
-from trainer.memory.trace import CPU_GRANULARITY, MemoryTrace, StepMemory, simulate_step
+from trainer.memory.simulation import StepMemory, simulate_step
+from trainer.memory.trace import CPU_GRANULARITY, MemoryTrace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,11 +16,12 @@ from torch import nn
 
 from trainer.buffers import BufferCopy
 from trainer.checkpoint.folder import open_folder
-from trainer.config import FaultsConfig, load_config, read_section
+from trainer.config import load_config, read_section
+from trainer.config_run import FaultsConfig
 from trainer.faults.numbers import NumberGuard
 from trainer.faults.plan import VARIABLE, Event, write_plan
-from trainer.runtime import leaves_out_on_device, step_unless
 from trainer.two_optimizers import TwoOptimizers
+from trainer.update import leaves_out_on_device, step_unless
 
 ZERO = torch.zeros((), dtype=torch.float64)
 

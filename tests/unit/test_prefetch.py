@@ -77,7 +77,7 @@ def make() -> Iterator[Make]:
     def prefetcher(requests: Requests, load: Any = load_batch, depth: int = 2, check: Any = None) -> Prefetcher:
         if made:
             made[-1].close()
-        if not pools or pools[-1].load is not load:
+        if not pools or pools[-1]._load is not load:
             describe = "sample {0} ('/data/{0}.jpg')".format
             pools.append(WorkerPool(load, describe, 2, 2, 2, held=1, pin=False))
         made.append(Prefetcher(pools[-1], requests, CPU, depth, check or _nothing, _copied, _nothing))
@@ -206,7 +206,7 @@ def test_what_workers_load_can_be_sent_to_workers_that_are_not_forked(request: p
     try:
         feed.start(StepSampler(BatchPlan.split(20, 6, None, 1, False), 0, 0), 0, 1)
         assert feed._pool is not None
-        pickle.loads(pickle.dumps(feed._pool.load))
+        pickle.loads(pickle.dumps(feed._pool._load))
     finally:
         feed.close()
 

@@ -22,7 +22,7 @@ from trainer.config_model import TaskConfig
 from trainer.config_values import Component
 from trainer.errors import BadSample, UserError
 from trainer.eval_media import Collector
-from trainer.runtime import explained_model_errors
+from trainer.model_errors import explained_model_errors
 from trainer.tasks import build_task
 from trainer.tasks.segmentation import Logits, Segmentation
 

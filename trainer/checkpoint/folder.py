@@ -25,9 +25,8 @@ _PREFIX = "step-"
 
 
 class AgreeingRanks(Ranks, Protocol):
-    """Ranks that can take rank 0's word; `trainer.runtime.Runtime` is it."""
+    """Ranks of which one's problem is everybody's; `trainer.world.World` is it."""
 
-    def from_main(self, value: Callable[[], T]) -> T: ...
     def agree(self, build: Callable[[], T]) -> T: ...
 
 

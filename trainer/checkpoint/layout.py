@@ -41,7 +41,7 @@ _ALIGNMENT = 64  # of the data in a file
 
 
 class Ranks(Protocol):
-    """What we need of the processes that train together; `trainer.runtime.Runtime` is it."""
+    """What we need of the processes that train together; `trainer.world.World` is it."""
 
     rank: int
     num_ranks: int

@@ -18,28 +18,26 @@ from typing import Any, Literal, Protocol
 import torch
 
 from trainer.config_data import AugmentConfig, DataConfig
-from trainer.data.augment import AugmentationPlan, DeviceAugmentation, mix_targets
 from trainer.data.datasets import SizedDataset, is_image_data
 from trainer.data.device_decode import DeviceDecoder
-from trainer.data.draws import sample_keys
+from trainer.data.device_half import DeviceHalf, ImageMeaning
 from trainer.data.joint import JointTransform, check_joint_transforms, with_typed_samples
-from trainer.data.loader import LoadedBatch, LoadFailure, SampleLoader, Skipped, preserved_generators
-from trainer.data.modes import Route, choose_route, device_memory, why_host_only, without_effect
-from trainer.data.nested import map_tensors, num_bytes, part, with_part
+from trainer.data.loader import LoadedBatch, LoadFailure, SampleLoader, preserved_generators
+from trainer.data.modes import Route, choose_route, why_host_only, without_effect
+from trainer.data.nested import map_tensors, num_bytes
 from trainer.data.prefetch import DeviceBatch, Prefetcher
 from trainer.data.resident import ResidentPictures, Share
 from trainer.data.sampler import EvalSampler, MicroBatchSampler, SampleKey, StepSampler, key_array
 from trainer.data.slots import Slot
 from trainer.data.transforms import HostTransform, build_transforms, check_pictures
 from trainer.data.tuning import WorkerTuner
+from trainer.data.unreadable import Unreadable
 from trainer.data.workers import WorkerPool
 from trainer.errors import BadSample, UserError, place_at
+from trainer.telemetry.memory import device_memory
 from trainer.units import counted
 
 logger = logging.getLogger("lockstep")
-
-_LOGGED_SKIPS = 10  # the others are only counted
-_JUDGED_FROM = 1000  # samples read before the share of unreadable ones ends a run
 
 
 @dataclass(frozen=True)
@@ -52,24 +50,14 @@ class MicroBatch:
     is_last: bool  # of its step: gradients are exchanged now
 
 
-class BatchMeaning(Protocol):
+class BatchMeaning(ImageMeaning, Protocol):
     """What the feed must know of a batch; a task knows it."""
 
-    input_key: str
     target_key: str
-    num_classes: int | None
-    transforms_targets: bool
     target_keys: tuple[str, ...] | None
-    stacks: bool
 
     def check(self, data: Any, sample_ids: torch.Tensor) -> None:
         """Raises UserError where a batch in host memory cannot be used."""
-
-    def targets(self, data: Any) -> Any:
-        """Returns the targets of a batch."""
-
-    def with_targets(self, data: Any, targets: Any) -> Any:
-        """Returns the batch with other targets."""
 
 
 class DeviceFeed:
@@ -118,9 +106,7 @@ class DeviceFeed:
         self.on_arrival: Callable[[], None] | None = None
         """Called when a batch of a step is on the device, before the device half of the transforms."""
         self._reading: tuple[int, float] | None = None  # which sample this process reads, and since when
-        self.num_skipped = 0  # reads of samples that could not be read
-        self._num_read = 0
-        self._unreadable: set[int] = set()
+        self._unreadable = Unreadable(self.name, len(self.dataset), config.max_skipped)
         self._is_train = split == "train"
         transforms = build_transforms(getattr(config.transforms, split), f"data.transforms.{split}")
         if is_image_data(self.dataset):
@@ -150,6 +136,11 @@ class DeviceFeed:
         return self._pool.num_workers if self._pool is not None else 0
 
     @property
+    def num_skipped(self) -> int:
+        """How often a sample could not be read."""
+        return self._unreadable.num_skipped
+
+    @property
     def workers_text(self) -> str:
         """Who loads, in words."""
         if self._loader is None:
@@ -172,20 +163,7 @@ class DeviceFeed:
     def _build(self, route: Route, dtype: torch.dtype, ranks: Share, num_threads: int) -> None:
         config, task = self.config, self.task
         augment = config.augment if self._is_train else AugmentConfig()
-        if (augment.mixes or augment.erase) and (reason := why_host_only(task)):
-            message = f"mixup, cutmix and erase are not for this task: {reason}"
-            raise UserError(message, path="data.augment")
-        if augment.mixes and self.task.num_classes is None:
-            message = "mixing needs to know the number of classes: set model.args.num_classes"
-            raise UserError(message, path="data.augment")
-        self._augmentation: DeviceAugmentation | None = None
-        if route.is_image_data:
-            flips = route.horizontal_flip, route.vertical_flip
-            dtype = dtype if task.stacks else torch.float32  # such models resize and normalise images themselves
-            self._augmentation = DeviceAugmentation(config.normalize, augment, *flips, dtype).to(self.device)
-        elif augment.mixes or augment.erase:
-            message = "augmentation on the device needs images: set data.normalize for a data set of your own"
-            raise UserError(message, path="data.augment")
+        self._device_half = DeviceHalf(route, config.normalize, augment, task, self.device, self.seed, dtype)
         skip: Literal["replace", "drop"] = "replace" if self._is_train else "drop"
         loader = SampleLoader(
             route.dataset,
@@ -240,7 +218,8 @@ class DeviceFeed:
             assert item is not None
             if self.on_arrival is not None:
                 self.on_arrival()
-            yield MicroBatch(self._augmented(item), num_samples, item.batch.sample_ids, is_last=i == len(sizes) - 1)
+            data = self._device_half.finish(item.batch.data, item.plan)
+            yield MicroBatch(data, num_samples, item.batch.sample_ids, is_last=i == len(sizes) - 1)
         self._settle_workers()
 
     def eval_batches(self, batch_size: int, rank: int, num_ranks: int) -> Generator[MicroBatch, None, None]:
@@ -252,8 +231,8 @@ class DeviceFeed:
         try:
             while (item := self._next(batches)) is not None:
                 if len(item.batch.keys):  # else all its samples were unreadable
-                    ids = item.batch.sample_ids
-                    yield MicroBatch(self._augmented(item), len(ids), ids, is_last=True)
+                    data, ids = self._device_half.finish(item.batch.data, item.plan), item.batch.sample_ids
+                    yield MicroBatch(data, len(ids), ids, is_last=True)
         finally:
             if self._prefetcher is prefetcher:  # else this evaluation was left early, and another has begun
                 self._stop()
@@ -267,7 +246,8 @@ class DeviceFeed:
         makes_batches = self._resident is None and self._loader is None
         made = self._made_on_device([keys]) if makes_batches else self._loaded_here(self._reader, [keys])
         item = next(made)
-        return self._augmented(item), 0 if makes_batches else num_bytes(item.batch.data) // num_samples
+        sent_bytes = 0 if makes_batches else num_bytes(item.batch.data) // num_samples
+        return self._device_half.finish(item.batch.data, item.plan), sent_bytes
 
     def readings(self) -> list[str]:
         """Returns what is being read at this moment, a line per reader; for other threads."""
@@ -311,7 +291,9 @@ class DeviceFeed:
         if item is not None:
             if item.copying is not None:  # of which the step has waited for the last part, or for none
                 self.copy_wait_seconds += max(min(item.copying[1], started + waited) - max(item.copying[0], started), 0)
-            self._count(item.batch)
+            # In evaluation what is skipped has no replacement.
+            num_read = len(item.batch.keys) + (0 if self._is_train else len(item.batch.skipped))
+            self._unreadable.count(num_read, item.batch.skipped)
             self.load_seconds += item.load_seconds
             self.load_cpu_seconds += item.load_cpu_seconds
             self.num_loaded += 1
@@ -333,7 +315,7 @@ class DeviceFeed:
             self.config.prefetch,
             self._check,
             self._move,
-            self._draw,
+            self._device_half.draw,
         )
         return iter(self._prefetcher.get, None)
 
@@ -401,7 +383,7 @@ class DeviceFeed:
 
     def _drawn(self, batch: LoadedBatch) -> DeviceBatch:
         """Returns a batch that is on the device with its augmentation, there, too."""
-        plan = self._draw(batch)
+        plan = self._device_half.draw(batch)
         return DeviceBatch(batch, None if plan is None else map_tensors(self._moved, plan))
 
     def _settle_workers(self) -> None:
@@ -413,8 +395,6 @@ class DeviceFeed:
             self._pool.resize(chosen)
             self._tuner = None
 
-    # ---- what happens to a batch -----------------------------------------------------------------------------
-
     def _check(self, batch: LoadedBatch) -> None:
         try:
             self.task.check(batch.data, batch.sample_ids)
@@ -424,63 +404,6 @@ class DeviceFeed:
             raise error.named(self._reader.describe(error.sample), self.name) from None
         except UserError as error:
             raise place_at(self.name, error) from None
-
-    def _draw(self, batch: LoadedBatch) -> AugmentationPlan | None:
-        """Draws the augmentation of a batch from its samples' keys, on the host."""
-        if self._augmentation is None or not self._augmentation.is_random or not len(batch.keys):
-            return None
-        images = self._input(batch.data)
-        if not isinstance(images, torch.Tensor) or images.ndim != 4:
-            return None  # the augmentation says what is wrong
-        return self._augmentation.plan(sample_keys(self.seed, batch.keys), tuple(images.shape))
-
-    @torch.no_grad()
-    def _augmented(self, item: DeviceBatch) -> Any:
-        """Runs the device half, on the step's stream."""
-        data = item.batch.data
-        if self._augmentation is None:
-            return data
-        images = self._input(data)
-        if isinstance(images, list):  # not stacked, and each of its own size
-            images = [self._augmentation(image.unsqueeze(0)).squeeze(0) for image in images]
-        else:
-            images = self._augmentation(images, item.plan)
-        data = images if isinstance(data, torch.Tensor) else with_part(data, self.task.input_key, 0, images)
-        if self._augmentation.mixes:
-            assert item.plan is not None
-            assert self.task.num_classes is not None
-            data = self.task.with_targets(data, mix_targets(self.task.targets(data), item.plan, self.task.num_classes))
-        return data
-
-    def _input(self, data: Any) -> Any:
-        if isinstance(data, torch.Tensor):
-            return data
-        try:
-            return part(data, self.task.input_key, 0)
-        except LookupError:
-            message = f"samples have no key '{self.task.input_key}' to normalise"
-            raise UserError(message, path="data.normalize") from None
-
-    # ---- samples that could not be read ----------------------------------------------------------------------
-
-    def _count(self, batch: LoadedBatch) -> None:
-        self._num_read += len(batch.keys) + (0 if self._is_train else len(batch.skipped))  # these have no replacement
-        if batch.skipped:
-            self._count_skipped(batch.skipped)
-
-    def _count_skipped(self, skipped: Iterable[Skipped]) -> None:
-        for sample, problem in skipped:
-            self.num_skipped += 1
-            if sample not in self._unreadable and len(self._unreadable) < _LOGGED_SKIPS:
-                logger.warning("%s: skipped: %s", self.name, problem)
-            self._unreadable.add(sample)
-        read = min(max(self._num_read, _JUDGED_FROM), len(self.dataset))
-        if len(self._unreadable) > self.config.max_skipped * read:
-            message = (
-                f"{len(self._unreadable)} of the first {read} samples cannot be read, "
-                f"more than data.max_skipped ({self.config.max_skipped:g}); the last: {problem}"
-            )
-            raise UserError(message, path=self.name)
 
 
 def _load_into_slot(load: Callable[..., Any], keys: Any, slot: Slot, reading: Callable[[int], None]) -> Any:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import psutil
 import torch
 
 from trainer.config_data import DataConfig
@@ -183,13 +182,6 @@ def without_effect(config: DataConfig, route: Route) -> list[str]:
     if config.on_error == "raise":
         idle.append("max_skipped")
     return [key for key in dict.fromkeys(idle) if key in config.model_fields_set]
-
-
-def device_memory(device: torch.device) -> int:
-    """Returns a device's whole memory in bytes: like devices then choose alike, whatever else runs there."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return int(psutil.virtual_memory().total)
 
 
 def _gib(size: int) -> str:

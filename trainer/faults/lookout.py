@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trainer.checkpoint.writing import SaveFailed
-from trainer.config import FaultsConfig
+from trainer.config_run import FaultsConfig
 from trainer.data.feed import MicroBatch
 from trainer.errors import UserError, one_line, one_line_text
 from trainer.faults.fault import Fault, fault_folder, is_lost_peer
@@ -22,7 +22,7 @@ from trainer.faults.injection import Injector
 from trainer.faults.judging import METRICS
 from trainer.faults.numbers import BadNumbers
 from trainer.faults.watch import Watch
-from trainer.runtime import Runtime
+from trainer.world import World
 
 _FIRST_STEP = 5.0  # times `faults.hang_timeout` for a first step, which may compile
 _LONGEST_LEAVE_SECONDS = 60.0  # for a rank that fails by itself, where a tracker or a file system hangs
@@ -34,7 +34,7 @@ class Lookout:
 
     Args:
         config: the `faults` section.
-        runtime: this process among its peers; all ranks make their lookouts together.
+        world: the processes that train together; all ranks make their lookouts together.
         run_dir: the run folder.
         attempt: number of this attempt at the run, from 1.
         describe_feeds: returns what is being read at this moment, in lines; called on the watch's thread.
@@ -47,25 +47,25 @@ class Lookout:
     def __init__(
         self,
         config: FaultsConfig,
-        runtime: Runtime,
+        world: World,
         run_dir: Path,
         attempt: int,
         describe_feeds: Callable[[], list[str]],
         summarise: Callable[[Fault], None],
     ) -> None:
-        self._runtime = runtime
+        self._world = world
         self._summarise = summarise
         self._is_leaving, self._has_left = threading.Event(), threading.Event()
-        self.injector = runtime.agree(lambda: Injector.from_environment(run_dir, runtime.rank))
+        self.injector = world.agree(lambda: Injector.from_environment(run_dir, world.rank))
         self.watch = Watch(
-            runtime.rank,
-            runtime.num_ranks,
-            runtime.gather,
+            world.rank,
+            world.num_ranks,
+            world.gather,
             config.hang_timeout.seconds if config.hang_timeout is not None else None,
             fault_folder(run_dir, attempt),
             describe_feeds,
             self._end_with,
-            runtime.num_collectives,
+            world.num_collectives,
         )
 
     def at(self, place: str, step: int, batch: MicroBatch | None = None, is_first: bool = False) -> None:
@@ -105,7 +105,7 @@ class Lookout:
             place, step, samples = self.watch.place()
             can_restart = not isinstance(error, UserError)
             message = one_line(error) if can_restart else one_line_text(error)
-            self.watch.failed(Fault(self._runtime.rank, "error", message, step, place, samples, restart=can_restart))
+            self.watch.failed(Fault(self._world.rank, "error", message, step, place, samples, restart=can_restart))
 
     def ended_by(self) -> Fault | None:
         """Returns which rank ended the job, if it is known; waits a moment for the news."""
@@ -131,8 +131,8 @@ class Lookout:
 
     def _end_with(self, fault: Fault) -> None:
         """Ends this process because of a rank; called on the watch's thread."""
-        survivors = [rank for rank in range(self._runtime.num_ranks) if rank != fault.rank]
-        if self._runtime.rank == min(survivors, default=0):
+        survivors = [rank for rank in range(self._world.num_ranks) if rank != fault.rank]
+        if self._world.rank == min(survivors, default=0):
             sys.stderr.write(f"the job ends because of {fault}\n")
             sys.stderr.flush()
         # A main thread that waits for the lost rank mostly fails by itself, and leaves in order.

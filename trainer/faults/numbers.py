@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer.config import FaultsConfig
+from trainer.config_run import FaultsConfig
 from trainer.faults.fault import Fault
 
 _MOST_PENDING = 32  # steps that may be judged late

@@ -310,6 +310,8 @@ def _tell_memory(report: Report, known: Situation | None, snapshot: Path) -> Non
     import psutil
     import torch
 
+    from trainer.telemetry.memory import device_memory, memory_use
+
     if known is not None:
         report.device = str(known.device)
     machine = psutil.virtual_memory()
@@ -320,11 +322,8 @@ def _tell_memory(report: Report, known: Situation | None, snapshot: Path) -> Non
         return
     device = known.device if known is not None else torch.device("cuda", torch.cuda.current_device())
     report.device = str(device)
-    report.device_bytes = {
-        "allocated": torch.cuda.memory_allocated(device),
-        "reserved": torch.cuda.memory_reserved(device),
-        "in all": torch.cuda.get_device_properties(device).total_memory,
-    }
+    use = memory_use(device)
+    report.device_bytes = {"allocated": use.allocated, "reserved": use.reserved or 0, "in all": device_memory(device)}
     torch.cuda.memory._dump_snapshot(str(snapshot))
     report.snapshot = snapshot.name
 

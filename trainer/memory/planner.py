@@ -1,8 +1,8 @@
 """The planner: what a step will take on a device, which settings fit, and the fastest of these.
 
-Everything is predicted from steps simulated with fake tensors (`trainer.memory.trace`), on a machine with or without
-the device. Between a small and the largest micro-batch memory grows evenly; the setting that is chosen is simulated as
-a whole before it is trusted. Times are estimates from data sheets: good for choosing between settings of one job, not
+Everything is predicted from steps on fake tensors (`trainer.memory.simulation`), on a machine with or without the
+device. Between a small and the largest micro-batch memory grows evenly; the setting that is chosen is simulated as a
+whole before it is trusted. Times are estimates from data sheets: good for choosing between settings of one job, not
 for promising a throughput. Not counted: the CUDA context, NCCL's buffers, kernels' workspaces, fragmentation.
 """
 
@@ -31,7 +31,7 @@ from trainer.memory.checkpointing import (
 )
 from trainer.memory.devices import Device
 from trainer.memory.sharding import simulate_sharded_step
-from trainer.memory.trace import StepMemory, simulate_step
+from trainer.memory.simulation import StepMemory, simulate_step
 from trainer.units import format_bytes
 
 logger = logging.getLogger("lockstep")

@@ -1,6 +1,6 @@
 """A picture of the memory over one training step.
 
-Owns how it looks and the files it is written to; what it shows is `trainer.memory.trace`.
+Owns how it looks and the files it is written to; what it shows is `trainer.memory.simulation`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError
-from trainer.memory.trace import CATEGORIES, StepMemory
+from trainer.memory.simulation import StepMemory
+from trainer.memory.trace import CATEGORIES
 from trainer.units import format_bytes
 
 if TYPE_CHECKING:

@@ -18,16 +18,17 @@ from trainer.memory.out_of_memory import is_out_of_memory
 from trainer.memory.planner import Job
 from trainer.memory.trace import CPU_GRANULARITY, MemoryTrace
 from trainer.random_state import generator_states, restore_generators
-from trainer.runtime import Runtime
+from trainer.telemetry.memory import peak_memory_bytes
+from trainer.world import World
 
 
 def largest_that_fits(
-    runtime: Runtime, sizes: Sequence[int], limit_bytes: int | None, peak_of: Callable[[int], int | None]
+    world: World, sizes: Sequence[int], limit_bytes: int | None, peak_of: Callable[[int], int | None]
 ) -> tuple[int, int] | None:
     """Tries micro-batches, the largest first, until one fits on every rank; all ranks call it together.
 
     Args:
-        runtime: for agreeing.
+        world: for agreeing.
         sizes: to try, ascending.
         limit_bytes: that a step may take; None: what the device has.
         peak_of: measures one; None where the device ran out of memory.
@@ -36,7 +37,7 @@ def largest_that_fits(
         The size and the most that it took on any rank, or None where none fits.
     """
     for size in reversed(sizes):
-        peaks = runtime.gather(peak_of(size))
+        peaks = world.gather(peak_of(size))
         measured = [peak for peak in peaks if peak is not None]
         if len(measured) == len(peaks) and (limit_bytes is None or max(measured) <= limit_bytes):
             return size, max(measured)
@@ -44,7 +45,7 @@ def largest_that_fits(
 
 
 def measure(
-    runtime: Runtime,
+    world: World,
     model: nn.Module,
     loss: Callable[[nn.Module, Any], torch.Tensor],
     job: Job,
@@ -55,7 +56,7 @@ def measure(
     """Runs one micro-batch and returns the most memory that was allocated, with what is not there yet.
 
     Args:
-        runtime: for the device and its generators.
+        world: for the device and its generators.
         model: on the device, as it will train but for DDP, whose exchange of gradients must not begin here.
         loss: of (model, batch), the summed loss.
         job: what a step is.
@@ -66,18 +67,18 @@ def measure(
     Returns:
         Bytes, or None where the device ran out of memory.
     """
-    states = generator_states(runtime.device)
+    states = generator_states(world.device)
     buffers = [buffer.detach().clone() for buffer in model.buffers()]
     try:
         # On a GPU DDP's buckets count as they are; on the host only what this trial makes is counted.
-        has_buckets = runtime.device.type == "cuda" and runtime.num_ranks > 1
+        has_buckets = world.device.type == "cuda" and world.num_ranks > 1
         keeps = job.keeps_gradients_beside_buckets if has_buckets else job.keeps_gradients
         if keeps(micro_batch_size):
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         batch = map_tensors(lambda t: t[torch.arange(micro_batch_size, device=t.device) % len(t)], example)
-        if runtime.device.type == "cuda":
-            return _on_cuda(runtime.device, model, loss, batch, reserved_bytes)
+        if world.device.type == "cuda":
+            return _on_cuda(world.device, model, loss, batch, reserved_bytes)
         return _on_host(model, loss, batch) + reserved_bytes
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -89,9 +90,9 @@ def measure(
         with torch.no_grad():
             for buffer, before in zip(model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
-        restore_generators(states, runtime.device)
+        restore_generators(states, world.device)
         gc.collect()
-        if runtime.device.type == "cuda":
+        if world.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
@@ -103,7 +104,7 @@ def _on_cuda(
     with torch.compiler.set_stance("force_eager"):  # or every size that is tried would be compiled
         loss(model, batch).backward()
     del ballast
-    return torch.cuda.max_memory_allocated(device)
+    return peak_memory_bytes(device)
 
 
 def _on_host(model: nn.Module, loss: Callable[[nn.Module, Any], torch.Tensor], batch: Any) -> int:

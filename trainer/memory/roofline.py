@@ -1,6 +1,6 @@
 """How long an operation takes at least: its arithmetic or its memory traffic, by a device's data sheet.
 
-Owns the estimate for one operation. Which operations a step makes is `trainer.memory.trace`.
+Owns the estimate for one operation. Which operations a step makes is `trainer.memory.simulation`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Owns how a model is sharded, for training (`trainer.parallel`) and for predictions alike: each repeated block by itself
 and what is left as a whole. A prediction is torch's own `fully_shard` on fake tensors, among fake processes, so nothing
-is assumed about which parameters are whole at what time; counting is `trainer.memory.trace`.
+is assumed about which parameters are whole at what time; the rest of the step is `trainer.memory.simulation`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from trainer.errors import UserError
 from trainer.memory.fakes import fake_mesh
-from trainer.memory.trace import StepMemory, simulate_step
+from trainer.memory.simulation import StepMemory, simulate_step
 
 # Their statistics are float32, and their kernels take weights of the same type only.
 _KEPT_IN_FLOAT32 = nn.modules.batchnorm._NormBase

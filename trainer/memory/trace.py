@@ -1,8 +1,8 @@
 """The memory of one training step: every storage that its operations create, from its birth to its death.
 
-Owns the tracker, which counts fake and real tensors alike, and the step that is simulated with it. It counts what
-torch's allocator is asked for: neither the allocator's fragments, nor kernels' workspaces, nor the CUDA context.
-Estimates of time are `trainer.memory.roofline`, fake tensors `trainer.memory.fakes`.
+Owns the tracker, which counts fake and real tensors alike; the step that is simulated with it is
+`trainer.memory.simulation`. It counts what torch's allocator is asked for: neither the allocator's fragments, nor
+kernels' workspaces, nor the CUDA context. Estimates of time are `trainer.memory.roofline`.
 """
 
 from __future__ import annotations
@@ -10,22 +10,18 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from accelerate.utils import convert_outputs_to_fp32
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
-from trainer.data.nested import map_tensors
 from trainer.memory.checkpointing import is_kept_by_selective
 from trainer.memory.devices import Device
-from trainer.memory.fakes import fake_batch, fake_copy, fake_step
 from trainer.memory.roofline import op_seconds
 
 CATEGORIES = ("parameters", "buffers", "gradients", "optimizer", "inputs", "activations", "temporary", "communication")
-PERSISTENT = ("parameters", "buffers", "gradients", "optimizer")
 CUDA_GRANULARITY = 512  # bytes that CUDA's caching allocator rounds up to
 CPU_GRANULARITY = 64
 _MAX_POINTS = 2000
@@ -54,7 +50,7 @@ class LargeTensor:
 
 
 @dataclass
-class BlockCost:
+class BlockTrace:
     """A watched block's forward.
 
     Args:
@@ -118,14 +114,14 @@ class MemoryTrace(TorchDispatchMode):
         self.peak_bytes = 0
         self.peak_by_phase: dict[str, int] = {}
         self.seconds_by_phase: dict[str, float] = {}
-        self.blocks: dict[str, BlockCost] = {}
+        self.blocks: dict[str, BlockTrace] = {}
         self._phase = "setup"
         self._alive: dict[int, _Storage] = {}  # by the storage's address, which is its own as long as it lives
         self._events: list[_Event] = []
         self._peak_event = -1
-        self._running: list[BlockCost] = []
-        self._in_backward_of: BlockCost | None = None
-        self._head = BlockCost()  # whatever comes between the last block's forward and its backward
+        self._running: list[BlockTrace] = []
+        self._in_backward_of: BlockTrace | None = None
+        self._head = BlockTrace()  # whatever comes between the last block's forward and its backward
         self._handles: list[Any] = []
         self._resize: Any = None
 
@@ -189,10 +185,10 @@ class MemoryTrace(TorchDispatchMode):
         What gradient checkpointing runs again in backward does not count.
         """
         for name, block in blocks.items():
-            self.blocks[name] = BlockCost()
+            self.blocks[name] = BlockTrace()
             self._handles += self._watch(block, self.blocks[name])
 
-    def _watch(self, block: nn.Module, cost: BlockCost) -> list[Any]:
+    def _watch(self, block: nn.Module, cost: BlockTrace) -> list[Any]:
         def enter(*_: Any) -> None:
             if self._phase == "forward":
                 self._in_backward_of = None
@@ -367,157 +363,3 @@ def _plain(tensor: torch.Tensor) -> list[torch.Tensor]:
         parts = [getattr(tensor, name) for name in names]
         return [plain for part in parts if isinstance(part, torch.Tensor) for plain in _plain(part)]
     return [tensor] if tensor.layout is torch.strided else []
-
-
-@dataclass(frozen=True)
-class StepMemory:
-    """What one training step takes.
-
-    Args:
-        peak_bytes: the most that is alive at once.
-        peak_by_phase: the same within `forward`, `backward`, `clip` and `optimizer`.
-        at_peak: bytes by category at the moment of the peak.
-        persistent: bytes by category that stay after the step: parameters, buffers, gradients, optimizer.
-        timeline: at most some 2000 points, the peak among them.
-        seconds: by phase, where a device was given.
-        blocks: by watched name.
-        head_peak_bytes: the most that is live between the last block's forward and its backward.
-        largest: the largest tensors at the peak.
-    """
-
-    peak_bytes: int
-    peak_by_phase: Mapping[str, int]
-    at_peak: Mapping[str, int]
-    persistent: Mapping[str, int]
-    timeline: tuple[Point, ...]
-    seconds: Mapping[str, float]
-    blocks: Mapping[str, BlockCost]
-    head_peak_bytes: int
-    largest: tuple[LargeTensor, ...] = field(repr=False)
-
-
-def simulate_step(
-    model: nn.Module,
-    loss: Callable[[nn.Module, Any], torch.Tensor],
-    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
-    batch: Any,
-    *,
-    device_type: str = "cuda",
-    device: Device | None = None,
-    allow_tf32: bool = False,
-    autocast_dtype: torch.dtype | None = None,
-    is_accumulating: bool = False,
-    clip_norm: bool = False,
-    prepare: Callable[[nn.Module], None] | None = None,
-    watch: Mapping[str, str] | None = None,
-    granularity: int | None = None,
-) -> StepMemory:
-    """Simulates a step in the midst of training, so with the optimizer's state there from the start.
-
-    Args:
-        model: real or fake; it is neither changed nor are its numbers copied.
-        loss: of (model, batch), a scalar; called with fakes of both.
-        make_optimizer: with explicit `foreach` or `fused`, as fake tensors hide the device from torch's own choice.
-        batch: real or fake tensors in any nesting, the first dimension the micro-batch.
-        device_type: whose kernels and rounding are simulated. The fake tensors say that they are on the CPU.
-        device: what the seconds are estimated for; None: no seconds.
-        allow_tf32: whether float32 products are as fast as tf32.
-        autocast_dtype: the model's forward runs under autocast to it and returns float32, as Accelerate has it.
-        is_accumulating: the gradients of earlier micro-batches are there when this one begins.
-        clip_norm: whether gradients are clipped before the optimizer's step.
-        prepare: called with the fake model, to apply gradient checkpointing.
-        watch: module names by the name in `StepMemory.blocks`.
-        granularity: bytes that storages are rounded up to; None: the device type's.
-
-    Raises:
-        CannotSimulate: the step needs the numbers of a tensor.
-    """
-    if granularity is None:
-        granularity = CPU_GRANULARITY if device_type == "cpu" else CUDA_GRANULARITY
-    trace = MemoryTrace(granularity, device, allow_tf32)
-    with fake_step(device_type), torch.enable_grad():
-        fake = fake_copy(model)
-        if prepare is not None:
-            prepare(fake)
-        examples = fake_batch(batch)
-        optimizer = make_optimizer(fake)
-        _make_state(fake, optimizer, is_accumulating)
-        _register(trace, fake, optimizer, examples)
-        trace.watch_gradients(fake)
-        trace.watch_blocks({name: fake.get_submodule(path) for name, path in (watch or {}).items()})
-        if autocast_dtype is not None:
-            _autocast(fake, autocast_dtype)
-        try:
-            with trace:
-                _step(trace, fake, loss, optimizer, examples, clip_norm)
-            trace.register(_state_tensors(optimizer), "optimizer")
-            return _summary(trace)
-        finally:
-            trace.close()
-
-
-def _autocast(model: nn.Module, dtype: torch.dtype) -> None:
-    forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype)(model.forward))
-    model.forward = forward
-
-
-def _make_state(model: nn.Module, optimizer: torch.optim.Optimizer, keep_gradients: bool) -> None:
-    """Takes a step ahead of the one that counts; afterwards there are gradients or there are none."""
-    params = [param for param in model.parameters() if param.requires_grad]
-    for param in params:
-        param.grad = torch.empty_like(param)
-    optimizer.step()
-    if not keep_gradients:
-        for param in params:
-            param.grad = None
-
-
-def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    map_tensors(found.append, [*optimizer.state.values()])
-    return found
-
-
-def _register(trace: MemoryTrace, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> None:
-    trace.register(dict(model.named_parameters()), "parameters")
-    trace.register(dict(model.named_buffers()), "buffers")
-    grads = {f"{name}.grad": param.grad for name, param in model.named_parameters() if param.grad is not None}
-    trace.register(grads, "gradients")
-    trace.register(_state_tensors(optimizer), "optimizer")
-    inputs: list[torch.Tensor] = []
-    map_tensors(inputs.append, batch)
-    trace.register(inputs, "inputs")
-
-
-def _step(
-    trace: MemoryTrace,
-    model: nn.Module,
-    loss: Callable[[nn.Module, Any], torch.Tensor],
-    optimizer: torch.optim.Optimizer,
-    batch: Any,
-    clip_norm: bool,
-) -> None:
-    with trace.phase("forward"):
-        value = loss(model, batch)
-    with trace.phase("backward"):
-        value.backward()
-    if clip_norm:
-        with trace.phase("clip"):
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
-    with trace.phase("optimizer"):
-        optimizer.step()
-
-
-def _summary(trace: MemoryTrace) -> StepMemory:
-    live = trace.live_by_category()
-    return StepMemory(
-        peak_bytes=trace.peak_bytes,
-        peak_by_phase={name: peak for name, peak in trace.peak_by_phase.items() if name != "setup"},
-        at_peak=trace.at_peak(),
-        persistent={name: live[name] for name in PERSISTENT},
-        timeline=trace.timeline(),
-        seconds={name: seconds for name, seconds in trace.seconds_by_phase.items() if name != "setup"},
-        blocks=trace.blocks,
-        head_peak_bytes=trace.head_peak_bytes,
-        largest=trace.largest_at_peak(),
-    )

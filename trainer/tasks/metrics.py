@@ -20,7 +20,7 @@ from trainer.tasks.base import Task
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-    from trainer.runtime import Runtime
+    from trainer.world import World
 
 
 class UserMetrics:
@@ -79,13 +79,13 @@ class UserMetrics:
                 message = f"does not take what the task gives it: {one_line(error)}"
                 raise UserError(message, path=f"task.metrics.{name}") from error
 
-    def gather(self, runtime: Runtime) -> None:
+    def gather(self, world: World) -> None:
         """Merges what all ranks have seen, on rank 0; all call it together."""
         if not self._metrics:
             return
         own = {name: copy.deepcopy(metric).cpu() for name, metric in self._metrics.items()}
         self.reset()
-        by_rank = runtime.gather_on_main(own)
+        by_rank = world.gather_on_main(own)
         for name in own:
             seen = [metrics[name] for metrics in by_rank if metrics[name].update_called]
             if seen:

@@ -1,16 +1,16 @@
 """What a machine does while it trains: cores, memory, network, GPUs. One process per machine asks.
 
-NVIDIA's GPUs are asked through NVML's Python bindings, where they are installed; what a card does not tell is left out.
+NVIDIA's GPUs are asked through `trainer.telemetry.nvml`, where that can be; what a card does not tell is left out.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from contextlib import suppress
-from typing import Any
 
 import psutil
+
+from trainer.telemetry.nvml import Gpu, NoNvml, all_gpus
 
 logger = logging.getLogger("lockstep")
 
@@ -27,7 +27,7 @@ class Machine:
         self._sent, self._received = _network_bytes()
         self._since = time.monotonic()
         self._period = _LEAST_SECONDS  # until the first sample
-        self._handles = _gpus()
+        self._gpus = _gpus()
 
     def sample(self) -> dict[str, float] | None:
         """Returns figures by name for the time since the last sample; None while that is too short."""
@@ -42,8 +42,8 @@ class Machine:
             "sent_mib_per_second": (sent - self._sent) / _MIB / seconds,
             "received_mib_per_second": (received - self._received) / _MIB / seconds,
         }
-        for number, handle in enumerate(self._handles):
-            figures |= {f"gpu{number}_{name}": value for name, value in _gpu_figures(handle).items()}
+        for number, gpu in enumerate(self._gpus):
+            figures |= {f"gpu{number}_{name}": value for name, value in _gpu_figures(gpu).items()}
         self._sent, self._received, self._since, self._period = sent, received, now, PERIOD_SECONDS
         return figures
 
@@ -53,31 +53,20 @@ def _network_bytes() -> tuple[int, int]:
     return (counters.bytes_sent, counters.bytes_recv) if counters is not None else (0, 0)
 
 
-def _gpus() -> list[Any]:
-    """Returns NVML's handles of all GPUs of this machine, whichever of them this job may use."""
+def _gpus() -> list[Gpu]:
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        return [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-    except ImportError:
-        return []
-    except Exception as error:  # NVMLError, which only the bindings know: no driver, no right to ask, ...
-        logger.debug("GPUs are not sampled: %s", error)
+        return all_gpus()
+    except NoNvml as reason:
+        logger.debug("GPUs are not sampled: %s", reason)
         return []
 
 
-def _gpu_figures(handle: Any) -> dict[str, float]:
-    import pynvml
-
-    figures: dict[str, float] = {}
-    with suppress(pynvml.NVMLError):
-        figures["percent"] = float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
-    with suppress(pynvml.NVMLError):
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        figures["memory_percent"] = 100 * memory.used / memory.total
-    with suppress(pynvml.NVMLError):
-        figures["power_w"] = pynvml.nvmlDeviceGetPowerUsage(handle) / 1000
-    with suppress(pynvml.NVMLError):
-        figures["temperature"] = float(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
-    return figures
+def _gpu_figures(gpu: Gpu) -> dict[str, float]:
+    utilisation, memory = gpu.ask("UtilizationRates"), gpu.ask("MemoryInfo")
+    figures = {
+        "percent": None if utilisation is None else utilisation.gpu,
+        "memory_percent": None if memory is None else 100 * memory.used / memory.total,
+        "power_w": gpu.watts(),
+        "temperature": gpu.celsius(),
+    }
+    return {name: float(value) for name, value in figures.items() if value is not None}

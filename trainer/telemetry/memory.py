@@ -1,4 +1,4 @@
-"""How much memory a process takes on its device, and its loader workers on the host."""
+"""How much memory a device has, a process takes on it, and loader workers take on the host."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ class MemoryUse(NamedTuple):
     allocated: int
     reserved: int | None  # by torch's allocator, on GPUs
     peak: int  # most allocated so far
+
+
+def device_memory(device: torch.device) -> int:
+    """Returns a device's whole memory in bytes: like devices then choose alike, whatever else runs there."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
 
 
 def memory_use(device: torch.device) -> MemoryUse:

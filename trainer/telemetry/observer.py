@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.data.feed import DeviceFeed
-from trainer.runtime import Runtime
 from trainer.telemetry.machine import PERIOD_SECONDS, Machine
 from trainer.telemetry.memory import MemoryUse, memory_use, own_memory_bytes
 from trainer.telemetry.stopwatch import PARTS, Stopwatch
+from trainer.world import World
 
 _GIB = 2**30
 
@@ -60,18 +60,18 @@ class Observer:
     """Observes this rank.
 
     Args:
-        runtime: this process among its peers.
+        world: the processes that train together.
         feed: of the training data.
         stopwatch: of the steps, or None where they are not split.
     """
 
-    def __init__(self, runtime: Runtime, feed: DeviceFeed, stopwatch: Stopwatch | None) -> None:
-        self._device = runtime.device
+    def __init__(self, world: World, feed: DeviceFeed, stopwatch: Stopwatch | None) -> None:
+        self._device = world.device
         self._feed = feed
         self._stopwatch = stopwatch
-        self._host, self._local_rank = socket.gethostname(), runtime.local_rank
-        self._machine = Machine() if runtime.local_rank == 0 else None
-        self._asks_workers = runtime.rank == 0
+        self._host, self._local_rank = socket.gethostname(), world.local_rank
+        self._machine = Machine() if world.local_rank == 0 else None
+        self._asks_workers = world.rank == 0
         self._copy_seconds = 0.0
         self._workers_due = time.monotonic()
         self.seconds = dict.fromkeys(PARTS, 0.0) if stopwatch is not None else None

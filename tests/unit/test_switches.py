@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Train, WriteConfig, few
+from conftest import Train, WriteConfig, nightly
 from run_results import losses, weights
 from torch import nn
 
@@ -71,7 +71,11 @@ def test_an_optimizer_without_a_fused_implementation() -> None:
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    few([("fused", "for_loop"), ("for_loop", "fused"), ("foreach", "auto")], ("fused", "for_loop")),
+    [
+        ("fused", "for_loop"),
+        pytest.param("for_loop", "fused", marks=nightly),
+        pytest.param("foreach", "auto", marks=nightly),
+    ],
 )
 def test_another_implementation_goes_on(
     first: str, second: str, train: Train, write_config: WriteConfig, tmp_path: Path

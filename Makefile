@@ -19,8 +19,8 @@ train: $(INSTALLED)            ## train the handwritten digits
 
 test: $(INSTALLED)             ## every tier that this machine allows; the rest is skipped with a reason
 	$(BIN)/python -m pytest -m unit --numprocesses logical --maxprocesses 4 --dist loadfile
-	$(BIN)/python -m pytest -m cluster --numprocesses logical --maxprocesses 2 --dist loadfile
-	$(BIN)/python -m pytest -m "not unit and not cluster"
+	$(BIN)/python -m pytest tests/cluster --numprocesses logical --maxprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest tests/dist tests/gpu
 
 test-unit: $(INSTALLED)        ## the quick tier
 	$(BIN)/python -m pytest -m unit

@@ -130,6 +130,7 @@ def test_online_is_one_curve_over_a_kill(
         assert run.summary["status"] == "finished"
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
+        wandb.teardown()  # an earlier test may have had it read other variables
         export = ["export", str(tmp_path / "run"), "--output", str(tmp_path / "model.safetensors"), "--artifact"]
         assert main(export) == 0
         assert "export-" in str(online.artifacts[-1])

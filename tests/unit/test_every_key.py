@@ -39,6 +39,13 @@ def marks(file: Path) -> dict[str, str]:
     return found
 
 
+def source(file: Path) -> str:
+    """Returns a test file with what it imports from beside the tiers, which has configs that several files use."""
+    text = file.read_text()
+    beside = [TESTS / f"{name}.py" for name in re.findall(r"^from (\w+) import", text, re.MULTILINE)]
+    return "\n".join([text, *(helper.read_text() for helper in beside if helper.exists())])
+
+
 def writes(text: str, key: str) -> bool:
     """Tells whether a test file writes a key: with dots, with `__`, or its name and that of its section."""
     words = key.split(".")
@@ -55,7 +62,7 @@ def test_the_test_runs_every_day_and_its_file_writes_the_key(key: str) -> None:
     found = marks(TESTS / file)[name]
     # Of `few` cases some run every day; only by those are keys proven.
     assert not re.search(r"\bnightly\b|\bNIGHTLY\b", found)
-    assert writes((TESTS / file).read_text(), key)
+    assert writes(source(TESTS / file), key)
 
 
 def test_marks_of_classes_and_modules_count_and_sections_are_looked_for(tmp_path: Path) -> None:

@@ -165,6 +165,13 @@ def test_settings_change_nothing(results: Results) -> None:
     assert compiled["losses"] == pytest.approx(plain["losses"], rel=1e-5)
 
 
+def test_settings_reach_the_shares(results: Results) -> None:
+    found = {name: results.of(name) for name in ("plain fsdp", "kept", "offloaded")}
+    blocks = ["blocks.0", "blocks.1"]
+    assert [found[name]["gathered_after_forward"] for name in found] == [[], blocks, []]
+    assert [found[name]["before"]["offloaded"] for name in found] == [[], [], ["", *blocks]]
+
+
 def test_blocks_are_shared_by_themselves(results: Results) -> None:
     found = results.of("plain fsdp")
     assert found["blocks"] == [f"blocks.{i}" for i in range(4)]

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 
 from trainer.config import load_config
@@ -35,6 +35,22 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
+def sharded(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    assert isinstance(module, FSDPModule)
+    groups = module._get_fsdp_state()._fsdp_param_groups
+    return any(isinstance(group.offload_policy, CPUOffloadPolicy) for group in groups)
+
+
+def gathered(model: nn.Module) -> list[str]:
+    """Returns which of the model's blocks have their parameters whole."""
+    blocks = {name: module.parameters() for name, module in sharded(model).items() if name}
+    return sorted(name for name, parameters in blocks.items() if not any(isinstance(p, DTensor) for p in parameters))
+
+
 def layout(trainer: Trainer) -> dict[str, Any]:
     """Returns how model and optimizer are spread."""
     parameters = dict(trainer.bare_model.named_parameters())
@@ -43,7 +59,8 @@ def layout(trainer: Trainer) -> dict[str, Any]:
     return {
         "same_module": trainer.model is trainer.bare_model,
         "names": sorted(trainer.bare_model.state_dict()),
-        "fsdp_modules": sorted(n for n, m in trainer.bare_model.named_modules() if isinstance(m, FSDPModule)),
+        "fsdp_modules": sorted(sharded(trainer.bare_model)),
+        "offloaded": sorted(name for name, module in sharded(trainer.bare_model).items() if is_offloaded(module)),
         "all_shared": all(isinstance(p, DTensor) for p in parameters.values()),
         "share": sum(map(torch.Tensor.numel, local)) / sum(p.numel() for p in parameters.values()),
         "dtypes": sorted({str(p.dtype) for p in parameters.values()}),
@@ -59,6 +76,8 @@ def trained(file: Path) -> dict[str, Any]:
     trainer = Trainer(config)
     found: dict[str, Any] = {"before": layout(trainer), "blocks": sorted(repeated_blocks(trainer.bare_model))}
     found["micro_batch_size"] = trainer.plan.micro_batch_size
+    gathered_after_forward: list[list[str]] = []
+    trainer.bare_model.register_forward_hook(lambda model, *_: gathered_after_forward.append(gathered(model)))
     trainer.start()
     losses, norms = [], []
     while trainer.progress.step < trainer.total_steps:
@@ -81,6 +100,7 @@ def trained(file: Path) -> dict[str, Any]:
     state: dict[str, torch.Tensor] = {name: whole(tensor) for name, tensor in trainer.bare_model.state_dict().items()}
     if RANK == 0:
         torch.save(state, file.with_name(f"{file.stem}-{WORLD}.pt"))
+    found["gathered_after_forward"] = gathered_after_forward[0]
     found["compiled"] = compiled.frame_count
     found["classes"] = sorted({type(module).__name__ for module in trainer.bare_model.modules()})
     trainer._close_feeds()

@@ -2,7 +2,8 @@
 
 Each run is a fork of this process, which has imported torch, so it costs little more than the tests themselves. Only
 what runs every day counts: nightly tests and cases are left out.
-`python tests/support/prove_keys.py KEY=NODE_ID ...` prints a line per key.
+`python tests/support/prove_keys.py` prints a line per key of `keys.yaml`, with `KEY ...` of these keys, with
+`KEY=NODE_ID ...` of tests that are not there yet; and at the end how many keys are proven.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ os.environ.pop("LOCKSTEP_NIGHTLY", None)
 
 import ignoring  # noqa: E402
 import pytest  # noqa: E402
+import yaml  # noqa: E402
 
 _SECONDS = 600  # of a run
 
@@ -91,14 +93,19 @@ def preload(files: Iterable[str]) -> None:
         pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *files])
 
 
-def main(pairs: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     os.chdir(REPOSITORY)
-    preload(sorted({pair.partition("=")[2].partition("::")[0] for pair in pairs}))
+    test_of = yaml.safe_load((REPOSITORY / "tests" / "support" / "keys.yaml").read_text())
+    pairs = []
+    for argument in arguments or test_of:
+        key, _, test = argument.partition("=")
+        pairs.append((key, test or f"tests/{test_of[key]}"))
+    preload(sorted({test.partition("::")[0] for _, test in pairs}))
     is_proven = []
-    for pair in pairs:
-        key, _, test = pair.partition("=")
+    for key, test in pairs:
         is_proven.append(passes(test) and "failed" in outcomes(test, key))
         print(f"{'proven' if is_proven[-1] else 'NOT PROVEN'} {key} {test}", flush=True)
+    print(f"{sum(is_proven)} of {len(is_proven)} are proven")
     return 0 if all(is_proven) else 1
 
 

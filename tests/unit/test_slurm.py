@@ -188,7 +188,7 @@ def run_script(text: str, folder: Path, **variables: str) -> list[str]:
 def test_words_survive(write_config: WriteConfig, tmp_path: Path) -> None:
     name = 'it\'s $(touch oops) `touch oops` "q" \\ $HOME * ;&|'
     overrides = [f"run.dir={tmp_path}/{name}", "train.epochs=3", 'model.args={a: "b c", d: [1]}']
-    setup = ["export GIVEN='a b'"]
+    setup = ["export GIVEN='a b'", f'echo "$GIVEN" > {tmp_path}/given']
     config = load_config(
         str(write_config(launch__slurm={"python": str(tmp_path / "bin" / "py thon"), "setup": setup})), overrides[:2]
     )
@@ -201,6 +201,7 @@ def test_words_survive(write_config: WriteConfig, tmp_path: Path) -> None:
     assert words[words.index("--node-rank") + 1] == "0"
     assert set(overrides) <= set(words)
     assert not Path("oops").exists()
+    assert (tmp_path / "given").read_text() == "a b\n"
 
 
 def test_a_task_of_an_array_is_a_run_of_its_own(write_config: WriteConfig, tmp_path: Path) -> None:

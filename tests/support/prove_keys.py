@@ -33,17 +33,17 @@ _SECONDS = 600  # of a run
 
 
 class _Notes:
-    """Takes note of how each phase of each test ended: `passed`, `failed` or `skipped`."""
+    """Takes note of how tests ended: `passed`, `failed`, `skipped`, or with an `error` in what is around them."""
 
     def __init__(self) -> None:
         self.outcomes: set[str] = set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.outcomes.add(report.outcome)
+        self.outcomes.add("error" if report.failed and report.when != "call" else report.outcome)
 
 
 def outcomes(test: str, key: str | None) -> set[str]:
-    """Runs a test in a fork in which `key` is ignored, and returns how its phases and cases ended.
+    """Runs a test in a fork in which `key` is ignored, and returns how its cases and what is around them ended.
 
     Nothing is returned of a fork that came to no end. What the test writes goes to the file `PROVE_KEYS_LOG`.
     """
@@ -62,9 +62,12 @@ def outcomes(test: str, key: str | None) -> set[str]:
             pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--timeout=0", test], plugins=[notes])
             answer.write_text(json.dumps(sorted(notes.outcomes)))
             os._exit(0)
-        ended = _wait(child)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)  # what took too long, or what a test that failed has left
+        ended = False
+        try:
+            ended = _wait(child)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)  # what took too long, or what a test that failed has left
         if not ended:
             os.waitpid(child, 0)
             return set()

@@ -1,7 +1,7 @@
 """Makes a process read its config as if one key had not been written: a test that needs the key then fails.
 
 Owns only how a key is ignored. What is checked while a config is read sees the values as written, so a refusal alone
-does not show that a key is used; nor does a config that is printed. Every process that has `tests/support` on its path
+does not show that a key is used; nor does a config that is printed, or looked at by a test itself. Every process that has `tests/support` on its path
 and the variable `LOCKSTEP_TEST_IGNORED_KEY` in its environment ignores that key (`sitecustomize.py`).
 """
 
@@ -13,10 +13,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
 VARIABLE = "LOCKSTEP_TEST_IGNORED_KEY"
+_TESTS = f"{Path(__file__).resolve().parents[1]}{os.sep}"
 
 
 def all_keys() -> list[str]:
@@ -84,13 +86,18 @@ def _another(key: str, value: Any) -> Any:
 
 
 def _change(section: type, attribute: str, change: Callable[[Any], Any], checks: set[CodeType]) -> None:
-    """Lets reads of an attribute of a section give what `change` makes of it, but not while a config is checked."""
+    """Lets reads of an attribute of a section give what `change` makes of it.
+
+    Not those of tests, nor those while a config is checked.
+    """
 
     def read(self: object, name: str) -> object:
         value = object.__getattribute__(self, name)
         if name != attribute:
             return value
         frame = sys._getframe(1)
+        if frame.f_code.co_filename.startswith(_TESTS):
+            return value
         while frame is not None:
             if frame.f_code in checks:
                 return value

@@ -84,10 +84,10 @@ def test_what_is_checked_sees_the_key_and_what_runs_does_not(tmp_path: Path) -> 
         "print(c.data.augment.erase, c.data.augment.erase_with, c.data.train.name, c.optim.lr, c.train.steps)"
     )
 
-    def read(key: str) -> list[str]:
+    def read(key: str, by: str = "a script") -> list[str]:
         path = os.pathsep.join([str(REPOSITORY), str(SUPPORT)])
         variables = {**os.environ, "PYTHONPATH": path, ignoring.VARIABLE: key}
-        command = [sys.executable, "-c", script]
+        command = [sys.executable, "-c", f"exec(compile({script!r}, {by!r}, 'exec'))"]
         done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=True)
         return done.stdout.split()
 
@@ -96,6 +96,7 @@ def test_what_is_checked_sees_the_key_and_what_runs_does_not(tmp_path: Path) -> 
     assert read("data.train.name") == ["0.5", "noise", "a-ignored", "0.5", "3"]
     assert read("optim.lr") == ["0.5", "noise", "a", "0.25", "3"]
     assert read("train.steps") == ["0.5", "noise", "a", "0.5", "4"]
+    assert read("train.steps", by=__file__) == read("")  # what a test writes is there for it
 
 
 @nightly

@@ -126,6 +126,15 @@ def test_each_split_has_its_own_transforms(folder: Path) -> None:
         assert next(iter(feed.eval_batches(4, 0, 1))).data[0].shape == (4, 3, size, size)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_so_many_processes_load(workers: int, folder: Path) -> None:
+    feed = open_feed(ImageFolder(str(folder)), config(folder, workers=workers))
+    feed.start(StepSampler(BatchPlan.split(NUM_SAMPLES, 2, None, 1, False), 0, 3), 0, 2)
+    with closing(feed):
+        next(iter(feed.step_batches(0)))
+        assert feed.num_workers == workers
+
+
 @pytest.mark.parametrize(("prefetch", "prefetch_factor"), [(1, 1), (4, 3)])
 def test_so_much_is_loaded_ahead(prefetch: int, prefetch_factor: int, tmp_path: Path) -> None:
     """A batch that was taken, those that wait on the device, and those of the worker."""

@@ -1,8 +1,9 @@
 """Makes a process read its config as if one key had not been written: a test that needs the key then fails.
 
 Owns only how a key is ignored. What is checked while a config is read sees the values as written, so a refusal alone
-does not show that a key is used; nor does a config that is printed, or looked at by a test itself. Every process that has `tests/support` on its path
-and the variable `LOCKSTEP_TEST_IGNORED_KEY` in its environment ignores that key (`sitecustomize.py`).
+does not show that a key is used; nor does a config that is printed, or looked at by a test itself. Every process that
+has `tests/support` on its path and the variable `LOCKSTEP_TEST_IGNORED_KEY` in its environment ignores that key
+(`sitecustomize.py`).
 """
 
 from __future__ import annotations

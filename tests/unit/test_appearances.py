@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from torch.nn import functional
 from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
 
+from trainer.config import load_config
 from trainer.config_data import _SAME_EACH_TIME, AugmentConfig, DataConfig
 from trainer.config_values import Component
 from trainer.data.datasets import ImageFolder, TorchFile
@@ -23,6 +24,7 @@ from trainer.data.feed import DeviceFeed
 from trainer.data.sampler import BatchPlan, MicroBatchSampler, SampleKey, StepSampler
 from trainer.data.transforms import build_transforms
 from trainer.errors import UserError
+from trainer.loop import Trainer
 from trainer.tasks.classification import Classification
 
 CPU = torch.device("cpu")
@@ -257,6 +259,11 @@ class TestRepeats:
     def test_settings_of_augmentation_without_effect_are_refused(self, augment: dict[str, Any], message: str) -> None:
         with pytest.raises(ValidationError, match=message):
             AugmentConfig.model_validate(augment)
+
+    def test_a_run_repeats(self, write_config: WriteConfig) -> None:
+        trainer = Trainer(load_config(str(write_config(data__augment_repeats=3))))
+        assert [key.repeat for key in trainer.sampler.keys(0)] == [0, 1, 2] * 4
+        trainer.close()
 
     def test_more_repeats_than_samples_are_refused(self, train: Train, write_config: WriteConfig) -> None:
         code, _, err = train("--config", write_config(data__augment_repeats=61))

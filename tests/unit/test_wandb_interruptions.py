@@ -18,7 +18,7 @@ import pytest
 import wandb
 import wandb_log
 from accelerate import PartialState
-from conftest import WriteConfig
+from conftest import WriteConfig, nightly
 from launching import environment
 from run_results import records, summary
 from wandb_server import StoredRun, WandbServer
@@ -170,6 +170,7 @@ def test_offline_is_one_curve_once_synced(
         assert_one_curve(run, tmp_path / "run")
 
 
+@nightly
 def test_a_server_that_dies_in_the_middle(server: TrainServer, write_config: WriteConfig, tmp_path: Path) -> None:
     init = {"wandb": {"settings": {"x_file_stream_transmit_interval": 0.1}}}
     changes = {**wandb_config(mode="online", finish_timeout="2 seconds"), "init": init, "samples": 0}

@@ -202,8 +202,8 @@ def table(result: Mapping[str, Any]) -> str:
         f"above `{FLOOR}`: time of a step within the same round, less that of the hand-written loop",
         *(_describe(workload) for workload in settings["workloads"]),
         *_reports_note(settings["workloads"]),
-        "the data in memory are of a kind that draws nothing at random, as our trainer knows; to each sample of a data "
-        "set of a user's own it gives a seed, which is not in these figures",
+        "the data in memory are tensors, of which our trainer takes a batch at once, and the others' loaders sample by "
+        "sample; to each sample of a data set of a user's own it gives a seed, which is not in these figures",
         "SGD with momentum; the same memory format, in which our trainer keeps the model",
         f"torch's threads: {', '.join(threads)} in every loop",
         f"MFU: of {_peaks(result['peak_flops'])}",

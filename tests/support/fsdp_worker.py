@@ -34,8 +34,8 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
-def sharded(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, FSDPModule)}
+def sharded(model: nn.Module) -> list[str]:
+    return sorted(name for name, module in model.named_modules() if isinstance(module, FSDPModule))
 
 
 def is_offloaded(module: nn.Module) -> bool:
@@ -46,8 +46,8 @@ def is_offloaded(module: nn.Module) -> bool:
 
 def gathered(model: nn.Module) -> list[str]:
     """Returns which of the model's blocks have their parameters whole."""
-    blocks = {name: module.parameters() for name, module in sharded(model).items() if name}
-    return sorted(name for name, parameters in blocks.items() if not any(isinstance(p, DTensor) for p in parameters))
+    blocks = {name: model.get_submodule(name).parameters() for name in sharded(model) if name}
+    return [name for name, parameters in blocks.items() if not any(isinstance(p, DTensor) for p in parameters)]
 
 
 def layout(trainer: Trainer) -> dict[str, Any]:
@@ -58,8 +58,8 @@ def layout(trainer: Trainer) -> dict[str, Any]:
     return {
         "same_module": trainer.model is trainer.bare_model,
         "names": sorted(trainer.bare_model.state_dict()),
-        "fsdp_modules": sorted(sharded(trainer.bare_model)),
-        "offloaded": sorted(name for name, module in sharded(trainer.bare_model).items() if is_offloaded(module)),
+        "fsdp_modules": sharded(trainer.bare_model),
+        "offloaded": [n for n in sharded(trainer.bare_model) if is_offloaded(trainer.bare_model.get_submodule(n))],
         "all_shared": all(isinstance(p, DTensor) for p in parameters.values()),
         "share": sum(map(torch.Tensor.numel, local)) / sum(p.numel() for p in parameters.values()),
         "dtypes": sorted({str(p.dtype) for p in parameters.values()}),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import nightly
 from torch import nn
 
 from trainer.errors import UserError
@@ -63,7 +64,9 @@ def compiled_step(plan: Setting, whole: bool, backend: str) -> tuple[nn.Sequenti
 
 # Some of torch's compiler uses what torch deprecates.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize(("backend", "whole"), [("aot_eager", True), ("aot_eager", False), ("inductor", True)])
+@pytest.mark.parametrize(
+    ("backend", "whole"), [("aot_eager", True), pytest.param("aot_eager", False, marks=nightly), ("inductor", True)]
+)
 def test_compiled_blocks_update_batch_norm_once(backend: str, whole: bool) -> None:
     expected, gradients = compiled_step("none", whole, "aot_eager")
     plans: tuple[Setting, ...] = ("full", "selective") if backend == "aot_eager" else ("selective",)

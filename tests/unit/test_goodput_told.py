@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import wandb_log
-from conftest import REPOSITORY, tiny_config
+from conftest import REPOSITORY, nightly, tiny_config
 from launching import TIMEOUT, run
 
 
@@ -72,6 +72,7 @@ def test_goodput_in_the_summary_of_wandb(summarised: Summarise) -> None:
     assert [row["train/loss"] for row in wandb_log.history(file)] == [0.5, 0.25]  # and no row of its own
 
 
+@nightly
 def test_goodput_in_tensorboard(summarised: Summarise) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

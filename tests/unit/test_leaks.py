@@ -127,6 +127,7 @@ def test_two_thousand_epochs(open_feed: OpenFeed) -> None:
     assert nothing_more(belongings(), before)
 
 
+@nightly
 def test_two_hundred_early_exits(open_feed: OpenFeed) -> None:
     open_feed().close()
     before, memory = belongings(), MemoryLog()

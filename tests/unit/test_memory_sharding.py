@@ -27,7 +27,7 @@ def planner_of(**settings: Any) -> Planner:
     )
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("checkpointing", few(["none", "selective", "full"], "selective"))
 @pytest.mark.parametrize("device_type", few(["cpu", "cuda"], "cuda"))
 @pytest.mark.parametrize("dtype", few([None, torch.bfloat16], torch.bfloat16))
 def test_shares(device_type: str, dtype: torch.dtype | None, checkpointing: str) -> None:

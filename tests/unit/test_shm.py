@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from conftest import nightly
 
 SCRIPT = """
     import os, sys
@@ -42,6 +43,7 @@ SCRIPT = """
 """
 
 
+@nightly
 def test_batches_of_megabytes_with_a_tiny_dev_shm(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("a mount namespace of one's own is not permitted here")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Train, WriteConfig
+from conftest import Train, WriteConfig, few
 from resuming import assert_same_end
 from run_results import checkpoint, summary
 
@@ -32,7 +32,7 @@ STOPS: dict[str, tuple[Event, dict[str, Any], int]] = {
 }
 
 
-@pytest.mark.parametrize("name", STOPS)
+@pytest.mark.parametrize("name", few(STOPS, "within a long step", "in the last evaluation", "while saving"))
 def test_a_stop_loses_nothing(
     name: str, train: Train, write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

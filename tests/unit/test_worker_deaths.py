@@ -180,7 +180,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver"])
+@pytest.mark.parametrize("method", few(["fork", "forkserver"], "fork"))
 def test_workers_end_with_a_training_process_that_is_killed(
     method: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -13,6 +13,7 @@ import loads
 import numpy as np
 import psutil
 import pytest
+from conftest import nightly
 from worker_pools import MakePool, check, delayed, drain, take
 
 from trainer.data.sampler import SampleKey
@@ -67,6 +68,7 @@ def test_resizing_in_mid_stream_keeps_order_and_ends_processes(make_pool: MakePo
     assert len(pool._free) == len(pool.slots)
 
 
+@nightly
 def test_resizing_while_results_are_waited_for(make_pool: MakePool) -> None:
     pool, stop = make_pool(num_workers=1, max_workers=3), threading.Event()
     problems: list[BaseException] = []

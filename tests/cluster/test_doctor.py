@@ -40,6 +40,7 @@ def slow_cable(hosts: Hosts, i: int, rate: str) -> Iterator[None]:
         subprocess.run([*ip, "del", "dev", "eth0", "root"], check=True)
 
 
+@nightly
 def test_a_slow_link_and_a_folder_of_one_host_alone_are_named(
     hosts: Hosts, write_config: WriteConfig, tmp_path: Path
 ) -> None:

@@ -196,6 +196,7 @@ def test_a_lost_host_ends_a_job_of_a_fixed_size(hosts: Hosts, write_config: Writ
         time.sleep(0.5)
 
 
+@nightly
 def test_others_go_on_without_a_lost_host_and_take_it_back(
     hosts: Hosts, write_config: WriteConfig, tmp_path: Path
 ) -> None:

@@ -141,9 +141,10 @@ class _Job:
         fault = self._fault()
         if fault is not None and fault.kind != "lost":
             return str(fault)
-        rank, first = self.first_rank(codes), self.first or codes
-        if first[rank] < 0:
-            return explain_signal(f"rank {rank}", -first[rank])
+        rank = self.first_rank(codes)
+        code = {**codes, **self.first}[rank]
+        if code < 0:
+            return explain_signal(f"rank {rank}", -code)
         return str(fault) if fault is not None else f"rank {rank} failed, and said why"
 
     def is_own_failure(self, codes: Mapping[int, int]) -> bool:
@@ -162,8 +163,11 @@ class _Job:
         """Returns the rank on this machine that failed first."""
         first = self.first or codes
         fault = self._fault()
-        if fault is not None and first.get(fault.rank, 0) != 0:  # survivors may die of signals, too
-            return fault.rank
+        if fault is not None:
+            # Survivors may die of signals. They may end before a rank with an error, which has more to say.
+            ended = {**codes, **first} if fault.kind == "error" else first
+            if ended.get(fault.rank, 0) != 0:
+                return fault.rank
         if EXIT_USAGE in first.values():
             return min(rank for rank, code in first.items() if code == EXIT_USAGE)
         # A rank that dies of a signal leaves no word, and its peers fail as they lose it: it is the reason.

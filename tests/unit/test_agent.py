@@ -101,6 +101,14 @@ def test_the_fault_that_was_written_down(kind: str, restart: bool, tmp_path: Pat
     assert younger.explain({0: 1}) == "rank 0 failed, and said why"
 
 
+@pytest.mark.parametrize(("kind", "expected"), [("error", 1), ("hang", 0)])
+def test_a_rank_with_an_error_may_end_after_its_peers(kind: str, expected: int, tmp_path: Path) -> None:
+    made = job(tmp_path, first={0: 1})
+    made.started -= 1
+    write_first(fault_folder(tmp_path, 1), Fault(1, kind, "so it was"))
+    assert made.first_rank({0: 1, 1: 1}) == expected
+
+
 @pytest.mark.parametrize(
     ("codes", "rank_of_fault", "expected"),
     [

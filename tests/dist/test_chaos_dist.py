@@ -36,6 +36,7 @@ def config(write_config: WriteConfig, **changes: Any) -> Path:
     )
 
 
+@nightly
 @pytest.mark.timeout(600)
 def test_a_job_under_faults_ends_as_in_peace(write_config: WriteConfig, tmp_path: Path) -> None:
     folder, file = tmp_path / "chaos", tmp_path / "report.json"

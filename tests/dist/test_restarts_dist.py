@@ -160,6 +160,7 @@ def test_what_starting_again_cannot_mend_is_not_tried_again(write_config: WriteC
     ), done.stderr
 
 
+@nightly
 def test_torchrun_by_hand(write_config: WriteConfig, tmp_path: Path) -> None:
     """Its store outlives the ranks, and it starts again whatever does not end with 0, a stop included."""
     command = [TORCHRUN, "--max-restarts", "3", "--nproc-per-node", "2", TRAIN, "--config"]
@@ -182,6 +183,7 @@ def test_torchrun_by_hand_shows_the_first_error_last(write_config: WriteConfig, 
     assert "ZeroDivisionError: a bug of the user's" in done.stderr.partition("Root Cause")[2], done.stderr
 
 
+@nightly
 def test_a_lost_host_leaves_the_others_training(write_config: WriteConfig, tmp_path: Path) -> None:
     """Two agents as on two hosts, of which one is killed with its rank: the other goes on alone."""
     with socket.socket() as free:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import wandb_log
 import yaml
-from conftest import REPOSITORY, WriteConfig
+from conftest import REPOSITORY, WriteConfig, nightly
 from launching import environment
 from run_results import summary
 
@@ -38,6 +38,7 @@ def start_trials(
     return codes
 
 
+@nightly
 def test_every_trial_is_a_run_of_its_own(
     write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

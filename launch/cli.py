@@ -19,6 +19,7 @@ from trainer.cli import EXIT_FAILED, EXIT_FINISHED, add_config_arguments, run_co
 from trainer.config import Config, load_config
 from trainer.config_launch import DEFAULT_PORT
 from trainer.errors import UserError
+from trainer.imports import without_collector
 
 if TYPE_CHECKING:
     from launch.starting import LaunchPlan
@@ -65,7 +66,8 @@ def _doctor(arguments: Sequence[str]) -> int:
     if options.timeout <= 0:
         parser.error(f"--timeout must be more than 0 (got {options.timeout:g})")
     request = Request(options.config, tuple(options.overrides), config, options.timeout, options.json)
-    from launch.doctor import start
+    with without_collector():
+        from launch.doctor import start
 
     if options.slurm:
         return start.on_slurm(request, arguments, options.dry_run)
@@ -95,7 +97,8 @@ def _plan(arguments: Sequence[str]) -> int:
         if (value := getattr(options, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1 (got {value})")
     config = load_config(options.config, options.overrides)
-    from launch import plan  # imports torch
+    with without_collector():
+        from launch import plan
 
     sizes = None if shape is None else tuple(map(int, options.input.split("x")))
     try:
@@ -107,7 +110,8 @@ def _plan(arguments: Sequence[str]) -> int:
 def _local(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch local", description="Start a job on this machine.")
     options, config = _read(parser, arguments, has_nodes=False)
-    from launch import local, starting  # import torch
+    with without_collector():
+        from launch import local, starting
 
     plan = local.plan(["--config", options.config, *options.overrides], config)
     if options.dry_run:
@@ -224,7 +228,8 @@ def _agent(arguments: Sequence[str]) -> int:
     host, _, number = options.rendezvous.rpartition(":")
     if not number.isdigit():
         host, number = options.rendezvous, ""
-    from launch import node, starting  # import torch
+    with without_collector():
+        from launch import node, starting
 
     port = int(number or config.launch.port or DEFAULT_PORT)
     # Whoever promised GPUs to this machine says so in a place of its own.
@@ -315,7 +320,8 @@ def _chaos(arguments: Sequence[str]) -> int:
     if options.json is not None and not options.json.parent.is_dir():
         parser.error(f"--json {options.json}: there is no such folder")
     config = load_config(options.config, options.overrides)
-    from launch import chaos  # imports torch
+    with without_collector():
+        from launch import chaos
 
     settings = chaos.Settings(
         file=options.config,

@@ -19,7 +19,7 @@ TIMEOUT = 150
 
 def environment(**variables: str) -> dict[str, str]:
     """Returns the environment of a job: no GPU, no tracker account, the test support modules importable."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "ACCELERATE_", "OMP_"))}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "ACCELERATE_", "OMP_", "THP_"))}
     path = os.pathsep.join([str(REPOSITORY), str(SUPPORT)])
     return {**inherited, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "HOME": "/nonexistent", **variables}
 

@@ -22,6 +22,7 @@ from trainer.config_data import CacheConfig
 from trainer.errors import UserError, one_line, one_line_text
 from trainer.faults.fault import is_lost_peer
 from trainer.faults.stopping import STOP_SIGNALS
+from trainer.imports import without_collector
 from trainer.memory.out_of_memory import handle_out_of_memory, is_out_of_memory
 from trainer.system import LAUNCHER_VARIABLE
 
@@ -171,7 +172,8 @@ def _train(options: argparse.Namespace) -> int:
     if options.print_config:
         sys.stdout.write(config.to_yaml())
         return EXIT_FINISHED
-    from trainer.loop import Trainer
+    with without_collector():
+        from trainer.loop import Trainer
 
     trainer: Trainer | None = None
     try:
@@ -273,7 +275,8 @@ def _run_main(options: argparse.Namespace) -> int:
         from trainer.tracking.syncing import sync
 
         return EXIT_FINISHED if sync(Path(options.run_dir)) else EXIT_FAILED
-    from trainer import results
+    with without_collector():
+        from trainer import results
 
     run_dir = Path(options.run_dir)
     if options.command == "export":

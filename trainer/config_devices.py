@@ -10,7 +10,7 @@ from trainer.config_values import Amount, Bool, MemoryAmount, PositiveFloat, Pos
 
 
 class BackendsConfig(Section):
-    """Shortcuts that torch's kernels may take; the defaults are torch's own."""
+    """Shortcuts that torch's kernels may take, and the memory they work in."""
 
     matmul_precision: Literal["highest", "high", "medium"] = Field(
         "highest",
@@ -22,6 +22,12 @@ class BackendsConfig(Section):
         False,
         description="Try cuDNN's algorithms and keep the fastest per shape. Which one wins may differ from run to run, "
         "and with it the last bits of the result.",
+    )
+    huge_pages: Bool = Field(
+        True,
+        description="Ask Linux for huge pages for large tensors in host memory, as torch does under the environment "
+        "variable `THP_MEM_ALLOC_ENABLE=1`: a step on a CPU then waits for a fraction of the page faults. Where the "
+        "variable is set already it is left as it is.",
     )
 
 

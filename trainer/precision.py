@@ -5,6 +5,8 @@ Owns `precision` and `backends`. Accelerate casts the forward pass; wrapping is 
 
 from __future__ import annotations
 
+import os
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_torchao_available, is_transformer_engine_available
@@ -46,7 +48,9 @@ def check_precision(precision: Precision) -> None:
 
 
 def set_backends(config: BackendsConfig) -> None:
-    """Sets torch's process-wide switches for float32 arithmetic and cuDNN."""
+    """Sets torch's process-wide switches; that for memory is read at the first tensor of the process."""
+    if config.huge_pages:
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     torch.set_float32_matmul_precision(config.matmul_precision)
     torch.backends.cudnn.allow_tf32 = config.cudnn_tf32
     torch.backends.cudnn.benchmark = config.cudnn_benchmark

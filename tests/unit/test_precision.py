@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import huge_pages
 import pytest
 import torch
 from conftest import Train, WriteConfig
+from resuming import TrainServer
 from run_results import checkpoint, identical, losses, optimizer_state, summary, weights
 
 from trainer import precision
@@ -113,6 +116,26 @@ def test_the_defaults_are_torchs_own(write_config: WriteConfig) -> None:
     assert torch.get_float32_matmul_precision() == "highest"
     assert torch.backends.cudnn.allow_tf32
     assert not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.skipif(
+    not huge_pages.KERNEL_SETTING.exists() or "[madvise]" not in huge_pages.KERNEL_SETTING.read_text(),
+    reason="this kernel gives huge pages to nobody, or to all that it can",
+)
+@pytest.mark.parametrize("wanted", [True, False])
+def test_huge_pages(wanted: bool, server: TrainServer, write_config: WriteConfig, tmp_path: Path) -> None:
+    model = {"name": "huge_pages:Probe", "args": {"file": str(tmp_path / "bytes")}}
+    config = write_config(model=model, backends={"huge_pages": wanted})
+    assert server.train("--config", config).code == 0
+    assert (int((tmp_path / "bytes").read_text()) >= 2**25) == wanted
+
+
+def test_huge_pages_are_left_as_the_environment_has_them(
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    precision.set_backends(load_config(str(write_config())).backends)
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"
 
 
 class Gpu:

@@ -9,6 +9,7 @@ A data set is anything with `__len__` and `__getitem__(index)`. Optional attribu
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -53,16 +54,20 @@ class Digits:
     def __init__(self, split: Literal["train", "eval"]) -> None:
         if split not in ("train", "eval"):
             raise UserError(f"split must be 'train' or 'eval' (got {split!r})")
-        from sklearn.datasets import load_digits  # takes a second; only this data set needs it
-
-        digits = load_digits()
-        order_in_class = np.zeros(len(digits.target), dtype=np.int64)
+        package = importlib.util.find_spec("sklearn")  # importing it would take a second
+        assert package is not None
+        assert package.submodule_search_locations is not None
+        table = np.loadtxt(
+            Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz"), delimiter=","
+        )
+        images, targets = table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
+        order_in_class = np.zeros(len(targets), dtype=np.int64)
         for label in range(10):
-            members = digits.target == label
+            members = targets == label
             order_in_class[members] = np.arange(members.sum())
         chosen = (order_in_class % 5 == 4) == (split == "eval")
-        self.images = torch.from_numpy(digits.images[chosen] / 16.0).float().unsqueeze(1)
-        self.labels: list[int] = digits.target[chosen].tolist()
+        self.images = torch.from_numpy(images[chosen] / 16.0).float().unsqueeze(1)
+        self.labels: list[int] = targets[chosen].tolist()
         self.classes = [str(label) for label in range(10)]
 
     def __len__(self) -> int:

@@ -134,7 +134,13 @@ def open_loader(work: Work, sampler: Sampler[int] | None = None) -> Any:
 # ---- the loops -----------------------------------------------------------------------------------------------
 
 
-def raw(work: Work, loader: Any, after_step: AfterStep, wrap: Callable[[nn.Module], nn.Module] | None = None) -> None:
+def raw(
+    work: Work,
+    loader: Any,
+    after_step: AfterStep,
+    wrap: Callable[[nn.Module], nn.Module] | None = None,
+    is_tuned: bool = False,
+) -> None:
     """The loop of PyTorch's tutorials.
 
     Args:
@@ -142,14 +148,17 @@ def raw(work: Work, loader: Any, after_step: AfterStep, wrap: Callable[[nn.Modul
         loader: gives the batches of an epoch.
         after_step: called after every step.
         wrap: what makes the model train together with those of other processes, such as DDP.
+        is_tuned: with what our trainer chooses by itself on a CPU: huge pages and a fused optimizer.
     """
+    if is_tuned:
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # read at this process's first tensor
     model = work.build_model()
     if work.compile:
         model.compile()
     if wrap is not None:
         model = wrap(model)
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, fused=work.device_type == "cuda"
+        model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, fused=is_tuned or work.device_type == "cuda"
     )
     for epoch in itertools.count():
         if hasattr(getattr(loader, "sampler", None), "set_epoch"):

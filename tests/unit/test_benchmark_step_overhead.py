@@ -112,6 +112,15 @@ def test_loops_are_compared_with_ours_within_rounds() -> None:
     assert "not for this torch" in table(result)
 
 
+def test_what_a_step_costs_beside_the_model_is_compared_with_the_loop_that_computes_as_ours_does() -> None:
+    *_, ours, tuned = _result(tuned=_measured(0.105, 0.198))["entries"]
+    assert ours["floor"] == tuned["floor"] == "tuned"
+    assert ours["overhead_microseconds"] == pytest.approx({"median": 3500, "min": 2000, "max": 5000})
+    assert "above `tuned`, µs" in table(_result(tuned=_measured(0.105, 0.198)))
+    assert "huge pages" in table(_result(tuned=_measured(0.105, 0.198)))
+    assert "huge pages" not in table(_result())
+
+
 def test_the_bars_are_of_our_speed_and_say_what_the_rounds_can_tell() -> None:
     ours = [0.1, 0.102, 0.11, 0.1, 0.101, 0.1]
     measured = {

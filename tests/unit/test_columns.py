@@ -105,5 +105,5 @@ def test_rows_lie_in_the_memory_that_is_given() -> None:
         given.append(torch.empty(shape, dtype=dtype))
         return given[-1]
 
-    found = rows((torch.arange(9), np.arange(9.0)), NUMBERS, allocate)
+    found = rows((torch.arange(9), np.arange(9.0)), np.array(NUMBERS), allocate)
     assert [part.data_ptr() for part in found] == [part.data_ptr() for part in given]

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from trainer.config_data import DataConfig
@@ -18,7 +19,7 @@ from trainer.data.datasets import ImageFolder, TorchFile
 from trainer.data.feed import DeviceFeed
 from trainer.data.packing import pack_folder
 from trainer.data.resident import Share
-from trainer.data.sampler import BatchPlan, SampleKey, StepSampler
+from trainer.data.sampler import BatchPlan, StepSampler
 from trainer.errors import UserError
 from trainer.tasks.classification import Classification
 
@@ -142,7 +143,7 @@ def test_so_much_is_loaded_ahead(prefetch: int, prefetch_factor: int, tmp_path: 
     asked: list[int] = []
 
     class Plan(StepSampler):
-        def keys(self, step: int) -> list[SampleKey]:
+        def keys(self, step: int) -> NDArray[np.int64]:
             asked.append(step)
             return super().keys(step)
 

@@ -153,7 +153,7 @@ def test_every_rank_takes_as_many_turns(num_samples: int, micro: int) -> None:
             assert [n for n in sizes[rank] if n] == [n for n in expected if n]
             loaded = [next(batches[rank]) for _ in sizes[rank]]
             assert [len(keys) for keys in loaded] == [max(n, 1) for n in sizes[rank]]
-            seen = [key.sample for keys, n in zip(loaded, sizes[rank], strict=True) for key in keys[:n]]
+            seen = [sample for keys, n in zip(loaded, sizes[rank], strict=True) for sample in keys[:n, 1]]
             assert seen == samplers[rank].samples(step)
         stood_in.append(any(0 in rank for rank in sizes))
     assert [plan.needs_stand_ins(step) for step in range(plan.steps_per_epoch)] == stood_in

@@ -47,18 +47,18 @@ def _is_plain(column: Any) -> bool:
 
 
 @torch.no_grad()  # what a sample went through is no part of the model
-def rows(found: Sequence[Column], numbers: Sequence[int], allocate: Allocate) -> list[torch.Tensor]:
+def rows(found: Sequence[Column], numbers: NDArray[np.int64], allocate: Allocate) -> list[torch.Tensor]:
     """Returns a batch: of each column the rows at `numbers` (B,), in memory from `allocate`."""
-    index = torch.tensor(numbers)
+    index = torch.from_numpy(numbers)
     batch = []
     for column in found:
         if isinstance(column, torch.Tensor):
             taken = allocate((len(numbers), *column.shape[1:]), column.dtype)
             torch.index_select(column, 0, index, out=taken)
         elif isinstance(column, np.ndarray):
-            values = torch.from_numpy(np.take(column, index.numpy(), axis=0))
+            values = torch.from_numpy(np.take(column, numbers, axis=0))
             taken = allocate(tuple(values.shape), values.dtype).copy_(values)
         else:
-            taken = collate([column[number] for number in numbers], allocate)
+            taken = collate([column[number] for number in numbers.tolist()], allocate)
         batch.append(taken)
     return batch

@@ -7,14 +7,13 @@ any order. Built-in transforms draw from here; users' own transforms draw from g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.sampler import SampleKey, key_array
+from trainer.data.sampler import SampleKeys, key_array
 
 Keys = NDArray[np.uint64]  # (B,): one appearance of a sample in one epoch of one run each
 
@@ -33,7 +32,7 @@ class Stream(IntEnum):
     REPLACE = 6
 
 
-def sample_keys(seed: int, keys: Sequence[SampleKey] | NDArray[np.int64]) -> Keys:
+def sample_keys(seed: int, keys: SampleKeys) -> Keys:
     """Returns one 64-bit key per sample, a function of (seed, epoch, index, repeat) and of nothing else."""
     run = _finalize(np.array([(seed * _GOLDEN + 1) & _MASK], dtype=np.uint64))
     epoch, sample, repeat = key_array(keys).astype(np.uint64).T

@@ -25,7 +25,7 @@ from trainer.data.draws import sample_keys
 from trainer.data.geometry import Geometry
 from trainer.data.loader import LoadedBatch
 from trainer.data.nested import collate
-from trainer.data.sampler import MicroBatchSampler, SampleKey, StepSampler, key_array
+from trainer.data.sampler import MicroBatchSampler, SampleKey, StepSampler
 from trainer.errors import UserError, one_line_text
 
 logger = logging.getLogger("lockstep")
@@ -152,7 +152,7 @@ class ResidentPictures:
         plan = sampler.plan
         samplers = [StepSampler(plan, rank, sampler.seed) for rank in range(plan.num_ranks)]
         for step in range(start, stop):
-            by_rank = [[key_array(keys) for keys in MicroBatchSampler(s, step, step + 1)] for s in samplers]
+            by_rank = [list(MicroBatchSampler(s, step, step + 1)) for s in samplers]
             images, targets = self._exchange([np.concatenate(batches) for batches in by_rank])
             first = 0
             for keys in by_rank[self.share.rank]:

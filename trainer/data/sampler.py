@@ -8,7 +8,6 @@ arithmetic; loading the samples is `trainer.data.loader`.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,16 +25,24 @@ EVAL_EPOCH = -1  # evaluation samples are the same every time, and never those o
 
 
 class SampleKey(NamedTuple):
-    """What a loader worker is asked for: a sample, and what its augmentation depends on."""
+    """What a loader is asked for: a sample, and what its augmentation depends on. Of a batch these are rows (B, 3)."""
 
     epoch: int
     sample: int
     repeat: int = 0  # which of the epoch's appearances of this sample, where it has several
 
 
-def key_array(keys: Sequence[Sequence[int]] | NDArray[np.int64]) -> NDArray[np.int64]:
+SampleKeys = Sequence[Sequence[int]] | NDArray[np.int64]  # of a batch
+
+
+def key_array(keys: SampleKeys) -> NDArray[np.int64]:
     """Returns sample keys as an array (B, 3)."""
     return np.array(keys, dtype=np.int64).reshape(-1, len(SampleKey._fields))
+
+
+def one_by_one(keys: SampleKeys) -> list[SampleKey]:
+    """Returns sample keys of which each has its own name."""
+    return [SampleKey(*key) for key in key_array(keys).tolist()]
 
 
 def divisors(number: int) -> list[int]:
@@ -189,18 +196,19 @@ class StepSampler(DistributedSampler[int]):
 
     def samples(self, step: int) -> list[int]:
         """Returns the sample indices of this rank in global step `step`, in order."""
-        return [key.sample for key in self.keys(step)]
+        indices: list[int] = self.keys(step)[:, 1].tolist()
+        return indices
 
-    def keys(self, step: int) -> list[SampleKey]:
-        """Returns the sample keys of this rank in global step `step`, in order."""
+    def keys(self, step: int) -> NDArray[np.int64]:
+        """Returns the sample keys (B, 3) of this rank in global step `step`, in order."""
         return self._keys_at(step, self.plan.positions(step, self.rank))
 
-    def first(self, step: int) -> SampleKey:
-        """Returns the first sample of a step's global batch."""
-        return self._keys_at(step, torch.zeros(1, dtype=torch.int64))[0]
+    def first(self, step: int) -> NDArray[np.int64]:
+        """Returns the key (1, 3) of the first sample of a step's global batch."""
+        return self._keys_at(step, torch.zeros(1, dtype=torch.int64))
 
-    def _keys_at(self, step: int, positions: torch.Tensor) -> list[SampleKey]:
-        """Returns what is at some positions of a step's global batch.
+    def _keys_at(self, step: int, positions: torch.Tensor) -> NDArray[np.int64]:
+        """Returns the keys of what is at some positions of a step's global batch.
 
         Repeats follow one another (a a a b b b ...), so that ranks in turn each have another. Where pairs are mixed,
         repeats are those of pairs (a b a b a b c d ...): none is mixed with itself, and pairs go to ranks in turn.
@@ -211,7 +219,9 @@ class StepSampler(DistributedSampler[int]):
         groups, within = np.divmod(places, plan.group_size * plan.num_repeats)
         repeats, member = np.divmod(within, plan.group_size)
         samples = self._order(epoch)[plan.group_size * groups + member]
-        return list(map(SampleKey, itertools.repeat(epoch), samples.tolist(), repeats.tolist()))
+        keys = np.empty((len(samples), len(SampleKey._fields)), dtype=np.int64)
+        keys[:, 0], keys[:, 1], keys[:, 2] = epoch, samples, repeats
+        return keys
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if self._permutation is None or self._permutation[0] != epoch:
@@ -230,7 +240,7 @@ class StepSampler(DistributedSampler[int]):
         return sum(len(self.plan.positions(step, self.rank)) for step in steps)
 
 
-class MicroBatchSampler(Sampler[list[SampleKey]]):
+class MicroBatchSampler(Sampler[NDArray[np.int64]]):
     """The micro-batches of this rank from step `start` up to step `stop`, across epochs without a gap.
 
     A rank without a sample in an epoch's last batch gets one stand-in sample (the batch's first), so that every
@@ -243,12 +253,13 @@ class MicroBatchSampler(Sampler[list[SampleKey]]):
         self.start = start
         self.stop = stop
 
-    def __iter__(self) -> Iterator[list[SampleKey]]:
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
         size = self.sampler.plan.micro_batch_size
         for step in range(self.start, self.stop):
             keys = self.sampler.keys(step)
             for turn in range(self.sampler.plan.num_turns(step, self.sampler.rank)):
-                yield keys[turn * size : (turn + 1) * size] or [self.sampler.first(step)]
+                own = keys[turn * size : (turn + 1) * size]
+                yield own if len(own) else self.sampler.first(step)
 
     def micro_batch_sizes(self, step: int) -> list[int]:
         """Returns how many real samples each micro-batch of this rank holds in a step: `[0]` for a stand-in."""
@@ -258,16 +269,19 @@ class MicroBatchSampler(Sampler[list[SampleKey]]):
         return [min(plan.micro_batch_size, max(share - first, 0)) for first in firsts]
 
 
-class EvalSampler(Sampler[list[SampleKey]]):
+class EvalSampler(Sampler[NDArray[np.int64]]):
     """This rank's share of an evaluation set, in batches: every sample on exactly one rank, none padded."""
 
     def __init__(self, num_samples: int, batch_size: int, rank: int, num_ranks: int) -> None:
         self.indices = range(rank, num_samples, num_ranks)
         self.batch_size = batch_size
 
-    def __iter__(self) -> Iterator[list[SampleKey]]:
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
         for first in range(0, len(self.indices), self.batch_size):
-            yield [SampleKey(EVAL_EPOCH, index) for index in self.indices[first : first + self.batch_size]]
+            own = self.indices[first : first + self.batch_size]
+            keys = np.zeros((len(own), len(SampleKey._fields)), dtype=np.int64)
+            keys[:, 0], keys[:, 1] = EVAL_EPOCH, own
+            yield keys
 
     def __len__(self) -> int:
         return math.ceil(len(self.indices) / self.batch_size)

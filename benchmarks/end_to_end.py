@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import tempfile
 import time
@@ -180,6 +181,7 @@ def table(result: Mapping[str, Any]) -> str:
         f"{pictures['mean_bytes'] / 1000:.0f} kB on average, in the page cache, "
         f"{counted(work['num_samples'] // work['batch_size'], 'step')} in an epoch",
         f"median of {settings['rounds']} alternating rounds of {settings['steps']} steps",
+        *(["huge pages for all, as ours has them by default"] if settings.get("huge_pages") else []),
         load_note(result["entries"], settings["keep_loaded"]),
         *origin(result),
     ]
@@ -270,6 +272,7 @@ def _run(options: argparse.Namespace, given: Sequence[str] | None, originals: Pa
     for file in list_pictures(originals):
         file.read_bytes()  # so that all find them in the page cache
     started = time.monotonic()
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # for all what ours has by default
     entrants: dict[str, Loop | Any] = {name: partial(ENTRIES[name], setup) for name in options.only}
     turn = Turn(setup.lead, setup.steps)
     measured = take_turns(
@@ -281,6 +284,7 @@ def _run(options: argparse.Namespace, given: Sequence[str] | None, originals: Pa
             **asdict(setup),
             "pictures": None,
             "originals": None,
+            "huge_pages": True,
             "rounds": options.rounds,
             "num_threads": options.threads,
             "most_foreign_cores": MOST_FOREIGN_CORES,

@@ -134,13 +134,7 @@ def open_loader(work: Work, sampler: Sampler[int] | None = None) -> Any:
 # ---- the loops -----------------------------------------------------------------------------------------------
 
 
-def raw(
-    work: Work,
-    loader: Any,
-    after_step: AfterStep,
-    wrap: Callable[[nn.Module], nn.Module] | None = None,
-    is_tuned: bool = False,
-) -> None:
+def raw(work: Work, loader: Any, after_step: AfterStep, wrap: Callable[[nn.Module], nn.Module] | None = None) -> None:
     """The loop of PyTorch's tutorials.
 
     Args:
@@ -148,17 +142,14 @@ def raw(
         loader: gives the batches of an epoch.
         after_step: called after every step.
         wrap: what makes the model train together with those of other processes, such as DDP.
-        is_tuned: with what our trainer chooses by itself on a CPU: huge pages and a fused optimizer.
     """
-    if is_tuned:
-        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # read at this process's first tensor
     model = work.build_model()
     if work.compile:
         model.compile()
     if wrap is not None:
         model = wrap(model)
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, fused=is_tuned or work.device_type == "cuda"
+        model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, fused=work.device_type == "cuda"
     )
     for epoch in itertools.count():
         if hasattr(getattr(loader, "sampler", None), "set_epoch"):
@@ -172,6 +163,12 @@ def raw(
             loss.backward()
             optimizer.step()
             after_step(len(labels))
+
+
+def on_huge_pages(work: Work, after_step: AfterStep) -> None:
+    """The same loop with memory as our trainer has it; in a process that has no tensor yet."""
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
+    raw(work, open_loader(work), after_step)
 
 
 def accelerate(work: Work, loader: Any, after_step: AfterStep) -> None:

@@ -133,7 +133,9 @@ def run_job(entry: str, mode: str, setup: Setup) -> Timing:
         Problem: it failed, or had fewer processes than it was to have.
     """
     num_ranks, work = setup.of(mode)
-    variables = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} if work.device_type == "cpu" else {}
+    variables = {"THP_MEM_ALLOC_ENABLE": "1"}  # for all what ours has by default
+    if work.device_type == "cpu":
+        variables |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     with tempfile.TemporaryDirectory(prefix="lockstep-ranks-") as name:
         folder = Path(name)
         is_ours = entry == OURS
@@ -300,7 +302,9 @@ def table(result: Mapping[str, Any]) -> str:
         f"{work['model']}, {'x'.join(map(str, work['shape']))}, {precision}"
         + (", compiled" if work["compile"] else "")
         + f", {where}",
-        "NCCL" if work["device_type"] == "cuda" else "gloo, one thread per process",
+        "NCCL"
+        if work["device_type"] == "cuda"
+        else "gloo, one thread per process; huge pages for all, as ours has them by default",
         f"median of {settings['rounds']} alternating rounds of {settings['steps']} steps after as many",
         load_note(result["entries"], settings["keep_loaded"]),
         *origin(result),

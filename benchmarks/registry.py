@@ -207,7 +207,7 @@ BENCHMARKS = (
         "what a dead network costs a run that tracks online",
         "the same run without trackers",
         "tracking.md#what-a-dead-network-costs",
-        {"cpu": ()},
+        {"cpu": ("--rounds", "5", "--steps", "500")},
         quick=("--rounds", "1", "--steps", "120"),
     ),
     Benchmark(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -42,10 +42,10 @@ from trainer.precision import STEP_DTYPES
 from trainer.tasks.classification import Classification
 from trainer.telemetry.efficiency import FlopCounter, peak_flops
 
-OURS, RAW, TUNED = "ours", "raw", "tuned"
+OURS, RAW, PAGED = "ours", "raw", "huge_pages"
 LOOPS: dict[str, Callable[[Work, AfterStep, Path], None]] = {
     RAW: lambda work, after_step, folder: loops.raw(work, open_loader(work), after_step),
-    TUNED: lambda work, after_step, folder: loops.raw(work, open_loader(work), after_step, is_tuned=True),
+    PAGED: lambda work, after_step, folder: loops.on_huge_pages(work, after_step),
     "accelerate": lambda work, after_step, folder: loops.accelerate(work, open_loader(work), after_step),
     "timm": lambda work, after_step, folder: loops.timm(work, open_loader(work), after_step),
     "lightning": lambda work, after_step, folder: loops.lightning(work, open_loader(work), after_step, folder),
@@ -55,7 +55,7 @@ LOOPS: dict[str, Callable[[Work, AfterStep, Path], None]] = {
 IMPOSSIBLE = {"composer": "mosaicml 0.32.1, its newest version, requires torch < 2.7.1"}
 DESCRIPTIONS = {
     RAW: "PyTorch, written by hand",
-    TUNED: "the same, with huge pages and fused SGD, as ours",
+    PAGED: "the same on huge pages, as ours",
     "accelerate": "Accelerate, bare",
     "timm": "the loop of timm's train.py",
     "lightning": "Lightning's Trainer",
@@ -65,7 +65,7 @@ DESCRIPTIONS = {
 NAMES = tuple(DESCRIPTIONS)
 PACKAGES = ("accelerate", "timm", "lightning")
 # Our speed, of each of these loops, must be so much at least.
-GOAL_MODEL, GOALS = "resnet18", {RAW: 0.99, "accelerate": 1.0, "lightning": 1.0}
+GOAL_MODEL, GOALS = "resnet18", {RAW: 0.99, PAGED: 0.99, "accelerate": 1.0, "lightning": 1.0}
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def summarize(
 ) -> list[dict[str, Any]]:
     """Returns what the JSON says of every loop of a workload, compared with ours and with the floor.
 
-    The floor is the hand-written loop that computes as ours does; on a GPU all do.
+    The floor is the hand-written loop with the same memory; on a GPU all have it.
 
     Args:
         workload: what was trained.
@@ -155,8 +155,7 @@ def summarize(
         peak: FLOP/s of the device.
         keep_loaded: whether rounds count in which others used the machine.
     """
-    ours, floor_name = measured.get(OURS, Measured()).times, TUNED if TUNED in measured else RAW
-    floor = measured.get(floor_name, Measured()).times
+    ours, floor = (measured.get(loop, Measured()).times for loop in (OURS, _floor(measured)))
     entries = []
     for name, entry in measured.items():
         compared = compare(entry.times, ours, keep_loaded)
@@ -171,7 +170,6 @@ def summarize(
                 "model": workload.name,
                 "loop": name,
                 **compared,
-                "floor": floor_name,
                 "overhead_microseconds": spread(beyond),
                 "samples_per_second": rate,
                 "mfu": rate * flops / peak if rate is not None and flops is not None else None,
@@ -186,7 +184,7 @@ def summarize(
 def table(result: Mapping[str, Any]) -> str:
     """Returns the Markdown table of a result, with a line about what it was measured on."""
     header = ["model", "loop", "", "ms per step", "min to max", f"to `{OURS}`", "min to max", "95% interval"]
-    floor = result["entries"][0]["floor"]
+    floor = _floor([entry["loop"] for entry in result["entries"]])
     header += [f"above `{floor}`, µs", "samples/s", "MFU"]
     rows = [header, ["---"] * 3 + ["---:"] * 8]
     ours = {entry["model"]: entry for entry in result["entries"] if entry["loop"] == OURS}
@@ -206,14 +204,13 @@ def table(result: Mapping[str, Any]) -> str:
     notes = [
         f"to `{OURS}`: time within the same round, above 1 is slower than ours",
         "95% interval: of the median ratio, by order statistics",
-        f"above `{floor}`: time of a step within the same round, less that of the hand-written loop that computes as "
-        "ours does",
+        f"above `{floor}`: time of a step within the same round, less that of this hand-written loop",
         *(_describe(workload) for workload in settings["workloads"]),
         *_reports_note(settings["workloads"]),
         "the data in memory are tensors, of which our trainer takes a batch at once, and the others' loaders sample by "
         "sample; to each sample of a data set of a user's own it gives a seed, which is not in these figures",
         "SGD with momentum; the same memory format, in which our trainer keeps the model",
-        *_tuned_note(result["entries"]),
+        *_memory_note(result["entries"]),
         f"torch's threads: {', '.join(threads)} in every loop",
         f"MFU: of {_peaks(result['peak_flops'])}",
         load_note(result["entries"], settings["keep_loaded"]),
@@ -254,14 +251,19 @@ def _reports_note(workloads: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _tuned_note(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns what our trainer computes with that other loops do not, where that was measured apart."""
-    if all(entry["loop"] != TUNED for entry in entries):
+def _memory_note(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns which loops have other memory than by default."""
+    if _floor([entry["loop"] for entry in entries]) != PAGED:
         return []
     return [
-        "on a CPU ours asks for huge pages and takes fused SGD by default (`backends.huge_pages`, "
-        f"`optim.implementation`), as `{TUNED}` does; the others leave both as PyTorch has them"
+        f"ours has huge pages by default (`backends.huge_pages`), and so has `{PAGED}`; the others have memory as "
+        "PyTorch gives it by default"
     ]
+
+
+def _floor(loops_there: Collection[str]) -> str:
+    """Returns the loop above which a step's time is what the loop itself costs."""
+    return PAGED if PAGED in loops_there else RAW
 
 
 def _peaks(peaks: float | Mapping[str, float]) -> str:
@@ -328,7 +330,7 @@ def _chosen(options: argparse.Namespace) -> Iterator[Workload]:
 def _run(options: argparse.Namespace, given: Sequence[str] | None) -> dict[str, Any]:
     """Measures, and writes what is known after each model: a run that is cut short leaves its models behind."""
     chosen = list(_chosen(options))
-    names = [name for name in NAMES if name in options.loops and (name != TUNED or options.device == "cpu")]
+    names = [name for name in NAMES if name in options.loops and (name != PAGED or options.device == "cpu")]
     environment = describe("benchmarks.step_overhead", given, [*PACKAGES, "torchvision"], options.device)
     started = time.monotonic()
     result: dict[str, Any] = {

@@ -234,10 +234,11 @@ def _pack(options: argparse.Namespace) -> int:
         encoding=options.encoding,
         quality=options.quality,
     )
-    from trainer.data.datasets import ImageFolder
-    from trainer.data.packed import PackedImages
-    from trainer.data.packing import pack_folder
-    from trainer.data.tuning import cores_of_a_rank
+    with without_collector():
+        from trainer.data.datasets import ImageFolder
+        from trainer.data.packed import PackedImages
+        from trainer.data.packing import pack_folder
+        from trainer.data.tuning import cores_of_a_rank
 
     workers = cores_of_a_rank(1) if options.workers is None else max(options.workers, 0)
     folder = pack_folder(ImageFolder(options.source), config, num_workers=workers, on_error=options.on_error)
@@ -272,7 +273,8 @@ def _run_main(options: argparse.Namespace) -> int:
         sys.stdout.write(f"{write_report([Path(run) for run in options.runs], output)}\n")
         return EXIT_FINISHED
     if options.command == "sync":
-        from trainer.tracking.syncing import sync
+        with without_collector():
+            from trainer.tracking.syncing import sync
 
         return EXIT_FINISHED if sync(Path(options.run_dir)) else EXIT_FAILED
     with without_collector():

@@ -47,7 +47,8 @@ class Config(Section):
         "the loss; fp8 needs a GPU that has it, and torchao or Transformer Engine.",
     )
     backends: BackendsConfig = Field(
-        default_factory=BackendsConfig, description="Shortcuts that torch's kernels may take."
+        default_factory=BackendsConfig,
+        description="Shortcuts that torch's kernels may take, and the memory they work in.",
     )
     memory: MemoryConfig = Field(default_factory=MemoryConfig, description="How the model is made to fit.")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="How processes train together.")

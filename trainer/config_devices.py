@@ -27,7 +27,7 @@ class BackendsConfig(Section):
         True,
         description="Ask Linux for huge pages for large tensors in host memory, as torch does under the environment "
         "variable `THP_MEM_ALLOC_ENABLE=1`: a step on a CPU then waits for a fraction of the page faults. Where the "
-        "variable is set already it is left as it is.",
+        "variable is set already it is left so. torch reads it at the first tensor of a process, and never again.",
     )
 
 

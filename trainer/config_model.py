@@ -184,7 +184,7 @@ class OptimConfig(Component):
     implementation: Literal["auto", "fused", "foreach", "for_loop"] = Field(
         "auto",
         description="How torch updates the parameters: one kernel for many (`fused`), one per operation for many "
-        "(`foreach`), or one by one. `auto`: fused for SGD, Adam and AdamW on CUDA GPUs and CPUs, else torch's choice.",
+        "(`foreach`), or one by one. `auto`: fused on GPUs where the optimizer has it, else torch's choice.",
     )
     ema: EmaConfig | None = Field(
         None,

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 def without_collector() -> Iterator[None]:
     """Keeps the garbage collector out of the first imports of torch, and what they make out of its later rounds.
 
-    A million objects come of them, none of which is garbage. Looking through them over and over makes a third of the
-    time of these imports, and once more of the program's end. Where torch is there already nothing is done: what is
-    exempted for good could then be a model.
+    Hundreds of thousands of objects come of them, and no garbage; looking through them again and again takes about a
+    third of the time of these imports, and a second at the end of the program. Where torch is there already nothing is
+    done: what is exempted for good could then be a model.
     """
     if "torch" in sys.modules or not gc.isenabled():
         yield

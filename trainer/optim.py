@@ -16,8 +16,7 @@ from trainer.errors import UserError
 from trainer.param_groups import Treatment, choose_treatments
 from trainer.two_optimizers import TwoOptimizers
 
-_FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)  # where it is the fastest, as on these devices
-_FUSED_ON = ("cuda", "cpu")
+_FUSED_ON_GPUS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,8 @@ def _implementations(
     """Returns, for each optimizer, the arguments that choose how torch updates parameters; none leaves it to torch."""
     asked = config.implementation
     if asked == "auto":
-        return [{"fused": True} if device_type in _FUSED_ON and target in _FUSED else {} for target in targets]
+        # On the CPU torch loops over the parameters unless told otherwise.
+        return [{"fused": True} if device_type == "cuda" and target in _FUSED_ON_GPUS else {} for target in targets]
     argument: str = "foreach" if asked == "for_loop" else asked
     chosen = [{argument: asked != "for_loop"} if accepts(target, argument) else {} for target in targets]
     if not any(chosen):

@@ -92,12 +92,15 @@ class Update:
 
     def _step(self, unless: torch.Tensor | None) -> bool:
         optimizer, scaler = self._optimizer, self._runtime.scaler
+        inner = _inner(optimizer)
         if scaler is not None:
             # accelerate looks whether `step` was called, which a fused optimizer's always is: it skips on the device.
-            scale = scaler.get_scale()
+            scale, is_new = scaler.get_scale(), not inner.state
             optimizer.step()
-            return scaler.get_scale() < scale
-        inner = _inner(optimizer)
+            is_skipped = scaler.get_scale() < scale
+            if is_skipped and is_new:  # fused SGD has taken memory for its momentum, and filled none of it
+                inner.state.clear()
+            return is_skipped
         is_cuda = self._runtime.device.type == "cuda"
         if unless is None:
             inner.step(None)  # as Accelerate's calls it

@@ -21,7 +21,7 @@ from trainer.config_data import _SAME_EACH_TIME, AugmentConfig, DataConfig
 from trainer.config_values import Component
 from trainer.data.datasets import ImageFolder, TorchFile
 from trainer.data.feed import DeviceFeed
-from trainer.data.sampler import BatchPlan, MicroBatchSampler, SampleKey, StepSampler, one_by_one
+from trainer.data.sampler import BatchPlan, MicroBatchSampler, SampleKey, StepSampler, named_keys
 from trainer.data.transforms import build_transforms
 from trainer.errors import UserError
 from trainer.loop import Trainer
@@ -177,13 +177,13 @@ class TestRepeats:
             expected = [SampleKey(epoch, i, r) for group in groups for r in range(repeats) for i in group][:num_samples]
             per_epoch = sampler.plan.steps_per_epoch
             steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
-            keys = [key for step in steps for key in one_by_one(sampler.keys(step))]
+            keys = [key for step in steps for key in named_keys(sampler.keys(step))]
             assert keys == expected
             assert len(set(keys)) == num_samples
 
     def test_one_repeat_is_none(self) -> None:
         plan = BatchPlan.split(25, 8, None, 1, False)
-        keys = [key for step in range(4) for key in one_by_one(StepSampler(plan, 0, 5).keys(step))]
+        keys = [key for step in range(4) for key in named_keys(StepSampler(plan, 0, 5).keys(step))]
         drawn = torch.randperm(25, generator=torch.Generator().manual_seed(5)).tolist()
         assert keys == [SampleKey(0, i, 0) for i in drawn]
 
@@ -191,8 +191,8 @@ class TestRepeats:
     @pytest.mark.parametrize("ranks", [2, 3])
     def test_ranks_share_the_repeats_of_a_picture(self, ranks: int, size: int) -> None:
         whole, split = (BatchPlan.split(48, 24, None, n, False, size, num_repeats=ranks) for n in (1, ranks))
-        shares = [one_by_one(StepSampler(split, rank, 5).keys(1)) for rank in range(ranks)]
-        assert sorted(key for share in shares for key in share) == sorted(one_by_one(StepSampler(whole, 0, 5).keys(1)))
+        shares = [named_keys(StepSampler(split, rank, 5).keys(1)) for rank in range(ranks)]
+        assert sorted(key for share in shares for key in share) == sorted(named_keys(StepSampler(whole, 0, 5).keys(1)))
         for share in shares:
             assert len({key.sample for key in share}) == len(share) == 24 // ranks
 
@@ -200,7 +200,7 @@ class TestRepeats:
         for ranks, micro in ((1, 2), (1, 8), (2, 4), (4, 2)):
             plan = BatchPlan.split(26, 8, micro, ranks, False, group_size=2, num_repeats=3)
             for rank in range(ranks):
-                for keys in map(one_by_one, MicroBatchSampler(StepSampler(plan, rank, 0), 0, 12)):
+                for keys in map(named_keys, MicroBatchSampler(StepSampler(plan, rank, 0), 0, 12)):
                     for a, b in zip(keys[::2], keys[1::2], strict=len(keys) % 2 == 0):
                         assert a.sample != b.sample
                         assert (a.epoch, a.repeat) == (b.epoch, b.repeat)

@@ -37,9 +37,16 @@ def build(name: str, **args: Any) -> Any:
 def test_digits_are_split_fixed_and_stratified() -> None:
     train, evaluation = Digits("train"), Digits("eval")
     assert (len(train), len(evaluation)) == (1442, 355)
-    everything = torch.from_numpy(load_digits().images / 16).float().unsqueeze(1)
-    both = torch.cat([train.images, evaluation.images])
-    assert torch.equal(both.flatten(1).sum(1).sort()[0], everything.flatten(1).sum(1).sort()[0])
+    packaged = load_digits()
+    pixels, targets = torch.from_numpy(packaged.images / 16).float().unsqueeze(1), packaged.target.tolist()
+    of_class: Counter[int] = Counter()
+    expected: dict[bool, list[int]] = {True: [], False: []}
+    for i, target in enumerate(targets):
+        of_class[target] += 1
+        expected[of_class[target] % 5 == 0].append(i)
+    for found, chosen in ((evaluation, expected[True]), (train, expected[False])):
+        assert torch.equal(found.images, pixels[chosen])
+        assert found.labels == [targets[i] for i in chosen]
     shares = {label: n / Counter(train.labels)[label] for label, n in Counter(evaluation.labels).items()}
     assert len(shares) == 10
     assert all(0.23 < share < 0.26 for share in shares.values())

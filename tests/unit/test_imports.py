@@ -51,6 +51,8 @@ def test_where_torch_is_there_already() -> None:
     [
         (trainer.cli, trainer.cli.train, ["--config", _CONFIG]),
         (trainer.cli, trainer.cli.main, ["evaluate", "RUN"]),
+        (trainer.cli, trainer.cli.main, ["sync", "RUN"]),
+        (trainer.cli, trainer.cli.main, ["pack", "SOURCE", "TARGET"]),
         (launch.cli, launch.cli.main, ["local", "--config", _CONFIG]),
         (launch.cli, launch.cli.main, ["plan", "--config", _CONFIG]),
         (launch.cli, launch.cli.main, ["doctor"]),

@@ -191,8 +191,7 @@ def test_skip_equals_a_step_skipped_by_hand(
     """Weights, BatchNorm's statistics and the optimizer's state, to the last bit, with dropout in every forward."""
     faults = {"non_finite": "skip"}
     inject(Event(action, step=6))
-    optim = {"name": "adamw", "lr": 0.01, "implementation": "for_loop"}  # as the one by hand has it
-    bad = write_config(**PLAIN, faults=faults, optim=optim)
+    bad = write_config(**PLAIN, faults=faults)
     done = train("--config", bad)
     assert done.code == 0, done.err
     monkeypatch.delenv(VARIABLE)

@@ -171,7 +171,7 @@ def test_two_optimizers_are_two_by_hand() -> None:
     others = [p for name, p in theirs.named_parameters() if name != "hidden.weight"]
     by_hand = (
         torch.optim.Muon([theirs.hidden.weight], lr=0.02, weight_decay=DECAY),
-        torch.optim.AdamW(others, lr=0.01, weight_decay=0.1, betas=(0.8, 0.9), fused=True),
+        torch.optim.AdamW(others, lr=0.01, weight_decay=0.1, betas=(0.8, 0.9)),
     )
     for _ in range(3):
         step(ours, optimizer)

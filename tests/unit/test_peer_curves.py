@@ -113,8 +113,7 @@ def assert_same(
 
 # ---- torchvision ------------------------------------------------------------------------------------------------
 
-LOOP = {"implementation": "for_loop"}  # as the peers' on a CPU: a fused step rounds in another way
-SGD = {"name": "sgd", "lr": 0.05, "weight_decay": 1e-3, "args": {"momentum": 0.9, "nesterov": True}, **LOOP}
+SGD = {"name": "sgd", "lr": 0.05, "weight_decay": 1e-3, "args": {"momentum": 0.9, "nesterov": True}}
 SMOOTHED = {"task__loss": {"name": "cross_entropy", "args": {"label_smoothing": 0.1}}}
 DENSENET = {"growth_rate": 8, "block_config": [2, 2], "num_init_features": 16, "num_classes": NUM_CLASSES}
 MODEL = {"name": "torchvision.models:DenseNet", "args": DENSENET}
@@ -262,7 +261,6 @@ def test_timms_recipe_for_transformers(tmp_path: Path) -> None:
         "layer_decay": 0.75,
         "clip_norm": 1.0,
         "ema": {"decay": 0.95, "warmup": "timm"},
-        **LOOP,
     }
     schedule = {
         "name": "cosine",

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import Train, WriteConfig
 from resuming import TrainServer
-from run_results import checkpoint, identical, losses, optimizer_state, summary, weights
+from run_results import checkpoint, close, identical, losses, optimizer_state, summary, weights
 
 from trainer import precision
 from trainer.config import load_config
@@ -73,6 +73,25 @@ def test_an_overflow_skips_the_step_and_is_counted(
     assert train("--config", file).code == 0
     assert 0 < summary(tmp_path / "run")["skipped_steps"] < 10
     assert all(w.isfinite().all() for w in weights(tmp_path / "run", 10).values())
+
+
+def test_an_overflow_at_the_first_step_leaves_no_momentum(
+    train: Train, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    """A fused step that is skipped has taken memory for it, and filled none of it."""
+    data = {"name": "vectors:Huge", "args": {"length": 60}}
+    for implementation in ("fused", "for_loop"):
+        optim = {**SGD, "args": {"momentum": 0.9}, "implementation": implementation}
+        run_dir = str(tmp_path / implementation)
+        file = write_config(precision="fp16", optim=optim, data__train=data, run__dir=run_dir)
+        torch.use_deterministic_algorithms(True)  # which fills such memory with NaN
+        try:
+            assert train("--config", file).code == 0
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert summary(tmp_path / implementation)["skipped_steps"] > 0
+    fused, looped = (weights(tmp_path / implementation, 10) for implementation in ("fused", "for_loop"))
+    assert close(fused, looped)
 
 
 def test_fp16_goes_on_with_its_loss_scale(train: Train, write_config: WriteConfig, tmp_path: Path) -> None:

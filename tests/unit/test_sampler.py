@@ -14,7 +14,7 @@ from trainer.data.sampler import (
     MicroBatchSampler,
     SampleKey,
     StepSampler,
-    one_by_one,
+    named_keys,
 )
 from trainer.errors import UserError
 
@@ -28,7 +28,7 @@ def plan(samples: int, batch: int, ranks: int = 1, micro: int | None = None, dro
 
 
 def listed(batches: MicroBatchSampler) -> list[list[SampleKey]]:
-    return [one_by_one(keys) for keys in batches]
+    return [named_keys(keys) for keys in batches]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6])
@@ -40,7 +40,7 @@ def test_global_batch_is_a_slice_of_the_permutation(samples: int, ranks: int) ->
         p = plan(samples, batch, ranks)
         for k in range(p.steps_per_epoch):
             step = epoch * p.steps_per_epoch + k
-            keys = [one_by_one(sampler(p, r, seed).keys(step)) for r in range(ranks)]
+            keys = [named_keys(sampler(p, r, seed).keys(step)) for r in range(ranks)]
             assert all(key.epoch == epoch for share in keys for key in share)
             expected = permutation[k * batch : (k + 1) * batch]
             assert sorted(key.sample for share in keys for key in share) == sorted(expected)
@@ -106,7 +106,7 @@ def test_counting_samples() -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 @pytest.mark.parametrize("samples", [1, 2, 20, 23])
 def test_evaluation_counts_every_sample_once(samples: int, ranks: int) -> None:
-    keys = [key for r in range(ranks) for batch in EvalSampler(samples, 4, r, ranks) for key in one_by_one(batch)]
+    keys = [key for r in range(ranks) for batch in EvalSampler(samples, 4, r, ranks) for key in named_keys(batch)]
     assert sorted(keys) == [SampleKey(EVAL_EPOCH, i) for i in range(samples)]
     assert len(EvalSampler(samples, 4, 0, ranks)) == len(list(EvalSampler(samples, 4, 0, ranks)))
 

@@ -15,7 +15,7 @@ from PIL import Image
 from trainer.config_data import DataConfig
 from trainer.data.datasets import ImageFolder
 from trainer.data.feed import DeviceFeed
-from trainer.data.sampler import BatchPlan, StepSampler, one_by_one
+from trainer.data.sampler import BatchPlan, StepSampler, named_keys
 from trainer.errors import UserError
 from trainer.tasks.classification import Classification
 
@@ -250,7 +250,7 @@ def test_replacements_are_functions_of_seed_epoch_and_sample(transforms: list[An
         return sorted(
             (key.epoch, key.sample, came)
             for step, samples in enumerate(seen.steps)
-            for key, came in zip(one_by_one(sampler.keys(step)), samples, strict=True)
+            for key, came in zip(named_keys(sampler.keys(step)), samples, strict=True)
         )
 
     one, all_ = by_asked(1), by_asked(NUM_FILES)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.sampler import SampleKeys, key_array
+from trainer.data.sampler import KeyRows, key_array
 
 Keys = NDArray[np.uint64]  # (B,): one appearance of a sample in one epoch of one run each
 
@@ -32,7 +32,7 @@ class Stream(IntEnum):
     REPLACE = 6
 
 
-def sample_keys(seed: int, keys: SampleKeys) -> Keys:
+def sample_keys(seed: int, keys: KeyRows) -> Keys:
     """Returns one 64-bit key per sample, a function of (seed, epoch, index, repeat) and of nothing else."""
     run = _finalize(np.array([(seed * _GOLDEN + 1) & _MASK], dtype=np.uint64))
     epoch, sample, repeat = key_array(keys).astype(np.uint64).T

@@ -27,7 +27,7 @@ from trainer.data.modes import Route, choose_route, why_host_only, without_effec
 from trainer.data.nested import map_tensors, num_bytes
 from trainer.data.prefetch import DeviceBatch, Prefetcher
 from trainer.data.resident import ResidentPictures, Share
-from trainer.data.sampler import EvalSampler, MicroBatchSampler, SampleKey, SampleKeys, StepSampler, key_array
+from trainer.data.sampler import EvalSampler, KeyRows, MicroBatchSampler, SampleKey, StepSampler, key_array
 from trainer.data.slots import Slot
 from trainer.data.transforms import HostTransform, build_transforms, check_pictures
 from trainer.data.tuning import WorkerTuner
@@ -303,7 +303,7 @@ class DeviceFeed:
 
     # ---- where batches come from -----------------------------------------------------------------------------
 
-    def _iterate(self, requests: Iterable[SampleKeys]) -> Iterator[DeviceBatch]:
+    def _iterate(self, requests: Iterable[KeyRows]) -> Iterator[DeviceBatch]:
         if self._loader is None:
             return self._made_on_device(requests)
         if self._num_workers == 0:
@@ -319,7 +319,7 @@ class DeviceFeed:
         )
         return iter(self._prefetcher.get, None)
 
-    def _made_on_device(self, requests: Iterable[SampleKeys]) -> Iterator[DeviceBatch]:
+    def _made_on_device(self, requests: Iterable[KeyRows]) -> Iterator[DeviceBatch]:
         dataset: Any = self.dataset
         for request in requests:
             batch = LoadedBatch(key_array(request), None)
@@ -329,7 +329,7 @@ class DeviceFeed:
                 data = dataset.device_batch(batch.sample_ids, self.device)
             yield self._drawn(batch._replace(data=data))
 
-    def _loaded_here(self, loader: SampleLoader, requests: Iterable[SampleKeys]) -> Iterator[DeviceBatch]:
+    def _loaded_here(self, loader: SampleLoader, requests: Iterable[KeyRows]) -> Iterator[DeviceBatch]:
         """Loads in this process, on this thread: users' transforms draw from its global generators."""
         for keys in requests:
             started, cpu_started = time.perf_counter(), time.thread_time()

@@ -27,7 +27,7 @@ from trainer.data.decode import UNREADABLE, Encoded, crop_and_resize, read_size
 from trainer.data.draws import Stream, sample_keys, uniforms
 from trainer.data.geometry import Geometry
 from trainer.data.nested import Allocate, collate, in_lists
-from trainer.data.sampler import SampleKey, SampleKeys, key_array, one_by_one
+from trainer.data.sampler import KeyRows, SampleKey, key_array, named_keys
 from trainer.data.transforms import HostTransform
 from trainer.errors import BadSample, Problem, UserError, one_line, place_at
 
@@ -151,7 +151,7 @@ class SampleLoader:
         """Whether samples may draw from the global generators."""
         self._items_are_as_kept = stacks and not self.is_random and type(transform) is HostTransform
 
-    def load(self, keys: SampleKeys, allocate: Allocate, reading: OnRead) -> LoadedBatch | LoadFailure:
+    def load(self, keys: KeyRows, allocate: Allocate, reading: OnRead) -> LoadedBatch | LoadFailure:
         """Loads one batch, its tensors in memory from `allocate`. Disturbs the global generators.
 
         Raises:
@@ -165,11 +165,11 @@ class SampleLoader:
             return LoadFailure(place_at(self.name, error).problems)
         return LoadedBatch(key_array(read), data, tuple(skipped))
 
-    def load_encoded(self, keys: SampleKeys, allocate: Allocate, reading: OnRead) -> LoadedBatch | LoadFailure:
+    def load_encoded(self, keys: KeyRows, allocate: Allocate, reading: OnRead) -> LoadedBatch | LoadFailure:
         """Loads the files of one batch, undecoded: data are [EncodedPictures, targets]."""
         skipped: list[Skipped] = []
         try:
-            found = [self._first_readable(key, self._open_file, reading, skipped) for key in one_by_one(keys)]
+            found = [self._first_readable(key, self._open_file, reading, skipped) for key in named_keys(keys)]
             pictures: list[_Picture] = [picture for picture in found if picture is not None]
             read = key_array([picture.key for picture in pictures])
             if not pictures:
@@ -215,7 +215,7 @@ class SampleLoader:
             samples = np.ascontiguousarray(keys[:, 1])
             reading(int(samples[0]))
             return keys, rows(kept, samples, allocate)
-        found = [self._first_readable(key, self._read_item, reading, skipped) for key in one_by_one(keys)]
+        found = [self._first_readable(key, self._read_item, reading, skipped) for key in named_keys(keys)]
         pairs = [pair for pair in found if pair is not None]
         read = [key for key, _ in pairs]
         return read, self._collate([item for _, item in pairs], read, allocate)
@@ -230,7 +230,7 @@ class SampleLoader:
     def _load_pictures(
         self, keys: NDArray[np.int64], allocate: Allocate, reading: OnRead, skipped: list[Skipped]
     ) -> tuple[list[SampleKey], Any]:
-        found = [self._first_readable(key, self._open, reading, skipped) for key in one_by_one(keys)]
+        found = [self._first_readable(key, self._open, reading, skipped) for key in named_keys(keys)]
         pictures = [picture for picture in found if picture is not None]
         if not pictures:
             return [], None

@@ -20,7 +20,7 @@ import torch
 from trainer.data.augment import AugmentationPlan
 from trainer.data.loader import LoadedBatch, LoadFailure
 from trainer.data.nested import map_tensors
-from trainer.data.sampler import SampleKeys
+from trainer.data.sampler import KeyRows
 from trainer.data.workers import PoolBatch, WorkerPool
 from trainer.errors import UserError
 
@@ -63,7 +63,7 @@ class Prefetcher:
     def __init__(
         self,
         pool: WorkerPool,
-        requests: Iterable[SampleKeys],
+        requests: Iterable[KeyRows],
         device: torch.device,
         depth: int,
         check: Callable[[LoadedBatch], None],

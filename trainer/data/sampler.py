@@ -25,23 +25,23 @@ EVAL_EPOCH = -1  # evaluation samples are the same every time, and never those o
 
 
 class SampleKey(NamedTuple):
-    """What a loader is asked for: a sample, and what its augmentation depends on. Of a batch these are rows (B, 3)."""
+    """What a loader is asked for: a sample, and what its augmentation depends on."""
 
     epoch: int
     sample: int
     repeat: int = 0  # which of the epoch's appearances of this sample, where it has several
 
 
-SampleKeys = Sequence[Sequence[int]] | NDArray[np.int64]  # of a batch
+KeyRows = Sequence[Sequence[int]] | NDArray[np.int64]  # a SampleKey per row: (B, 3)
 
 
-def key_array(keys: SampleKeys) -> NDArray[np.int64]:
+def key_array(keys: KeyRows) -> NDArray[np.int64]:
     """Returns sample keys as an array (B, 3)."""
     return np.array(keys, dtype=np.int64).reshape(-1, len(SampleKey._fields))
 
 
-def one_by_one(keys: SampleKeys) -> list[SampleKey]:
-    """Returns sample keys of which each has its own name."""
+def named_keys(keys: KeyRows) -> list[SampleKey]:
+    """Returns each row as a `SampleKey`."""
     return [SampleKey(*key) for key in key_array(keys).tolist()]
 
 

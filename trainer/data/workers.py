@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from trainer.data.sampler import SampleKeys, key_array
+from trainer.data.sampler import KeyRows, key_array
 from trainer.data.slots import Slot
 from trainer.data.worker_process import IDLE, Load, Raised, Task, Worker
 
@@ -135,7 +135,7 @@ class WorkerPool:
                 self._end_retired()
         self._wake()
 
-    def batches(self, requests: Iterable[SampleKeys]) -> Iterator[PoolBatch]:
+    def batches(self, requests: Iterable[KeyRows]) -> Iterator[PoolBatch]:
         """Yields a batch per request, in order; the caller releases each. One call at a time.
 
         Raises:
@@ -202,7 +202,7 @@ class WorkerPool:
         for slot in [*self.slots, self.board]:
             slot.close()
 
-    def _dispatch(self, requests: Iterator[SampleKeys], num_done: int) -> bool:
+    def _dispatch(self, requests: Iterator[KeyRows], num_done: int) -> bool:
         """Hands out requests while workers have room; returns whether there are no more."""
         with self._lock:
             while self._free:

@@ -20,7 +20,8 @@ train: $(INSTALLED)            ## train the handwritten digits
 test: $(INSTALLED)             ## every tier that this machine allows; the rest is skipped with a reason
 	$(BIN)/python -m pytest -m unit --numprocesses logical --maxprocesses 4 --dist loadfile
 	$(BIN)/python -m pytest tests/cluster --numprocesses logical --maxprocesses 2 --dist loadfile
-	$(BIN)/python -m pytest tests/dist tests/gpu
+	$(BIN)/python -m pytest tests/dist -m "not alone" --numprocesses logical --maxprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest tests/dist tests/gpu -m "alone or gpu"
 
 test-unit: $(INSTALLED)        ## the quick tier
 	$(BIN)/python -m pytest -m unit

@@ -142,7 +142,7 @@ class _Job:
         if fault is not None and fault.kind != "lost":
             return str(fault)
         rank = self.first_rank(codes)
-        code = {**codes, **self.first}[rank]
+        code = self._by_rank(codes)[rank]
         if code < 0:
             return explain_signal(f"rank {rank}", -code)
         return str(fault) if fault is not None else f"rank {rank} failed, and said why"
@@ -165,7 +165,7 @@ class _Job:
         fault = self._fault()
         if fault is not None:
             # Survivors may die of signals. They may end before a rank with an error, which has more to say.
-            ended = {**codes, **first} if fault.kind == "error" else first
+            ended = self._by_rank(codes) if fault.kind == "error" else first
             if ended.get(fault.rank, 0) != 0:
                 return fault.rank
         if EXIT_USAGE in first.values():
@@ -183,6 +183,10 @@ class _Job:
         if isinstance(error, RendezvousTimeoutError):
             return "not enough machines came to the rendezvous in time; did the others start, and can they reach it?"
         return "the first machine, where the others meet, cannot be reached (any more)"
+
+    def _by_rank(self, codes: Mapping[int, int]) -> dict[int, int]:
+        """Returns the codes of all ranks here; of those that failed first what they ended with by themselves."""
+        return {**codes, **self.first}
 
     def _fault(self) -> Fault | None:
         return read_first(self._run_dir, since=self.started)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from watching import WatchedJob
     from worker_pools import MakePool
 
+gc.disable()  # until all is imported, for the reason that `trainer.imports` tells
+
 # Several threads for numbers as few as these only wait for one another. Whatever is launched has as many as by default.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -42,6 +44,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         tier = Path(item.fspath).relative_to(REPOSITORY / "tests").parts[0]
         assert tier in TIERS, f"{item.fspath} is in no tier"
         item.add_marker(tier)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def forget_accelerate() -> None:

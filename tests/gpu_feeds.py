@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from trainer.config_data import DataConfig
+from trainer.data.decode import codec, decodes_on_gpu
 from trainer.data.feed import DeviceFeed, MicroBatch
 from trainer.data.sampler import BatchPlan, StepSampler
 from trainer.tasks.classification import Classification
@@ -23,7 +24,6 @@ ENDLESS = 10**6  # steps
 MILLISECOND = 2_000_000  # cycles of a GPU's clock, about
 NORMALIZE = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
 CROPS: list[dict[str, Any]] = [{"name": "RandomResizedCrop", "args": {"size": 48}}, {"name": "RandomHorizontalFlip"}]
-NO_GPU_DECODER = "needs nvImageCodec (nvidia-nvimgcodec-cu13) and nvJPEG (nvidia-nvjpeg)"
 
 
 def config(train: dict[str, Any], crops: list[dict[str, Any]], **settings: Any) -> DataConfig:
@@ -36,6 +36,12 @@ def folder_config(folder: Path, **settings: Any) -> DataConfig:
     return config(
         {"name": "image_folder", "args": {"root": str(folder)}}, CROPS, **{"normalize": NORMALIZE, **settings}
     )
+
+
+def needs_gpu_decoder() -> None:
+    """Skips a test where the GPU decodes no pictures."""
+    if not (codec() and decodes_on_gpu()):
+        pytest.skip("needs nvImageCodec (nvidia-nvimgcodec-cu13) and nvJPEG (nvidia-nvjpeg)")
 
 
 @contextmanager

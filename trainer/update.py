@@ -101,13 +101,11 @@ class Update:
             if is_skipped and is_new:  # fused SGD has taken memory for its momentum, and filled none of it
                 inner.state.clear()
             return is_skipped
-        is_cuda = self._runtime.device.type == "cuda"
-        if unless is None:
-            inner.step(None)  # as Accelerate's calls it
-        elif is_cuda and not self._runtime.is_sharded and leaves_out_on_device(optimizer):
+        is_whole_on_gpu = self._runtime.device.type == "cuda" and not self._runtime.is_sharded
+        if unless is not None and is_whole_on_gpu and leaves_out_on_device(optimizer):
             step_unless(optimizer, unless)
-        elif not unless.item():
-            inner.step(None)
+        elif unless is None or not unless.item():
+            inner.step(None)  # as Accelerate's calls it
         return False
 
     def zero_grad(self) -> None:

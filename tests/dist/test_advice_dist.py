@@ -21,6 +21,8 @@ from resuming import TrainServer
 
 from trainer.faults.plan import VARIABLE, Event, write_plan
 
+pytestmark = pytest.mark.alone
+
 SLOW = "ip link set lo up && tc qdisc add dev lo root tbf rate 400mbit burst 256kb latency 400ms"
 NAMESPACE = ["unshare", "--map-root-user", "--net", "sh", "-c"]
 

@@ -15,6 +15,8 @@ from run_results import records, summary
 
 from trainer.faults.plan import read_notes, starts_file
 
+pytestmark = pytest.mark.alone
+
 CHAOS = [sys.executable, "-m", "launch", "chaos", "--processes", "2", "--hang-timeout", "4"]
 SEED = "1730"  # with which a rank is killed, and then a checkpoint damaged
 TIMEOUT = 500

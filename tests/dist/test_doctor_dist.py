@@ -12,6 +12,8 @@ import pytest
 from conftest import SUPPORT, WriteConfig, nightly
 from launching import run
 
+pytestmark = pytest.mark.alone
+
 DOCTOR = [sys.executable, "-m", "launch", "doctor"]
 
 

@@ -11,9 +11,6 @@ from run_results import summary
 
 from trainer.faults.plan import VARIABLE, Event, write_plan
 
-pytestmark = pytest.mark.dist
-
-
 def test_both_ranks_end_early(server: TrainServer, write_config: WriteConfig, tmp_path: Path) -> None:
     rule = {"metric": "loss", "mode": "max", "patience": 2}  # the loss falls, so that none after the first is better
     changes = {"train": {"epochs": 6, "batch_size": 12, "early_stopping": rule}}

@@ -30,7 +30,7 @@ from trainer.faults.fault import FIRST, Fault
 from trainer.faults.plan import VARIABLE, Event, done_file, read_notes, write_plan
 from trainer.goodput import read_attempts
 
-pytestmark = pytest.mark.timeout(1800)  # a story is told in the first of its tests
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(1800)]  # a story is told in the first of its tests
 
 SAVED_EVERY, EVALUATED_EVERY, APART, HANG_SECONDS = 4, 6, 6, 4
 WHOLE = NIGHTLY or "LOCKSTEP_FAULTS_JSON" in os.environ

@@ -20,6 +20,8 @@ from launching import TIMEOUT, Job
 from resuming import TrainServer, assert_same_end, kill
 from run_results import losses, summary
 
+pytestmark = pytest.mark.alone
+
 LAUNCH = [sys.executable, "-m", "launch", "local"]
 KILLS = 5 if NIGHTLY else 2  # of each kind of run
 STEPS = 100

@@ -26,6 +26,8 @@ from run_results import losses, summary, weights
 
 from trainer.cli import main
 
+pytestmark = pytest.mark.alone
+
 TRAIN = str(REPOSITORY / "train.py")
 BIN = Path(sys.executable).parent
 LAUNCH = [sys.executable, "-m", "launch", "local"]

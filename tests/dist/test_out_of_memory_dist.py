@@ -15,6 +15,8 @@ from conftest import REPOSITORY, WriteConfig, nightly
 from launching import Job, alive, local, run
 from run_results import summary
 
+pytestmark = pytest.mark.alone
+
 LAUNCH = [sys.executable, "-m", "launch", "local"]
 BIN = Path(sys.executable).parent
 

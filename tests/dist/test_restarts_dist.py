@@ -19,6 +19,8 @@ from run_results import summary
 
 from trainer.faults.plan import VARIABLE, Event, write_plan
 
+pytestmark = pytest.mark.alone
+
 TRAIN = str(REPOSITORY / "train.py")
 TORCHRUN = str(Path(sys.executable).parent / "torchrun")
 KILLED = "was ended by SIGKILL; most likely the system was out of memory, or somebody killed it"

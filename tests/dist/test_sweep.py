@@ -16,6 +16,8 @@ from run_results import summary
 
 from trainer.config import load_config
 
+pytestmark = pytest.mark.alone
+
 SWEEP = yaml.safe_load((REPOSITORY / "launch" / "sweep.yaml").read_text())
 
 

@@ -10,6 +10,8 @@ from conftest import WriteConfig, few
 from resuming import TrainServer
 from run_results import records, summary
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.parametrize("strategy", few(["ddp", "fsdp"], "fsdp"))
 def test_a_late_rank_and_an_evaluation(

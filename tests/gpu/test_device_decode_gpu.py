@@ -14,10 +14,10 @@ from gpu_feeds import (
     CPU,
     CUDA,
     MILLISECOND,
-    NO_GPU_DECODER,
     NUM_CLASSES,
     batches_of,
     folder_config,
+    needs_gpu_decoder,
     opened,
     save_picture,
     start,
@@ -26,7 +26,6 @@ from gpu_feeds import (
 from PIL import Image
 
 from trainer.data.datasets import ImageFolder
-from trainer.data.decode import codec, decodes_on_gpu
 from trainer.errors import UserError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -34,8 +33,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.fixture
 def _gpu_decoder() -> None:
-    if not (codec() and decodes_on_gpu()):
-        pytest.skip(NO_GPU_DECODER)
+    needs_gpu_decoder()
 
 
 def various_pictures(root: Path) -> Path:

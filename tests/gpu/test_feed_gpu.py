@@ -19,13 +19,13 @@ from gpu_feeds import (
     CROPS,
     CUDA,
     MILLISECOND,
-    NO_GPU_DECODER,
     NORMALIZE,
     NUM_CLASSES,
     SEED,
     batches_of,
     config,
     folder_config,
+    needs_gpu_decoder,
     opened,
     save_picture,
     start,
@@ -35,7 +35,6 @@ from gpu_feeds import (
 from benchmarks.plain_loop import count_overlapping_copies
 from trainer.data.arrays import ArrayPictures, as_array_pictures
 from trainer.data.datasets import ImageFolder, TorchFile
-from trainer.data.decode import codec, decodes_on_gpu
 from trainer.data.feed import DeviceFeed
 from trainer.data.nested import map_tensors
 from trainer.data.slots import Slot
@@ -265,8 +264,8 @@ def test_resident_arrays_do_not_wait_for_the_device(arrays: TorchFile) -> None:
 @pytest.mark.parametrize("way", [*WAYS, "device_decode"])
 def test_batches_come_while_the_device_is_busy(way: str, folder: Path) -> None:
     """Finds waiting that the debug mode does not know of, such as that of allocations and of other libraries."""
-    if way == "device_decode" and not (codec() and decodes_on_gpu()):
-        pytest.skip(NO_GPU_DECODER)
+    if way == "device_decode":
+        needs_gpu_decoder()
     settings = WAYS.get(way, {"feed": "device_decode"})
     with opened(ImageFolder(str(folder)), folder_config(folder, **settings)) as feed:
         start(feed)

@@ -27,8 +27,6 @@ from trainer.tasks.detection import Detection
 from trainer.tasks.labels import name_of
 from trainer.telemetry.efficiency import FlopCounter
 
-pytestmark = pytest.mark.unit
-
 IMAGE = torch.zeros(3, 20, 30)
 
 

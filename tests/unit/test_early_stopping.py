@@ -22,8 +22,6 @@ from trainer.report import write_report
 from trainer.tasks.classification import Classification
 from trainer.tracking import Trackers
 
-pytestmark = pytest.mark.unit
-
 # The loss falls in all six epochs, so that none after the first is larger: of two that are not, the second is step 15.
 RULE = {"metric": "loss", "mode": "max", "patience": 2}
 PLAIN = {"train": {"epochs": 6, "batch_size": 12}}

@@ -10,11 +10,12 @@ import torch.distributed as dist
 from conftest import few, nightly
 from memory_models import loss_of
 from torch import nn
+from torch.distributed.fsdp._fully_shard import _fsdp_param as fsdp_param
 from torchvision import models
 
 from trainer.memory.devices import find_device
 from trainer.memory.planner import Job, Planner
-from trainer.memory.sharding import simulate_sharded_step
+from trainer.memory.sharding import _Shares, simulate_sharded_step
 
 
 def planner_of(**settings: Any) -> Planner:
@@ -42,6 +43,26 @@ def test_shares(device_type: str, dtype: torch.dtype | None, checkpointing: str)
     assert sharded.peak_bytes < whole.peak_bytes
     assert sharded.memory.peak_bytes == sum(sharded.memory.at_peak.values())
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5, 7, 64])
+def test_shares_on_demand_are_those_of_torch(num_ranks: int, dim: int) -> None:
+    whole = torch.arange(7 * 7).view(7, 7)
+    shares = _Shares(whole, num_ranks, dim)
+    for rank, expected in enumerate(fsdp_param._chunk_with_empty(whole, num_ranks, dim)):
+        assert shares[rank].shape == expected.shape
+        assert torch.equal(shares[rank], expected)
+
+
+def test_no_share_is_made_of_processes_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def for_all(tensor: torch.Tensor, num_chunks: int, dim: int) -> list[torch.Tensor]:
+        raise AssertionError
+
+    monkeypatch.setattr(fsdp_param, "_chunk_with_empty", for_all)
+    planner = planner_of(num_ranks=1024)
+    assert planner.sharded(planner.uniform(8, "none")).peak_bytes > 0
+    assert fsdp_param._chunk_with_empty is for_all
 
 
 def test_averages_are_shared() -> None:

@@ -7,14 +7,17 @@ is assumed about which parameters are whole at what time; the rest of the step i
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_param as fsdp_param
 from torch.distributed.tensor import DTensor
 
 from trainer.errors import UserError
@@ -90,6 +93,32 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
+class _Shares:
+    """What torch's `_chunk_with_empty` returns, each when it is asked for."""
+
+    def __init__(self, tensor: torch.Tensor, num_chunks: int, dim: int) -> None:
+        self._tensor, self._dim = tensor, dim
+        self._size = math.ceil(tensor.size(dim) / num_chunks)  # as torch.chunk's
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        start = number * self._size
+        left = self._tensor.size(self._dim) - start
+        if left <= 0:
+            return self._tensor.new_empty(0)
+        return self._tensor.narrow(self._dim, start, min(self._size, left))
+
+
+@contextmanager
+def _shares_on_demand() -> Iterator[None]:
+    """Has `fully_shard` make the shares that it looks at, and not a fake tensor for each of very many processes."""
+    original = fsdp_param._chunk_with_empty
+    fsdp_param._chunk_with_empty = _Shares  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        fsdp_param._chunk_with_empty = original
+
+
 def simulate_sharded_step(
     model: nn.Module,
     loss: Callable[[nn.Module, Any], torch.Tensor],
@@ -134,7 +163,8 @@ def simulate_sharded_step(
         def prepare_and_shard(model: nn.Module) -> None:
             if prepare is not None:
                 prepare(model)
-            shard(model, find_blocks(model).values(), mesh, autocast_dtype)
+            with _shares_on_demand():
+                shard(model, find_blocks(model).values(), mesh, autocast_dtype)
 
         settings["autocast_dtype"] = autocast_dtype
         return simulate_step(model, loss_of_last, make_optimizer, batch, prepare=prepare_and_shard, **settings)

@@ -36,6 +36,7 @@ from benchmarks.rounds import MOST_FOREIGN_CORES, compare, load_note
 from benchmarks.telling import describe, markdown_table, origin, range_text, spread, write
 from benchmarks.turns import Loop, Measured, Turn, take_turns
 from trainer.data.tuning import cores_of_a_rank
+from trainer.precision import HUGE_PAGES_VARIABLE
 from trainer.units import counted
 
 OURS, RESIDENT = "ours", "ours-resident"
@@ -272,7 +273,7 @@ def _run(options: argparse.Namespace, given: Sequence[str] | None, originals: Pa
     for file in list_pictures(originals):
         file.read_bytes()  # so that all find them in the page cache
     started = time.monotonic()
-    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # for all what ours has by default
+    os.environ[HUGE_PAGES_VARIABLE] = "1"  # for all what ours has by default
     entrants: dict[str, Loop | Any] = {name: partial(ENTRIES[name], setup) for name in options.only}
     turn = Turn(setup.lead, setup.steps)
     measured = take_turns(

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from trainer.config_model import ModelConfig
 from trainer.model import build_model, uses_channels_last
+from trainer.precision import HUGE_PAGES_VARIABLE
 
 LEARNING_RATE, MOMENTUM = 1e-3, 0.9
 ENDLESS = 10**7  # steps
@@ -167,7 +168,7 @@ def raw(work: Work, loader: Any, after_step: AfterStep, wrap: Callable[[nn.Modul
 
 def on_huge_pages(work: Work, after_step: AfterStep) -> None:
     """The same loop with memory as our trainer has it; in a process that has no tensor yet."""
-    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
+    os.environ[HUGE_PAGES_VARIABLE] = "1"
     raw(work, open_loader(work), after_step)
 
 

@@ -36,6 +36,7 @@ from benchmarks.feed import TIMEOUT
 from benchmarks.loops import Work, open_loader, our_config, write_config
 from benchmarks.rounds import MOST_FOREIGN_CORES, Clocks, Problem, Timing, compare, in_rounds, load_note, waiting_for
 from benchmarks.telling import REPOSITORY, describe, markdown_table, origin, range_text, spread, write
+from trainer.precision import HUGE_PAGES_VARIABLE
 
 OURS = "ours"
 DESCRIPTIONS = {
@@ -133,7 +134,7 @@ def run_job(entry: str, mode: str, setup: Setup) -> Timing:
         Problem: it failed, or had fewer processes than it was to have.
     """
     num_ranks, work = setup.of(mode)
-    variables = {"THP_MEM_ALLOC_ENABLE": "1"}  # for all what ours has by default
+    variables = {HUGE_PAGES_VARIABLE: "1"}  # for all what ours has by default
     if work.device_type == "cpu":
         variables |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     with tempfile.TemporaryDirectory(prefix="lockstep-ranks-") as name:

@@ -210,7 +210,7 @@ def table(result: Mapping[str, Any]) -> str:
         "the data in memory are tensors, of which our trainer takes a batch at once, and the others' loaders sample by "
         "sample; to each sample of a data set of a user's own it gives a seed, which is not in these figures",
         "SGD with momentum; the same memory format, in which our trainer keeps the model",
-        *_memory_note(result["entries"]),
+        *_memory_note(floor),
         f"torch's threads: {', '.join(threads)} in every loop",
         f"MFU: of {_peaks(result['peak_flops'])}",
         load_note(result["entries"], settings["keep_loaded"]),
@@ -251,9 +251,9 @@ def _reports_note(workloads: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _memory_note(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+def _memory_note(floor: str) -> list[str]:
     """Returns which loops have other memory than by default."""
-    if _floor([entry["loop"] for entry in entries]) != PAGED:
+    if floor != PAGED:
         return []
     return [
         f"ours has huge pages by default (`backends.huge_pages`), and so has `{PAGED}`; the others have memory as "

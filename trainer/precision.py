@@ -22,6 +22,7 @@ STEP_DTYPES: dict[Precision, torch.dtype] = {
     "fp16": torch.float16,
     "fp8": torch.bfloat16,  # around the matrix products, which alone are in 8 bits
 }
+HUGE_PAGES_VARIABLE = "THP_MEM_ALLOC_ENABLE"  # of torch's
 _FP8_CAPABILITY = (8, 9)  # Ada; Hopper is 9.0
 
 
@@ -50,7 +51,7 @@ def check_precision(precision: Precision) -> None:
 def set_backends(config: BackendsConfig) -> None:
     """Sets torch's process-wide switches; that for memory is read at the first tensor of the process."""
     if config.huge_pages:
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+        os.environ.setdefault(HUGE_PAGES_VARIABLE, "1")
     torch.set_float32_matmul_precision(config.matmul_precision)
     torch.backends.cudnn.allow_tf32 = config.cudnn_tf32
     torch.backends.cudnn.benchmark = config.cudnn_benchmark

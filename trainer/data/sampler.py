@@ -36,8 +36,8 @@ KeyRows = Sequence[Sequence[int]] | NDArray[np.int64]  # a SampleKey per row: (B
 
 
 def key_array(keys: KeyRows) -> NDArray[np.int64]:
-    """Returns sample keys as an array (B, 3)."""
-    return np.array(keys, dtype=np.int64).reshape(-1, len(SampleKey._fields))
+    """Returns sample keys as an array (B, 3): the same one where they are an array already."""
+    return np.asarray(keys, dtype=np.int64).reshape(-1, len(SampleKey._fields))
 
 
 def named_keys(keys: KeyRows) -> list[SampleKey]:

@@ -55,7 +55,7 @@ def left(hosts: Hosts) -> list[str]:
     for process in [process for i in hosts.numbers for process in hosts.processes(i)]:
         with suppress(psutil.NoSuchProcess):
             found.append(" ".join(process.cmdline()))
-    return found
+    return [command for command in found if command]  # a process that is just ending has no command line any more
 
 
 def last_line(job: Job) -> str:

@@ -83,7 +83,7 @@ class Ours:
         self.step += 1
         started = time.perf_counter()
         state = self.job.state()
-        self.saver.save(state, Manifest(Progress(step=self.step), {}, 1, 1, state.values, {}, {}))
+        self.saver.save(state, Manifest(Progress(step=self.step), {}, 1, 1, state.values))
         stall = time.perf_counter() - started
         if step_seconds:
             self.job.compute(step_seconds)

@@ -17,9 +17,9 @@ from typing import Literal
 import torch
 
 from trainer.checkpoint.folder import CheckpointFolder, open_folder
-from trainer.checkpoint.layout import safetensors_header
 from trainer.checkpoint.manifest import Damaged
 from trainer.checkpoint.reading import Checkpoint
+from trainer.checkpoint.safetensors_file import header_of
 from trainer.config import Config, load_config
 from trainer.errors import UserError, one_line_text
 from trainer.files import read_summary, replacing
@@ -161,7 +161,7 @@ def _write_safetensors(weights: CheckpointWeights, file: Path) -> None:
     entries.sort(key=lambda entry: -entry[1].itemsize)  # so that all are aligned without gaps
     metadata = {"format": "pt", "step": str(weights.checkpoint.step), "weights": weights.kind}
     with open(file, "wb") as stream:
-        stream.write(safetensors_header(entries, metadata))
+        stream.write(header_of(entries, metadata))
         for name, _, _ in entries:
             stream.write(weights.read(name).reshape(-1).view(torch.uint8).numpy().data)
 

@@ -148,8 +148,6 @@ class Resumable(Assembly):
                 num_samples=self.plan.num_samples,
                 num_ranks=self.runtime.num_ranks,
                 values={**state.values, **(self.task.teacher.values() if self.task.teacher is not None else {})},
-                tensors={},
-                files={},
             )
             self.saver.save(state, manifest)
 
@@ -220,7 +218,7 @@ class Resumable(Assembly):
         optim = self.config.optim
         set_here = {"lr", "lr_scale", "weight_decay", "fused", "foreach", *optim.args}
         set_here.update(optim.rest.args if optim.rest is not None else ())
-        own = self._parts().restore(checkpoint, self.runtime.host_group, set_here)
+        own = self.runtime.agree(lambda: self._parts().restore(checkpoint, set_here))
         num_ranks = checkpoint.manifest.num_ranks
         if num_ranks == self.runtime.num_ranks:
             restore_generators(_under("generator.", own), self.runtime.device)

@@ -26,8 +26,8 @@ NUM_GPUS = (8, 64, 1024, 16384)
 SIMULATED: dict[str, tuple[int, ...]] = {
     "sampler": (8, 1024, 16384),
     "layout": (8, 1024, 16384),
+    "manifest": (8, 64, 1024, 16384),
     "planner": (8, 64, 1024),
-    "manifest": (8, 64, 1024),  # last, as 1,024 ranks take longest
 }
 TINY_SIMULATED: dict[str, tuple[int, ...]] = dict.fromkeys(SIMULATED, (8,))
 SENSITIVE_AT = 1024

@@ -9,6 +9,7 @@ code of the sampler, of a checkpoint's layout and manifest, and of the planner, 
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import statistics
 import sys
@@ -18,14 +19,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torchvision
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainer.checkpoint.layout import Box, Told, lay_out, make_layout
-from trainer.checkpoint.manifest import Manifest, Progress
+from trainer.checkpoint.layout import Told, make_layout
+from trainer.checkpoint.manifest import FileRecord, Manifest, Progress, checksum
+from trainer.checkpoint.reading import parts_to_read
+from trainer.checkpoint.tensor_table import file_of_rank
 from trainer.data.sampler import BatchPlan, StepSampler
 from trainer.memory.fakes import fake_mesh
 
@@ -113,15 +117,14 @@ def sharded_state(whole: dict[str, torch.Size], rank: int, num_ranks: int) -> It
         yield state
 
 
-def told_by(whole: dict[str, torch.Size], rank: int, num_ranks: int) -> Told:
-    """Returns what a rank with such a state tells rank 0, without building it."""
-    boxes = []
-    for name, shape in whole.items():
-        first, rows = _rows(shape[0], rank, num_ranks)
-        boxes.append(Box(name, torch.float32, (first, *[0] * (len(shape) - 1)), (rows, *shape[1:])))
-    own = f"ranks.{rank}.generator.torch"
-    boxes.append(Box(own, torch.uint8, (0,), (5056,)))
-    return lay_out(boxes, rank, {own: (torch.uint8, (5056,))})[2]
+def told_by_all(whole: dict[str, torch.Size], num_ranks: int) -> list[Told]:
+    """Returns what each rank with such a state tells rank 0, without building it."""
+    num_bytes = np.full(num_ranks, 5056)
+    for shape in whole.values():
+        _, most = _rows(shape[0], 0, num_ranks)
+        rows = np.clip(shape[0] - most * np.arange(num_ranks), 0, most)
+        num_bytes += 4 * rows * math.prod(shape[1:])
+    return [Told([], {}, {"generator.torch": (torch.uint8, (5056,))}, int(size), None) for size in num_bytes]
 
 
 def _rows(num_rows: int, rank: int, num_ranks: int) -> tuple[int, int]:
@@ -155,22 +158,25 @@ def layout_of_one(num_ranks: int, num_times: int = 3) -> dict[str, Any]:
 def manifest(num_ranks: int) -> dict[str, Any]:
     """Makes, writes and reads the manifest of all ranks: rank 0 makes it, in every save, and all ranks read it."""
     whole = shapes()
-    others = [told_by(whole, rank, num_ranks) for rank in range(1, num_ranks)]
+    others = told_by_all(whole, num_ranks)[1:]
+    files = {file_of_rank(rank): FileRecord(10**9, checksum(str(rank).encode())) for rank in range(num_ranks)}
     with sharded_state(whole, 0, num_ranks) as state:
-        ranks = Simulated(0, num_ranks, others)
-        layout_seconds, made = _timed(lambda: make_layout(state, ranks))
-    content = Manifest(Progress(step=1), {}, NUM_SAMPLES, num_ranks, {}, made.tensors, {})
-    first, data = _timed(content.to_bytes)
-    again, _ = _timed(content.to_bytes)
-    read, found = _timed(lambda: Manifest.from_bytes(data))
-    assert found.tensors == made.tensors
+        layout_seconds, made = _timed(lambda: make_layout(state, Simulated(0, num_ranks, others)))
+        content = Manifest(Progress(step=1), {}, NUM_SAMPLES, num_ranks, {}, made.tensors, files)
+        first, data = _timed(content.to_bytes)
+        again, _ = _timed(content.to_bytes)
+        read, found = _timed(lambda: Manifest.from_bytes(data))
+        assert found.tensors == made.tensors
+        look, parts = _timed(lambda: [part for name, part in parts_to_read(found.tensors, state)])
     return {
-        "parts": sum(len(record.parts) for record in made.tensors.values()),
+        "parts": sum(-(-shape[0] // _rows(shape[0], 0, num_ranks)[1]) for shape in whole.values()) + num_ranks,
+        "parts_to_read": len(parts),
         "bytes": len(data),
+        "tensor_bytes": len(made.tensors.text),
         "layout_seconds": layout_seconds,
         "first_seconds": first,
         "seconds": again,
-        "read_seconds": read,
+        "read_seconds": read + look,
     }
 
 

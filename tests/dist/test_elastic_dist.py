@@ -14,12 +14,14 @@ from run_results import checkpoint, close, losses, optimizer_state, summary, wei
 BATCH, STEPS = 12, 30
 DDP: dict[str, Any] = {"parallel__strategy": "ddp"}
 FSDP: dict[str, Any] = {"parallel__strategy": "fsdp"}
+HSDP: dict[str, Any] = {"parallel": {"strategy": "hsdp", "shard_size": 2}}
 
 # Ranks and strategy of each leg.
 JOURNEYS = {
     "2, 1, 3 ranks": [(2, DDP), (1, DDP), (3, DDP)],
     "ddp, fsdp, ddp": [(2, DDP), (2, FSDP), (2, DDP)],
     "fsdp on 3, ddp on 1, fsdp on 2": [(3, FSDP), (1, DDP), (2, FSDP)],
+    "hsdp on 4, fsdp on 3, ddp on 1": [(4, HSDP), (3, FSDP), (1, DDP)],
 }
 
 
@@ -54,7 +56,7 @@ def samples(recorded: Path, ranks: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("every", [pytest.param(1, marks=nightly), 4])
-@pytest.mark.parametrize("name", few(JOURNEYS, "fsdp on 3, ddp on 1, fsdp on 2"))
+@pytest.mark.parametrize("name", few(JOURNEYS, "hsdp on 4, fsdp on 3, ddp on 1"))
 def test_other_processes_go_on(
     name: str, every: int, server: TrainServer, write_config: WriteConfig, tmp_path: Path
 ) -> None:

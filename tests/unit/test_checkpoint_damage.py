@@ -15,7 +15,7 @@ from conftest import Train, WriteConfig, few, tiny_config
 from resuming import TrainServer, assert_same_end
 
 from trainer.checkpoint.folder import open_folder
-from trainer.checkpoint.manifest import Damaged, Manifest, checksum
+from trainer.checkpoint.manifest import FORMAT, Damaged, Manifest, checksum
 from trainer.config import load_config
 
 CHANGES = {
@@ -78,7 +78,7 @@ def empty(folder: Path) -> None:
 
 
 def from_the_future(file: Path) -> None:
-    content = {**json.loads(file.read_bytes())["content"], "format": 2}
+    content = {**json.loads(file.read_bytes())["content"], "format": FORMAT + 1}
     text = json.dumps(content, separators=(",", ":"))
     file.write_text(f'{{"checksum": "{checksum(text.encode())}", "content": {text}}}\n')
 
@@ -113,7 +113,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda at: make_a_folder(at / MANIFEST),
         "the manifest cannot be read: .*directory.*",
     ),
-    "another format": (lambda at: from_the_future(at / MANIFEST), "the manifest has format 2, this version reads 1"),
+    "another format": (
+        lambda at: from_the_future(at / MANIFEST),
+        f"the manifest has format {FORMAT + 1}, this version reads {FORMAT}",
+    ),
 }
 
 

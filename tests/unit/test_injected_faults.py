@@ -174,7 +174,7 @@ def publish(storage: LocalStorage, step: int) -> None:
     staged = storage.begin(name)
     storage.write(staged, "rank-00000.safetensors", [memoryview(content)])
     files = {"rank-00000.safetensors": FileRecord(len(content), checksum(content))}
-    manifest = Manifest(Progress(step=step), config={}, num_samples=1, num_ranks=1, values={}, tensors={}, files=files)
+    manifest = Manifest(Progress(step=step), config={}, num_samples=1, num_ranks=1, values={}, files=files)
     storage.publish(staged, name, manifest.to_bytes())
 
 

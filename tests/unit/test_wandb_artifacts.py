@@ -57,7 +57,7 @@ class Written:
         place = self.path / "checkpoints" / self.folder.name(step)
         place.mkdir(parents=True, exist_ok=True)
         told = Progress(step=step, best_step=best, **progress)
-        (place / "manifest.json").write_bytes(Manifest(told, {}, 10, 1, {}, {}, {}).to_bytes())
+        (place / "manifest.json").write_bytes(Manifest(told, {}, 10, 1, {}).to_bytes())
         (place / "rank-0.safetensors").write_text(str(step))
         self.uploads.add(self.folder, told)
         if is_pruned:

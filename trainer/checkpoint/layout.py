@@ -1,43 +1,38 @@
 """Which rank writes which part of which tensor, and where in its file.
 
 Shards are written by their owners, what several ranks hold by one of them, evenly. Each rank works out its own part by
-itself, so that it takes as long and as much memory on any number of ranks; only rank 0, which writes the manifest, is
-told of all parts. Owns the files' layout: safetensors, one file per rank, so that other tools can open them, too.
+itself, so that it takes as long and as much memory on any number of ranks. Rank 0, which writes the manifest, is told
+of the parts that follow no rule; shards as `torch.chunk` cuts them do, and all ranks agree on that by a hash. Owns the
+files' layout: safetensors, one file per rank, so that other tools can open them, too.
 """
 
 from __future__ import annotations
 
 import heapq
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
-from trainer.checkpoint.manifest import Part, TensorRecord, TensorTable, checksum
+from trainer.checkpoint.manifest import checksum
+from trainer.checkpoint.safetensors_file import TYPE_NAMES, entry_name, header_of
+from trainer.checkpoint.tensor_table import (
+    OwnTensors,
+    Part,
+    Shards,
+    TensorRecord,
+    TensorTable,
+    file_of_rank,
+    own_name,
+    ranges_of,
+)
 from trainer.errors import one_line_text
 
 T = TypeVar("T")
 Form = tuple[torch.dtype, tuple[int, ...]]  # of a whole tensor
-
-SAFETENSORS_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_ALIGNMENT = 64  # of the data in a file
 
 
 class Ranks(Protocol):
@@ -52,18 +47,27 @@ class Ranks(Protocol):
 
 
 class Box(NamedTuple):
-    """A part of a tensor that this rank has, from `offsets` on; `copy` counts the ranks that have the same."""
+    """A part of a tensor that this rank writes, from `offsets` on.
+
+    `is_told` where rank 0 has to hear of it, as it follows from no rule that all ranks know.
+    """
 
     name: str
     dtype: torch.dtype
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
-    copy: int = 0
-    num_copies: int = 1
+    is_told: bool = False
 
     @property
     def num_bytes(self) -> int:
         return math.prod(self.sizes) * self.dtype.itemsize
+
+
+class Cut(NamedTuple):
+    """How a tensor is cut along `dim`, and for each copy of it the ranks that hold its shards, in their order."""
+
+    dim: int
+    copies: tuple[tuple[range, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -102,11 +106,20 @@ class Layout:
 
 @dataclass(frozen=True)
 class Told:
-    """What rank 0 is told by a rank: where its parts are, and the tensors that it alone may have."""
+    """What rank 0 is told by a rank.
 
-    file: str
-    parts: list[tuple[str, tuple[int, ...], tuple[int, ...], int]]  # name, offsets, sizes, first byte
+    Args:
+        parts: name, offsets, sizes and first byte of those that follow no rule.
+        forms: of the tensors that rank 0 may not have, by name.
+        own: of what the rank has to itself, by the name without `ranks.R.`.
+        num_bytes: of data in its file.
+        error: why it cannot write, or None.
+    """
+
+    parts: list[tuple[str, tuple[int, ...], tuple[int, ...], int]]
     forms: dict[str, Form]
+    own: dict[str, Form]
+    num_bytes: int
     error: str | None
 
 
@@ -120,24 +133,31 @@ def make_layout(state: Mapping[str, torch.Tensor], ranks: Ranks) -> Layout:
     Raises:
         ValueError: parts are missing or overlap, or a type is one that safetensors does not have. On all ranks.
     """
-    boxes, is_same = _boxes_to_write(state, ranks)
-    forms = {name: _form(t) for name, t in state.items() if not is_same or _is_own(name, ranks)}
-    items, header, own = lay_out(boxes, ranks.rank, forms)
-    told = ranks.gather_on_main(own)
+    prefix = own_name(ranks.rank, "")
+    own = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+    shared = {name: tensor for name, tensor in state.items() if name not in own}
+    boxes, shards, is_same = _boxes_to_write(shared, ranks)
+    boxes += [Box(name, tensor.dtype, (0,) * tensor.ndim, tuple(tensor.shape)) for name, tensor in own.items()]
+    forms = {} if is_same else {name: _form(tensor) for name, tensor in shared.items()}
+    own_forms = {name.removeprefix(prefix): _form(tensor) for name, tensor in own.items()}
+    items, header, mine = _lay_out(boxes, forms, own_forms)
+    told = ranks.gather_on_main(mine)
     error: str | None = None
-    tensors = TensorTable()
+    tensors = TensorTable({})
     if ranks.rank == 0:
         error = next((one.error for one in told if one.error is not None), None)
         if error is None:
-            tensors, error = _records({name: _form(tensor) for name, tensor in state.items()}, told)
-            error = error or _what_is_wrong(tensors)
+            tensors = _table({name: _form(tensor) for name, tensor in shared.items()}, shards, told)
+            error = _what_is_wrong(tensors, sum(one.num_bytes for one in told))
     error = ranks.from_main(lambda: error)
     if error is not None:
         raise ValueError(error)
-    return Layout(own.file if items else None, header, items, tensors)
+    return Layout(file_of_rank(ranks.rank) if items else None, header, items, tensors)
 
 
-def lay_out(boxes: Iterable[Box], rank: int, forms: dict[str, Form]) -> tuple[tuple[Item, ...], bytes, Told]:
+def _lay_out(
+    boxes: Iterable[Box], forms: dict[str, Form], own: dict[str, Form]
+) -> tuple[tuple[Item, ...], bytes, Told]:
     """Returns what a rank's file holds, how it begins, and what rank 0 is told of it."""
     items: tuple[Item, ...] = ()
     error: str | None = None
@@ -145,64 +165,98 @@ def lay_out(boxes: Iterable[Box], rank: int, forms: dict[str, Form]) -> tuple[tu
         items = _items(boxes)
     except ValueError as problem:
         error = one_line_text(problem)
-    header = safetensors_header([(_entry_name(i), i.dtype, i.sizes) for i in items], {"format": "pt"})
-    parts = [(item.name, item.offsets, item.sizes, len(header) + item.begin) for item in items]
-    return items, header, Told(f"rank-{rank:05d}.safetensors", parts, forms, error)
+    header = header_of([(entry_name(i.name, i.offsets), i.dtype, i.sizes) for i in items], {"format": "pt"})
+    to_tell = {box.name for box in boxes if box.is_told}
+    parts = [(i.name, i.offsets, i.sizes, len(header) + i.begin) for i in items if i.name in to_tell]
+    return items, header, Told(parts, forms, own, sum(item.num_bytes for item in items), error)
 
 
 def _form(tensor: torch.Tensor) -> Form:
     return tensor.dtype, tuple(tensor.shape)
 
 
-def _is_own(name: str, ranks: Ranks) -> bool:
-    return name.startswith(f"ranks.{ranks.rank}.")
+def _cuts(sharded: Mapping[str, DTensor]) -> dict[str, Cut]:
+    """Returns how tensors are cut, of those that one dimension of their mesh cuts as `torch.chunk` does."""
+    found: dict[str, Cut] = {}
+    copies: dict[tuple[int, int], tuple[tuple[range, ...], ...]] = {}  # by mesh and its dimension that cuts
+    for name, tensor in sharded.items():
+        along = [(i, placement) for i, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+        if len(along) != 1 or type(along[0][1]) is not Shard:
+            continue
+        ((mesh_dim, placement),) = along
+        assert isinstance(placement, Shard)
+        mesh = tensor.device_mesh
+        if (id(mesh), mesh_dim) not in copies:
+            lists = mesh.mesh.movedim(mesh_dim, -1).reshape(-1, mesh.size(mesh_dim)).tolist()
+            copies[id(mesh), mesh_dim] = tuple(map(ranges_of, lists))
+        found[name] = Cut(placement.dim, copies[id(mesh), mesh_dim])
+    return found
 
 
-def _boxes_to_write(state: Mapping[str, torch.Tensor], ranks: Ranks) -> tuple[list[Box], bool]:
-    """Returns what this rank is to write, and whether all ranks have tensors of the same names beside their own."""
-    boxes = [box for name, tensor in state.items() if (box := _box(name, tensor)) is not None]
-    whole = [box for box in boxes if not isinstance(state[box.name], DTensor) and not _is_own(box.name, ranks)]
-    writers, is_same = _writers(whole, ranks)
-    of_copies = spread((box.num_bytes, box.num_copies) for box in boxes)
-    mine = []
-    for box, copy in zip(boxes, of_copies, strict=True):
-        if box.copy == copy and writers.get(box.name, ranks.rank) == ranks.rank:
-            mine.append(box)
-    return mine, is_same
+def _boxes_to_write(state: Mapping[str, torch.Tensor], ranks: Ranks) -> tuple[list[Box], dict[str, Shards], bool]:
+    """Returns what this rank is to write, the shards that all ranks know, and whether all have the same names."""
+    sharded = {name: tensor for name, tensor in state.items() if isinstance(tensor, DTensor)}
+    cuts = _cuts(sharded)
+    # By the bytes of the whole tensor, which every rank knows: its own part may be smaller than another one's.
+    copies = spread((tensor.numel() * tensor.dtype.itemsize, _num_copies(tensor)) for tensor in sharded.values())
+    copy_of = dict(zip(sharded, copies, strict=True))
+    is_same = len(set(ranks.gather(_hash(state, cuts, copy_of)))) == 1
+    if not is_same:  # what a rank chose for itself need not be what others did
+        copy_of = dict.fromkeys(sharded, 0)
+    writers = _writers({name: t for name, t in state.items() if name not in sharded}, is_same, ranks)
+    boxes = []
+    for name, tensor in state.items():
+        if not isinstance(tensor, DTensor):
+            if writers[name] == ranks.rank:
+                boxes.append(Box(name, tensor.dtype, (0,) * tensor.ndim, tuple(tensor.shape), is_told=True))
+        elif tensor.device_mesh.get_coordinate() is not None and _copy(tensor) == copy_of[name]:
+            (chunk,) = tensor.__create_chunk_list__()
+            is_told = not is_same or name not in cuts
+            boxes.append(Box(name, tensor.dtype, tuple(chunk.offsets), tuple(chunk.sizes), is_told))
+    by_rule = cuts if is_same else {}
+    return boxes, {name: Shards(cut.dim, cut.copies[copy_of[name]]) for name, cut in by_rule.items()}, is_same
 
 
-def _box(name: str, tensor: torch.Tensor) -> Box | None:
-    """Returns the part of a tensor that this rank has; None where it has none."""
-    if not isinstance(tensor, DTensor):
-        return Box(name, tensor.dtype, (0,) * tensor.ndim, tuple(tensor.shape))
-    mesh = tensor.device_mesh
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
-        return None
-    copy, num_copies = 0, 1
-    for place, size, placement in zip(coordinate, mesh.shape, tensor.placements, strict=True):
+def _hash(state: Mapping[str, torch.Tensor], cuts: Mapping[str, Cut], copy_of: Mapping[str, int]) -> str:
+    """Returns a hash of all that decides who writes what; the same on all ranks, as a rule."""
+    lists = {id(cut.copies): cut.copies for cut in cuts.values()}  # few, and each may be long
+    numbers = {key: number for number, key in enumerate(lists)}
+    cut_of = {name: (cut.dim, numbers[id(cut.copies)]) for name, cut in cuts.items()}
+    forms = [(name, str(t.dtype), tuple(t.shape), cut_of.get(name), copy_of.get(name)) for name, t in state.items()]
+    return checksum(repr((list(lists.values()), forms)).encode())
+
+
+def _num_copies(tensor: DTensor) -> int:
+    """Returns how many ranks have the same part of a tensor."""
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod([size for size, placement in sizes if placement.is_replicate()])
+
+
+def _copy(tensor: DTensor) -> int:
+    """Returns which of those this rank is."""
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None
+    copy = 0
+    for place, size, placement in zip(coordinate, tensor.device_mesh.shape, tensor.placements, strict=True):
         if placement.is_replicate():
-            copy, num_copies = copy * size + place, num_copies * size
-    (chunk,) = tensor.__create_chunk_list__()
-    return Box(name, tensor.dtype, tuple(chunk.offsets), tuple(chunk.sizes), copy, num_copies)
+            copy = copy * size + place
+    return copy
 
 
-def _writers(whole: Sequence[Box], ranks: Ranks) -> tuple[dict[str, int], bool]:
+def _writers(whole: Mapping[str, torch.Tensor], is_same: bool, ranks: Ranks) -> dict[str, int]:
     """Returns who writes each tensor that ranks hold as a whole, the same on all ranks that hold it."""
-    if ranks.num_ranks == 1:
-        return {}, True
-    form = checksum(repr([(box.name, str(box.dtype), box.sizes) for box in whole]).encode())
-    if len(set(ranks.gather(form))) == 1:
-        chosen = spread((box.num_bytes, ranks.num_ranks) for box in whole)
-        return {box.name: rank for box, rank in zip(whole, chosen, strict=True)}, True
+    num_bytes = {name: tensor.numel() * tensor.dtype.itemsize for name, tensor in whole.items()}
+    if is_same:
+        chosen = spread((size, ranks.num_ranks) for size in num_bytes.values())
+        return dict(zip(num_bytes, chosen, strict=True))
     # Some rank lacks what others have, such as the optimizer's state of a parameter that it never used.
-    held = ranks.gather({box.name: box.num_bytes for box in whole})
+    held = ranks.gather(num_bytes)
     sizes = {name: size for of_rank in held for name, size in of_rank.items()}
     loads, writers = [0] * ranks.num_ranks, {}
     for name, size in sizes.items():
         writers[name] = min((rank for rank, names in enumerate(held) if name in names), key=loads.__getitem__)
         loads[writers[name]] += size
-    return writers, False
+    return writers
 
 
 def spread(pieces: Iterable[tuple[int, int]]) -> list[int]:
@@ -225,45 +279,74 @@ def spread(pieces: Iterable[tuple[int, int]]) -> list[int]:
     return chosen
 
 
-def _records(forms: dict[str, Form], told: Sequence[Told]) -> tuple[TensorTable, str | None]:
-    """Returns all tensors, in the model's order, what only other ranks have last; and what is wrong, if anything is."""
+def _table(forms: dict[str, Form], shards: Mapping[str, Shards], told: Sequence[Told]) -> TensorTable:
+    """Returns all tensors, in the model's order, what only other ranks have last."""
     parts: dict[str, list[Part]] = {}
-    for one in told:
+    own: dict[str, tuple[dict[str, Form], list[int]]] = {}  # what ranks have to themselves, and which have just that
+    for rank, one in enumerate(told):
         for name, offsets, sizes, begin in one.parts:
-            parts.setdefault(name, []).append(Part(offsets, sizes, one.file, begin))
+            parts.setdefault(name, []).append(Part(offsets, sizes, file_of_rank(rank), begin))
         for name, form in one.forms.items():
             forms.setdefault(name, form)
-    unknown = next((name for name in parts if name not in forms), None)
-    error = None if unknown is None else f"rank 0 has no '{unknown}', of which other ranks have parts"
-    table = TensorTable(
-        (name, TensorRecord(str(dtype).removeprefix("torch."), shape, tuple(parts.get(name, ()))))
+        if one.own:
+            own.setdefault(repr(one.own), (one.own, []))[1].append(rank)
+    shared = {
+        name: TensorRecord(_type_name(dtype), shape, tuple(parts.get(name, ())), shards.get(name))
         for name, (dtype, shape) in forms.items()
+    }
+    return TensorTable(
+        shared,
+        [
+            OwnTensors(ranges_of(ranks), {name: (_type_name(dtype), shape) for name, (dtype, shape) in of_rank.items()})
+            for of_rank, ranks in own.values()
+        ],
     )
-    return table, error
 
 
-def _what_is_wrong(tensors: Mapping[str, TensorRecord]) -> str | None:
-    """Tells where parts are missing or overlap. Those of a tensor are slices of it along one dimension."""
-    for name, record in tensors.items():
-        parts, shape = record.parts, record.shape
-        if len(parts) == 1 and parts[0].sizes == shape:
-            continue
-        if not parts and math.prod(shape) == 0:
-            continue
-        if not shape or any(len(part.sizes) != len(shape) for part in parts):
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _what_is_wrong(tensors: TensorTable, num_bytes: int) -> str | None:
+    """Tells where parts are missing or overlap.
+
+    Args:
+        tensors: all of all ranks.
+        num_bytes: of all ranks' files together.
+    """
+    for name, record in tensors.shared.items():
+        if record.shards is None and not _is_whole(record):
             return f"the parts of '{name}' do not make up the whole of it"
-        dim = next((d for d, size in enumerate(shape) if any(part.sizes[d] != size for part in parts)), 0)
-        end = 0
-        for part in sorted(parts):
-            is_slice = part.sizes[:dim] + part.sizes[dim + 1 :] == shape[:dim] + shape[dim + 1 :]
-            if not is_slice or part.offsets[dim] != end:
-                break
-            end += part.sizes[dim]
-        else:
-            if end == shape[dim]:
-                continue
-        return f"the parts of '{name}' do not make up the whole of it"
+    expected = sum(_num_bytes(record.dtype, record.shape) for record in tensors.shared.values())
+    for own in tensors.own:
+        expected += sum(map(len, own.ranks)) * sum(_num_bytes(*form) for form in own.forms.values())
+    if num_bytes != expected:
+        return f"ranks would write {num_bytes} bytes of tensors that have {expected}"
     return None
+
+
+def _num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    itemsize: int = getattr(torch, dtype).itemsize
+    return math.prod(shape) * itemsize
+
+
+def _is_whole(record: TensorRecord) -> bool:
+    """Tells whether the listed parts make up the tensor: slices of it along one dimension."""
+    parts, shape = record.parts, record.shape
+    if len(parts) == 1 and parts[0].sizes == shape:
+        return True
+    if not parts and math.prod(shape) == 0:
+        return True
+    if not shape or any(len(part.sizes) != len(shape) for part in parts):
+        return False
+    dim = next((d for d, size in enumerate(shape) if any(part.sizes[d] != size for part in parts)), 0)
+    end = 0
+    for part in sorted(parts):
+        is_slice = part.sizes[:dim] + part.sizes[dim + 1 :] == shape[:dim] + shape[dim + 1 :]
+        if not is_slice or part.offsets[dim] != end:
+            return False
+        end += part.sizes[dim]
+    return end == shape[dim]
 
 
 def _items(boxes: Iterable[Box]) -> tuple[Item, ...]:
@@ -272,31 +355,8 @@ def _items(boxes: Iterable[Box]) -> tuple[Item, ...]:
     writes.sort(key=lambda box: -box.dtype.itemsize)
     items, begin = [], 0
     for box in writes:
-        if box.dtype not in SAFETENSORS_NAMES:
+        if box.dtype not in TYPE_NAMES:
             raise ValueError(f"'{box.name}' has type {box.dtype}, which a checkpoint cannot hold")
         items.append(Item(box.name, box.dtype, box.offsets, box.sizes, begin, box.num_bytes))
         begin += box.num_bytes
     return tuple(items)
-
-
-def _entry_name(item: Item) -> str:
-    """Returns the name in the file: the tensor's, and where its parts begin if it is not the first of them."""
-    return f"{item.name}[{','.join(map(str, item.offsets))}]" if any(item.offsets) else item.name
-
-
-def safetensors_header(entries: Sequence[tuple[str, torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
-    """Returns the beginning of a safetensors file; the data follows in the order given, without gaps.
-
-    Args:
-        entries: name, type and shape of each tensor.
-        metadata: of the file.
-    """
-    table: dict[str, Any] = {"__metadata__": dict(metadata)}
-    begin = 0
-    for name, dtype, sizes in entries:
-        end = begin + math.prod(sizes) * dtype.itemsize
-        table[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(sizes), "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text

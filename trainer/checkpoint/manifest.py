@@ -1,19 +1,19 @@
-"""The manifest: everything about a checkpoint but the numbers in its tensors, as JSON that vouches for itself.
+"""The manifest: what a checkpoint is, but for the numbers in its tensors, as JSON that vouches for itself.
 
 It is written last and read first, and names every file with its size and checksum. No pickle is in it or behind it.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import xxhash
 
-FORMAT = 1
+from trainer.checkpoint.tensor_table import TensorTable, canonical
+
+FORMAT = 2
 
 
 class Damaged(Exception):
@@ -48,44 +48,6 @@ class FileRecord:
     checksum: str
 
 
-class Part(NamedTuple):
-    """A box of a tensor, in row-major order, in a file.
-
-    Args:
-        offsets: of the box in the whole tensor, per dimension.
-        sizes: of the box, per dimension.
-        file: name of the file.
-        begin: first byte in the file.
-    """
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    file: str
-    begin: int
-
-
-@dataclass(frozen=True)
-class TensorRecord:
-    """A whole tensor and where its parts are; `dtype` is torch's name, such as `float32`."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    parts: tuple[Part, ...]
-
-
-class TensorTable(dict[str, TensorRecord]):
-    """Tensors by name; not changed once it is there.
-
-    With shards on a thousand ranks its JSON is some 100 MB and takes seconds, in which Python does nothing else. It is
-    the same in every save, and made once.
-    """
-
-    @functools.cached_property
-    def text(self) -> str:
-        """The JSON of all records."""
-        return _canonical({name: [record.dtype, record.shape, record.parts] for name, record in self.items()})
-
-
 @dataclass(frozen=True)
 class Manifest:
     """All that a reader needs to know.
@@ -96,7 +58,7 @@ class Manifest:
         num_samples: of the training data, which the order of samples depends on.
         num_ranks: processes that wrote it, each with generator states of its own.
         values: state that is not a tensor, such as the loss scale.
-        tensors: by name, such as `model.conv1.weight`, in the order in which the model has them.
+        tensors: all of all ranks, and where they are.
         files: by name.
     """
 
@@ -105,8 +67,8 @@ class Manifest:
     num_samples: int
     num_ranks: int
     values: dict[str, Any]
-    tensors: Mapping[str, TensorRecord]
-    files: dict[str, FileRecord]
+    tensors: TensorTable = field(default_factory=lambda: TensorTable({}))
+    files: dict[str, FileRecord] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """Returns the manifest as a JSON file, with a checksum of its own."""
@@ -119,8 +81,7 @@ class Manifest:
             "values": self.values,
             "files": {name: [record.size, record.checksum] for name, record in self.files.items()},
         }
-        table = self.tensors if isinstance(self.tensors, TensorTable) else TensorTable(self.tensors)
-        text = _canonical(content).removesuffix("}") + f',"tensors":{table.text}}}'
+        text = canonical(content).removesuffix("}") + f',"tensors":{self.tensors.text}}}'
         return _envelope(checksum(text.encode()), text).encode()
 
     @classmethod
@@ -128,7 +89,7 @@ class Manifest:
         """Reads a manifest.
 
         Raises:
-            Damaged: it was changed or cut short, or is of a format of the future.
+            Damaged: it was changed or cut short, or is of another format.
         """
         try:
             outer = json.loads(data)
@@ -146,36 +107,14 @@ class Manifest:
                 num_ranks=content["num_ranks"],
                 values=content["values"],
                 files={name: FileRecord(*record) for name, record in content["files"].items()},
-                tensors=_tensor_table(content["tensors"]),
+                tensors=TensorTable.from_json(content["tensors"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise Damaged("the manifest is not readable") from error
 
 
-def _tensor_table(records: Mapping[str, list[Any]]) -> TensorTable:
-    files: dict[str, str] = {}  # one string for each, however many parts are in it
-    return TensorTable(
-        (
-            name,
-            TensorRecord(
-                dtype,
-                tuple(shape),
-                tuple(
-                    Part(tuple(offsets), tuple(sizes), files.setdefault(file, file), begin)
-                    for offsets, sizes, file, begin in parts
-                ),
-            ),
-        )
-        for name, (dtype, shape, parts) in records.items()
-    )
-
-
 def _envelope(found: str, content: str) -> str:
     return f'{{"checksum": "{found}", "content": {content}}}\n'
-
-
-def _canonical(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, separators=(",", ":"))
 
 
 def checksum(data: bytes | memoryview) -> str:

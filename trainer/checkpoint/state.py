@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from trainer.checkpoint.reading import Checkpoint
+from trainer.checkpoint.tensor_table import own_name
 from trainer.errors import UserError
 
 _MOST_SHOWN = 10
@@ -86,17 +86,14 @@ class Parts:
         guarded |= {name for name in tensors if name.startswith(("optimizer.", "ema."))}
         if self.scaler is not None:
             values["scaler"] = self.scaler.state_dict()
-        tensors |= {f"ranks.{self.rank}.{name}": value for name, value in self.own.items()}
+        tensors |= {own_name(self.rank, name): value for name, value in self.own.items()}
         return State(tensors, values, frozenset(guarded))
 
-    def restore(
-        self, checkpoint: Checkpoint, group: dist.ProcessGroup | None, set_here: set[str]
-    ) -> dict[str, torch.Tensor]:
-        """Makes a checkpoint the present state; all ranks call it together.
+    def restore(self, checkpoint: Checkpoint, set_here: set[str]) -> dict[str, torch.Tensor]:
+        """Makes a checkpoint the present state.
 
         Args:
             checkpoint: a verified one.
-            group: of all ranks, or None for a single process.
             set_here: settings of the optimizer that the config decides, whatever the checkpoint says.
 
         Returns:
@@ -117,18 +114,17 @@ class Parts:
         manifest = checkpoint.manifest
         own: dict[str, torch.Tensor] = {}
         if manifest.num_ranks == self.num_ranks:
-            saved = set(checkpoint.names(f"ranks.{self.rank}."))
+            saved = manifest.tensors.own_names(self.rank)
             own = {name: torch.empty_like(value) for name, value in self.own.items() if name in saved}
-            targets |= {f"ranks.{self.rank}.{name}": value for name, value in own.items()}
-        checkpoint.load_into(targets, group)
+            targets |= {own_name(self.rank, name): value for name, value in own.items()}
+        checkpoint.load_into(targets)
         if not has_averages:
             weights = dict(self.model.named_parameters(remove_duplicate=False))
             for name, average in (self.averages or {}).items():
                 average.copy_(weights[name].detach())
         if manifest.num_ranks != self.num_ranks:
             own = {name: self._sum_over_ranks(checkpoint, name) for name in SUMMED}
-            saved = set(checkpoint.names("ranks.0."))
-            own |= {name: checkpoint.read(f"ranks.0.{name}") for name in SAME if name in saved}
+            own |= {name: checkpoint.read(own_name(0, name)) for name in SAME}
         extra = {name: manifest.values[f"model.{name}"] for name in model if f"model.{name}" in manifest.values}
         if extra:
             self.model.load_state_dict(extra, strict=False)
@@ -138,8 +134,10 @@ class Parts:
         return own
 
     def _sum_over_ranks(self, checkpoint: Checkpoint, name: str) -> torch.Tensor:
-        values = [checkpoint.read(f"ranks.{rank}.{name}") for rank in range(checkpoint.manifest.num_ranks)]
-        return torch.stack(values).sum(0) * int(self.rank == 0)
+        if self.rank != 0:
+            return torch.zeros_like(self.own[name])
+        values = [checkpoint.read(own_name(rank, name)) for rank in range(checkpoint.manifest.num_ranks)]
+        return torch.stack(values).sum(0)
 
     # ---- the optimizer ------------------------------------------------------------------------------------
     # Not by torch's get_ and set_optimizer_state_dict: where an optimizer has no state yet (fp16 skipped all steps
@@ -211,7 +209,7 @@ class Parts:
 
 def _check_same(targets: Mapping[str, torch.Tensor], checkpoint: Checkpoint, prefixes: tuple[str, ...]) -> None:
     """Refuses a checkpoint whose model differs, naming what differs by kind."""
-    saved = {name for name in checkpoint.manifest.tensors if name.startswith(prefixes)}
+    saved = {name for name in checkpoint.manifest.tensors.shared if name.startswith(prefixes)}
     reshaped = [
         f"{name} ({list(checkpoint.shape_and_dtype(name)[0])} there, {list(target.shape)} here)"
         for name, target in targets.items()
@@ -219,7 +217,7 @@ def _check_same(targets: Mapping[str, torch.Tensor], checkpoint: Checkpoint, pre
     ]
     kinds = {
         "it lacks": [name for name in targets if name not in saved],
-        "it also has": [name for name in checkpoint.manifest.tensors if name in saved and name not in targets],
+        "it also has": [name for name in checkpoint.manifest.tensors.shared if name in saved and name not in targets],
         "shapes differ:": reshaped,
     }
     told = [

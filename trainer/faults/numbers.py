@@ -168,10 +168,9 @@ class NumberGuard:
         return {"mean_loss": self.mean_loss, "num_losses": self.num_losses}
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Takes over what `state` returned; an earlier version's checkpoint has nothing."""
-        if state:
-            self.mean_loss.copy_(state["mean_loss"])
-            self.num_losses.copy_(state["num_losses"])
+        """Takes over what `state` returned."""
+        self.mean_loss.copy_(state["mean_loss"])
+        self.num_losses.copy_(state["num_losses"])
 
     @property
     def is_alarmed(self) -> bool:

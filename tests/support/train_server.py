@@ -13,8 +13,11 @@ import socket
 import sys
 from typing import Any
 
+import torch
+
 import trainer.loop  # noqa: F401 (what takes seconds to import)
 from trainer.cli import leave, train
+from trainer.telemetry.efficiency import peak_flops
 
 
 def start(request: dict[str, Any], rank: int, port: int) -> int:
@@ -33,6 +36,7 @@ def start(request: dict[str, Any], rank: int, port: int) -> int:
     return child
 
 
+peak_flops(torch.device("cpu"), torch.float32, is_fp8=False, allow_tf32=False)  # which the children need not measure
 gc.freeze()  # the children need not look at it, and would copy it
 for line in sys.stdin:
     task = json.loads(line)

@@ -7,6 +7,7 @@ and backward need once, whatever is recomputed, over what the devices could have
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import time
 from collections.abc import Iterator
@@ -141,12 +142,16 @@ def peak_flops(device: torch.device, dtype: torch.dtype, is_fp8: bool, allow_tf3
         if known is not None:
             return known.flops.of("float8" if is_fp8 else str(dtype).removeprefix("torch."), allow_tf32)
     with torch.no_grad():
+        threads = torch.get_num_threads()
         if device.type == "cpu":  # some have no units for half precision and are far slower in it than in float32
-            return max(_measured_flops(device, torch.float32, 1024), _measured_flops(device, dtype, 256))
-        return _measured_flops(device, dtype, 4096)
+            floats = _measured_flops(device, torch.float32, 1024, threads)
+            return max(floats, _measured_flops(device, dtype, 256, threads))
+        return _measured_flops(device, dtype, 4096, threads)
 
 
-def _measured_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
+@functools.cache
+def _measured_flops(device: torch.device, dtype: torch.dtype, size: int, num_threads: int) -> float:
+    """Measures once in a process, for each number of threads that a run had."""
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     started = time.perf_counter()
     seconds: list[float] = []

@@ -33,6 +33,9 @@ nightly = pytest.mark.skipif(not NIGHTLY, reason="much like another one; LOCKSTE
 
 def few(cases: Iterable[Any], *in_ci: Any) -> list[Any]:
     """Returns the cases of a parametrised test; those that are not in `in_ci`, much like these, run nightly only."""
+    cases = list(cases)
+    unknown = [case for case in in_ci if case not in cases]
+    assert not unknown, f"{unknown} is none of {cases}"
     return [case if case in in_ci else pytest.param(case, marks=nightly) for case in cases]
 
 

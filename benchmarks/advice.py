@@ -23,7 +23,7 @@ def table(result: Mapping[str, Any]) -> str:
         told = ", ".join(f"`{key}={value}`" for key, value in case["settings"].items()) or case["rule"]
         promised = "not known" if case["promised"] is None else f"{case['promised']:+.0%}"
         rows.append([case["run"], told, promised, f"{case['measured']:+.0%}", str(case["try"])])
-    what = "of several tries, the first whose gain was within the margin"
+    what = "of up to three tries, the first that was good: a gain within the margin, or the problem gone"
     return markdown_table(rows, [what, *origin(result)])
 
 

@@ -39,6 +39,7 @@ NUM_SAMPLES = 1_281_167  # of ImageNet
 NUM_SAMPLES_OF_RANK = 64  # in a step
 MODEL = "vit_h_14"
 STATE = ("model.{}", "ema.{}", "optimizer.{}.exp_avg", "optimizer.{}.exp_avg_sq")
+SCALARS = ("optimizer.{}.step",)  # which all ranks hold
 
 
 class CountedElements(TorchDispatchMode):
@@ -100,7 +101,8 @@ def shapes(model: str = MODEL) -> dict[str, torch.Size]:
     """Returns the tensors of a model, its average and AdamW's state, by name."""
     with torch.device("meta"):
         parameters = dict(torchvision.models.get_model(model).named_parameters())
-    return {form.format(name): parameter.shape for form in STATE for name, parameter in parameters.items()}
+    found = {form.format(name): parameter.shape for form in STATE for name, parameter in parameters.items()}
+    return found | {form.format(name): torch.Size() for form in SCALARS for name in parameters}
 
 
 @contextmanager
@@ -109,6 +111,9 @@ def sharded_state(whole: dict[str, torch.Size], rank: int, num_ranks: int) -> It
     with fake_mesh(num_ranks, rank) as mesh:
         state: dict[str, torch.Tensor] = {}
         for name, shape in whole.items():
+            if not shape:
+                state[name] = torch.empty(shape, device="meta")
+                continue
             _, rows = _rows(shape[0], rank, num_ranks)
             local = torch.empty((rows, *shape[1:]), device="meta")
             stride = torch.empty(shape, device="meta").stride()
@@ -117,14 +122,14 @@ def sharded_state(whole: dict[str, torch.Size], rank: int, num_ranks: int) -> It
         yield state
 
 
-def told_by_all(whole: dict[str, torch.Size], num_ranks: int) -> list[Told]:
-    """Returns what each rank with such a state tells rank 0, without building it."""
+def told_by_others(whole: dict[str, torch.Size], num_ranks: int) -> list[Told]:
+    """Returns what each rank but 0 with such a state tells rank 0, without building it. The scalars are rank 0's."""
     num_bytes = np.full(num_ranks, 5056)
-    for shape in whole.values():
+    for shape in filter(None, whole.values()):
         _, most = _rows(shape[0], 0, num_ranks)
         rows = np.clip(shape[0] - most * np.arange(num_ranks), 0, most)
         num_bytes += 4 * rows * math.prod(shape[1:])
-    return [Told([], {}, {"generator.torch": (torch.uint8, (5056,))}, int(size), None) for size in num_bytes]
+    return [Told([], {}, {"generator.torch": (torch.uint8, (5056,))}, int(size), None) for size in num_bytes[1:]]
 
 
 def _rows(num_rows: int, rank: int, num_ranks: int) -> tuple[int, int]:
@@ -158,7 +163,7 @@ def layout_of_one(num_ranks: int, num_times: int = 3) -> dict[str, Any]:
 def manifest(num_ranks: int) -> dict[str, Any]:
     """Makes, writes and reads the manifest of all ranks: rank 0 makes it, in every save, and all ranks read it."""
     whole = shapes()
-    others = told_by_all(whole, num_ranks)[1:]
+    others = told_by_others(whole, num_ranks)
     files = {file_of_rank(rank): FileRecord(10**9, checksum(str(rank).encode())) for rank in range(num_ranks)}
     with sharded_state(whole, 0, num_ranks) as state:
         layout_seconds, made = _timed(lambda: make_layout(state, Simulated(0, num_ranks, others)))
@@ -169,8 +174,10 @@ def manifest(num_ranks: int) -> dict[str, Any]:
         assert found.tensors == made.tensors
         look, parts = _timed(lambda: [part for name, part in parts_to_read(found.tensors, state)])
     return {
-        "parts": sum(-(-shape[0] // _rows(shape[0], 0, num_ranks)[1]) for shape in whole.values()) + num_ranks,
+        "parts": num_ranks
+        + sum(-(-shape[0] // _rows(shape[0], 0, num_ranks)[1]) if shape else 1 for shape in whole.values()),
         "parts_to_read": len(parts),
+        "files_to_read": len({part.file for part in parts}),
         "bytes": len(data),
         "tensor_bytes": len(made.tensors.text),
         "layout_seconds": layout_seconds,

@@ -24,8 +24,6 @@ def test_every_rank_writes_its_part_and_any_number_reads_it(
     assert done.code == 0, done.err
     two = checkpoint(tmp_path / "run", 5)
     assert sorted(two.manifest.files) == ["rank-00000.safetensors", "rank-00001.safetensors"]
-    sizes = [record.size for record in two.manifest.files.values()]
-    assert max(sizes) < 2 * min(sizes)
     done = server.train("--config", write_config(**normed, train__epochs=2), ranks=3)
     assert done.code == 0, done.err
     assert "written by 2 processes, read by 3" in done.out

@@ -1,9 +1,10 @@
 """Which rank writes which part of which tensor, and where in its file.
 
-Shards are written by their owners, what several ranks hold by one of them, evenly. Each rank works out its own part by
-itself, so that it takes as long and as much memory on any number of ranks. Rank 0, which writes the manifest, is told
-of the parts that follow no rule; shards as `torch.chunk` cuts them do, and all ranks agree on that by a hash. Owns the
-files' layout: safetensors, one file per rank, so that other tools can open them, too.
+Shards are written by their owners, and what several ranks hold by one of them, evenly; what all hold as a whole, by no
+more ranks than it is worth a file. Each rank works out its own part by itself, so that it takes as long and as much
+memory on any number of ranks. Rank 0, which writes the manifest, is told of the parts that follow no rule; shards as
+`torch.chunk` cuts them do, and all ranks agree on that by a hash. Owns the files' layout: safetensors, one file per
+rank, so that other tools can open them, too.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from trainer.errors import one_line_text
 
 T = TypeVar("T")
 Form = tuple[torch.dtype, tuple[int, ...]]  # of a whole tensor
+
+_LEAST_SHARE = 16 * 2**20  # bytes of what all ranks hold that a rank writes: a file more is one more for all to open
 
 
 class Ranks(Protocol):
@@ -247,7 +250,8 @@ def _writers(whole: Mapping[str, torch.Tensor], is_same: bool, ranks: Ranks) -> 
     """Returns who writes each tensor that ranks hold as a whole, the same on all ranks that hold it."""
     num_bytes = {name: tensor.numel() * tensor.dtype.itemsize for name, tensor in whole.items()}
     if is_same:
-        chosen = spread((size, ranks.num_ranks) for size in num_bytes.values())
+        num_writers = min(ranks.num_ranks, 1 + sum(num_bytes.values()) // _LEAST_SHARE)
+        chosen = spread((size, num_writers) for size in num_bytes.values())
         return dict(zip(num_bytes, chosen, strict=True))
     # Some rank lacks what others have, such as the optimizer's state of a parameter that it never used.
     held = ranks.gather(num_bytes)

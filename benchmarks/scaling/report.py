@@ -159,7 +159,7 @@ _SIMULATED: tuple[tuple[str, str, Callable[[Mapping[str, Any]], str]], ...] = (
     ("manifest", "- of it, what is said of tensors", _bytes("tensor_bytes")),
     ("manifest", "any rank: reads it and finds its parts, at a start", _s("read_seconds")),
     ("manifest", "any rank: parts to read", _count("parts_to_read")),
-    ("manifest", "- in so many files", _count("files_to_read")),
+    ("manifest", "- in so many files; one more for all but rank 0", _count("files_to_read")),
     ("manifest", "rank 0: peak memory", _bytes("peak_bytes")),
     ("planner", "planner: a step under FSDP", _s("seconds")),
     ("planner", "planner: peak memory", _bytes("peak_bytes")),

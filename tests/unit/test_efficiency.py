@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.tasks.classification import Classification
+from trainer.telemetry import efficiency
 from trainer.telemetry.efficiency import FlopCounter, peak_flops
 
 
@@ -101,3 +102,24 @@ def test_reports_and_summary_have_it(train: Train, write_config: WriteConfig, tm
         assert 0 < report["train/mfu"] < 1
         assert 0 < report["memory/allocated_gib"] <= report["memory/peak_gib"]
         assert "memory/reserved_gib" not in report
+
+
+def test_a_peak_is_measured_once_for_each_precision_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    products: list[torch.dtype] = []
+    efficiency._measured_flops.cache_clear()
+
+    def counted(matrix: torch.Tensor) -> float:
+        products.append(matrix.dtype)
+        return 1.0
+
+    monkeypatch.setattr(efficiency, "_product_seconds", counted)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, is_new in (("highest", True), ("highest", False), ("medium", True)):
+            torch.set_float32_matmul_precision(precision)
+            products.clear()
+            peak_flops(torch.device("cpu"), torch.float32, is_fp8=False, allow_tf32=False)
+            assert bool(products) == is_new
+    finally:
+        torch.set_float32_matmul_precision(before)
+        efficiency._measured_flops.cache_clear()

@@ -140,7 +140,7 @@ def make_layout(state: Mapping[str, torch.Tensor], ranks: Ranks) -> Layout:
     own = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
     shared = {name: tensor for name, tensor in state.items() if name not in own}
     boxes, shards, is_same = _boxes_to_write(shared, ranks)
-    boxes += [Box(name, tensor.dtype, (0,) * tensor.ndim, tuple(tensor.shape)) for name, tensor in own.items()]
+    boxes += [Box(name, tensor.dtype, *box) for name, tensor in own.items() if (box := box_of(tensor)) is not None]
     forms = {} if is_same else {name: _form(tensor) for name, tensor in shared.items()}
     own_forms = {name.removeprefix(prefix): _form(tensor) for name, tensor in own.items()}
     items, header, mine = _lay_out(boxes, forms, own_forms)
@@ -196,6 +196,16 @@ def _cuts(sharded: Mapping[str, DTensor]) -> dict[str, Cut]:
     return found
 
 
+def box_of(tensor: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Returns offsets and sizes of what this rank has of a tensor; None where it is not of the tensor's mesh."""
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.ndim, tuple(tensor.shape)
+    if tensor.device_mesh.get_coordinate() is None:
+        return None
+    (chunk,) = tensor.__create_chunk_list__()
+    return tuple(chunk.offsets), tuple(chunk.sizes)
+
+
 def _boxes_to_write(state: Mapping[str, torch.Tensor], ranks: Ranks) -> tuple[list[Box], dict[str, Shards], bool]:
     """Returns what this rank is to write, the shards that all ranks know, and whether all have the same names."""
     sharded = {name: tensor for name, tensor in state.items() if isinstance(tensor, DTensor)}
@@ -209,13 +219,12 @@ def _boxes_to_write(state: Mapping[str, torch.Tensor], ranks: Ranks) -> tuple[li
     writers = _writers({name: t for name, t in state.items() if name not in sharded}, is_same, ranks)
     boxes = []
     for name, tensor in state.items():
-        if not isinstance(tensor, DTensor):
-            if writers[name] == ranks.rank:
-                boxes.append(Box(name, tensor.dtype, (0,) * tensor.ndim, tuple(tensor.shape), is_told=True))
-        elif tensor.device_mesh.get_coordinate() is not None and _copy(tensor) == copy_of[name]:
-            (chunk,) = tensor.__create_chunk_list__()
-            is_told = not is_same or name not in cuts
-            boxes.append(Box(name, tensor.dtype, tuple(chunk.offsets), tuple(chunk.sizes), is_told))
+        box = box_of(tensor)
+        if box is None:
+            continue
+        is_mine = _copy(tensor) == copy_of[name] if isinstance(tensor, DTensor) else writers[name] == ranks.rank
+        if is_mine:
+            boxes.append(Box(name, tensor.dtype, *box, is_told=not is_same or name not in cuts))
     by_rule = cuts if is_same else {}
     return boxes, {name: Shards(cut.dim, cut.copies[copy_of[name]]) for name, cut in by_rule.items()}, is_same
 

@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
-from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
+from trainer.checkpoint.layout import box_of
 from trainer.checkpoint.manifest import Damaged, Manifest, new_checksum
 from trainer.checkpoint.safetensors_file import HEADER_SIZE, entry_name, first_bytes
 from trainer.checkpoint.storage import MANIFEST, Storage
@@ -240,11 +240,6 @@ class _Reader(dcp.StorageReader):
 def parts_to_read(saved: TensorTable, targets: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, Part]]:
     """Yields the parts of which tensors, or this rank's shards of them, have something, with the tensors' names."""
     for name, target in targets.items():
-        if not isinstance(target, DTensor):
-            boxes = [((0,) * target.ndim, tuple(target.shape))]
-        elif target.device_mesh.get_coordinate() is None:
-            boxes = []
-        else:
-            boxes = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in target.__create_chunk_list__()]
-        for offsets, sizes in boxes:
-            yield from ((name, part) for part in saved[name].parts_of(offsets, sizes))
+        box = box_of(target)
+        if box is not None:
+            yield from ((name, part) for part in saved[name].parts_of(*box))

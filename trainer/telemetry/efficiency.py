@@ -142,16 +142,16 @@ def peak_flops(device: torch.device, dtype: torch.dtype, is_fp8: bool, allow_tf3
         if known is not None:
             return known.flops.of("float8" if is_fp8 else str(dtype).removeprefix("torch."), allow_tf32)
     with torch.no_grad():
-        threads = torch.get_num_threads()
+        settings = torch.get_num_threads(), torch.get_float32_matmul_precision()
         if device.type == "cpu":  # some have no units for half precision and are far slower in it than in float32
-            floats = _measured_flops(device, torch.float32, 1024, threads)
-            return max(floats, _measured_flops(device, dtype, 256, threads))
-        return _measured_flops(device, dtype, 4096, threads)
+            floats = _measured_flops(device, torch.float32, 1024, settings)
+            return max(floats, _measured_flops(device, dtype, 256, settings))
+        return _measured_flops(device, dtype, 4096, settings)
 
 
 @functools.cache
-def _measured_flops(device: torch.device, dtype: torch.dtype, size: int, num_threads: int) -> float:
-    """Measures once in a process, for each number of threads that a run had."""
+def _measured_flops(device: torch.device, dtype: torch.dtype, size: int, settings: tuple[int, str]) -> float:
+    """Measures once in a process, for each number of threads and precision of products that a run had."""
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     started = time.perf_counter()
     seconds: list[float] = []

@@ -93,8 +93,7 @@ def check(hosts: Sequence[Host], ssh: Ssh, config: Config, arguments: tuple[str,
     with ThreadPoolExecutor(len(hosts)) as pool, ExitStack() as stack:
         asked = _Asked(hosts, pool)
         opened = asked.each(hosts, lambda host: Conversation(ssh, host, _START_SECONDS))
-        for conversation in opened.values():
-            stack.callback(conversation.close)
+        stack.callback(lambda: list(pool.map(Conversation.close, opened.values())))
         for host in hosts:
             if asked.errors[host] and "cannot be reached" in asked.errors[host][0]:
                 asked.absent[host] = asked.errors[host].pop()

@@ -13,6 +13,7 @@ import subprocess
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -32,6 +33,7 @@ _OPTIONS = {
     "ForwardX11": "no",
 }
 _REACHED, _IN_FOLDER, _SET_UP = "reached", "folder", "setup"  # how far a host got towards Python
+_CLOSE_SECONDS = 5  # for the end of a conversation
 _END_SECONDS = 20  # for ending what is left on a host, all in all
 # Every process that has the mark in its environment, and again, as some may have been starting others.
 _END_SCRIPT = """for round in 1 2 3 4 5; do
@@ -183,11 +185,18 @@ class Conversation:
         return self._answer(timeout)
 
     def close(self) -> None:
-        """Ends the connection."""
-        self._process.kill()
-        self._process.wait()
+        """Ends the conversation, and with it what runs on the host for it.
+
+        At the end of its input `launch.host_facts` ends, and ssh once that is gone. One that does not is left to itself.
+        """
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with suppress(OSError):  # it is gone, and a question to it is still in the buffer
+            self._process.stdin.close()
+        try:
+            self._process.wait(_CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def _read(self, stream: IO[bytes], is_answers: bool) -> None:
         with stream:

@@ -180,6 +180,15 @@ class Hosts:
                     found.append(process)
         return found
 
+    def left(self, seconds: float = 15.0) -> list[str]:
+        """Returns the commands that still run on the hosts after so long, in which what is ending may end."""
+        end = time.monotonic() + seconds
+        while processes := [process for i in self.numbers for process in self.processes(i)]:
+            if time.monotonic() > end:
+                return [_command(process) for process in processes]
+            time.sleep(0.1)
+        return []
+
     def mend(self) -> None:
         """Ends what still runs on the hosts, and puts back what a test has killed or unplugged."""
         for i in self.numbers:
@@ -294,6 +303,12 @@ class Slurm:
         while jobs := self.squeue():
             assert time.monotonic() < end, f"not cancelled within 30 s: {jobs}"
             time.sleep(0.1)
+
+
+def _command(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline()) or str(process)
+    return str(process)
 
 
 def _fields(line: str) -> dict[str, str]:

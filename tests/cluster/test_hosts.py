@@ -9,11 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from cluster_machines import Hosts, end_jobs
 from conftest import REPOSITORY, SUPPORT, Train, WriteConfig, nightly
@@ -47,15 +45,6 @@ def steady(write_config: WriteConfig, steps: int = STEPS, seconds: float = 0.002
             **changes,
         }
     )
-
-
-def left(hosts: Hosts) -> list[str]:
-    """Returns what still runs on the hosts."""
-    found = []
-    for process in [process for i in hosts.numbers for process in hosts.processes(i)]:
-        with suppress(psutil.NoSuchProcess):
-            found.append(" ".join(process.cmdline()))
-    return [command for command in found if command]  # a process that is just ending has no command line any more
 
 
 def last_line(job: Job) -> str:
@@ -93,7 +82,7 @@ def test_hosts_train_as_one_process_does(
     assert "on host2" in (tmp_path / "run" / "logs" / "rank-1.log").read_text()
     told = {key for record in records(tmp_path / "run") for key in record}
     assert {f"system/{node}/cpu_percent" for node in range(count)} <= told  # every machine tells what it does
-    assert left(hosts) == []
+    assert hosts.left() == []
 
 
 def test_everything_that_is_wrong_is_said_at_once(hosts: Hosts, write_config: WriteConfig, tmp_path: Path) -> None:
@@ -127,7 +116,7 @@ exec {sys.executable} "$@"
     assert f"error: host3: {hosts.local}/run is not shared" in found
     assert "error: host9: cannot be reached: ssh: Could not resolve hostname host9" in found
     assert len(lines) == 5
-    assert left(hosts) == []
+    assert hosts.left() == []
 
 
 @nightly
@@ -160,7 +149,7 @@ def test_a_crash_is_shown_with_its_host(hosts: Hosts, write_config: WriteConfig,
     assert job.end() == 1, job.output()
     assert "host2 | Traceback (most recent call last):" in job.output()
     assert re.match(r"error: rank 1 on host2, step 20 .*: RuntimeError: ", last_line(job)), job.output()
-    assert left(hosts) == []
+    assert hosts.left() == []
 
 
 @pytest.mark.parametrize(
@@ -173,7 +162,7 @@ def test_a_stop_and_going_on(number: signal.Signals, hosts: Hosts, write_config:
     job.signal(number, group=number == signal.SIGINT)
     assert job.end() == 75, job.output()
     assert summary(tmp_path / "run")["status"] == "stopped"
-    assert left(hosts) == []
+    assert hosts.left() == []
     if number == signal.SIGTERM:
         job = launch(hosts, config, ["host1", "host2"])
         assert job.end() == 0, job.output()
@@ -190,10 +179,7 @@ def test_a_lost_host_ends_a_job_of_a_fixed_size(hosts: Hosts, write_config: Writ
     assert time.monotonic() - unplugged < LOST_SECONDS
     assert last_line(job).startswith("error: host2 was lost: "), job.output()
     hosts.plug(2)
-    end = time.monotonic() + LOST_SECONDS
-    while left(hosts):
-        assert time.monotonic() < end, left(hosts)
-        time.sleep(0.5)
+    assert hosts.left(LOST_SECONDS) == []
 
 
 @nightly
@@ -212,7 +198,7 @@ def test_others_go_on_without_a_lost_host_and_take_it_back(
     job.wait_for(lambda output: "3 x cpu" in output.rpartition("host3 answers again")[2])
     (tmp_path / "run" / "STOP").touch()
     assert job.end() == 75, job.output()
-    assert left(hosts) == []
+    assert hosts.left() == []
 
 
 @pytest.mark.parametrize("how", ["kill", pytest.param("unplug", marks=nightly)])
@@ -227,7 +213,8 @@ def test_the_first_host_is_lost(how: str, hosts: Hosts, write_config: WriteConfi
     assert job.end() == 75, job.output()
     assert summary(tmp_path / "run")["status"] == "stopped"
     assert "host1 does not answer" in job.output()
-    assert [line for line in left(hosts) if how == "kill"] == []
+    if how == "kill":
+        assert hosts.left() == []
 
 
 @nightly
@@ -241,7 +228,7 @@ def test_a_job_of_a_fixed_size_waits_for_a_lost_host(hosts: Hosts, write_config:
     assert job.end() == 0, job.output()
     assert "starting again (1 of 1): host2 was lost" in job.output()
     assert "continuing from step" in job.output()
-    assert left(hosts) == []
+    assert hosts.left() == []
 
 
 @nightly
@@ -252,7 +239,7 @@ def test_it_does_not_wait_for_ever(hosts: Hosts, write_config: WriteConfig) -> N
     hosts.kill(2)
     assert job.end() == 1, job.output()
     assert last_line(job).startswith("error: host2 was lost: "), job.output()
-    assert left(hosts) == []
+    assert hosts.left() == []
 
 
 @nightly
@@ -260,10 +247,7 @@ def test_a_launcher_that_is_killed_leaves_nothing(hosts: Hosts, write_config: Wr
     job = launch(hosts, steady(write_config, steps=5000), ["host1", "host2"])
     reached(job, 10)
     job.signal(signal.SIGKILL)
-    end = time.monotonic() + LOST_SECONDS
-    while left(hosts):
-        assert time.monotonic() < end, left(hosts)
-        time.sleep(0.5)
+    assert hosts.left(LOST_SECONDS) == []
     assert summary(tmp_path / "run")["status"] == "stopped"
 
 
@@ -275,7 +259,7 @@ def test_a_host_that_is_not_needed_need_not_be_there(hosts: Hosts, write_config:
     assert "host9: cannot be reached: " in job.output()
     assert "host1 | device     2 x cpu" in job.output()
     assert summary(tmp_path / "run")["status"] == "finished"
-    assert left(hosts) == []
+    assert hosts.left() == []
 
 
 @nightly
@@ -288,7 +272,7 @@ def test_a_second_ctrl_c_ends_it_now(hosts: Hosts, write_config: WriteConfig) ->
     begun = time.monotonic()
     assert job.end() == 1, job.output()
     assert time.monotonic() - begun < 20
-    assert left(hosts) == []
+    assert hosts.left() == []
 
 
 @nightly

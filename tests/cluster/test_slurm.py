@@ -60,16 +60,6 @@ def number_of(job: Job) -> int:
     return int(found[1])
 
 
-def processes_left(slurm: Slurm) -> list[str]:
-    assert slurm.hosts is not None
-    end = time.monotonic() + 15
-    while left := [p for i in slurm.hosts.numbers for p in slurm.hosts.processes(i)]:
-        if time.monotonic() > end:
-            return [str(process) for process in left]
-        time.sleep(0.2)
-    return []
-
-
 def seen(text: str) -> Callable[[str], bool]:
     return lambda output: text in output
 
@@ -135,7 +125,7 @@ def test_cancel_leaves_a_checkpoint_and_nothing_else(slurm: Slurm, folder: Path)
     assert job.end() == 75, job.output()
     assert "requeued" not in job.output()
     assert slurm.squeue() == {}
-    assert processes_left(slurm) == []
+    assert slurm.hosts is not None and slurm.hosts.left() == []
     assert (folder / "run" / "checkpoints" / f"step-{step:08d}").is_dir()
     state = slurm.run([*COMMAND, "status", "run"], folder)
     assert "failed, exit code 75" in state.stdout
@@ -201,7 +191,7 @@ def test_inside_an_allocation(slurm: Slurm, folder: Path) -> None:
     os.kill(pid, signal.SIGINT)
     assert job.end() == 75, job.output()
     assert summary(folder / "run")["status"] == "stopped"
-    assert processes_left(slurm) == []
+    assert slurm.hosts is not None and slurm.hosts.left() == []
 
 
 @nightly

@@ -187,7 +187,7 @@ class Conversation:
     def close(self) -> None:
         """Ends the conversation, and with it what runs on the host for it.
 
-        At the end of its input `launch.host_facts` ends, and ssh once that is gone. One that does not is left to itself.
+        At the end of its input `launch.host_facts` ends, and ssh after it. One that does not end is left to itself.
         """
         assert self._process.stdin is not None
         with suppress(OSError):  # it is gone, and a question to it is still in the buffer

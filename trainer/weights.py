@@ -81,11 +81,12 @@ class CheckpointWeights:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what the model's own `state_dict` would."""
-        return {**{name: self.read(name) for name in self.names}, **self.extra_state}
+        tensors = self.checkpoint.read_all(self._stored.values())
+        return {**{name: tensors[stored] for name, stored in self._stored.items()}, **self.extra_state}
 
     @torch.no_grad()
     def load_into(self, model: nn.Module) -> None:
-        """Fills all of a model that has these weights, one tensor at a time.
+        """Fills all of a model that has these weights.
 
         Raises:
             UserError: it is another model.
@@ -99,8 +100,7 @@ class CheckpointWeights:
                 problems.append(f"{name} is {list(shape)}, the model has {list(own[name].shape)}")
         if problems:
             raise UserError(f"'{self.checkpoint.location}' is of another model: {_listed(problems)}", path="model")
-        for name, tensor in own.items():
-            tensor.copy_(self.read(name))
+        self.checkpoint.load_into({self._stored[name]: tensor for name, tensor in own.items()})
         if self.extra_state:
             model.load_state_dict(self.extra_state, strict=False)
 

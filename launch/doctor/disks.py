@@ -16,7 +16,7 @@ from typing import Any
 from launch.doctor.situation import Situation
 from launch.doctor.verdicts import TRANSFER, Finding, Judgement, Reading, Skip, Values, Verdict, find_slow, span
 from trainer.checkpoint.folder import location
-from trainer.checkpoint.storage import open_storage
+from trainer.checkpoint.storage import Read, open_storage
 from trainer.config import Config
 from trainer.errors import one_line_text
 from trainer.units import format_bytes
@@ -216,7 +216,7 @@ def try_writing(root: str, num_bytes: int = _CHECKPOINT_BYTES) -> Values:
         published = time.perf_counter()
         back = bytearray(1 << 20)
         if (
-            storage.read("trial", "data", num_bytes - len(back), memoryview(back)) != len(back)
+            storage.read("trial", [Read("data", num_bytes - len(back), memoryview(back))]) != [len(back)]
             or back != data[-len(back) :]
         ):
             raise OSError(f"'{root}' does not give back what was written")

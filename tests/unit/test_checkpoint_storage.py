@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -13,9 +15,10 @@ from conftest import Train, WriteConfig, few
 from object_store import s3_server
 from run_results import identical, losses, tensors
 
+from trainer.checkpoint import storage as storage_module
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.reading import Checkpoint
-from trainer.checkpoint.storage import MANIFEST, LocalStorage, Storage, open_storage
+from trainer.checkpoint.storage import MANIFEST, LocalStorage, ObjectStorage, Read, Storage, open_storage
 
 KINDS = ["local", "memory", "s3"]
 
@@ -54,10 +57,41 @@ def test_nothing_is_there_before_it_is_published(location: str) -> None:
     assert storage.names() == ["step-00000001"]
     assert storage.size("step-00000001", "rank-00000.safetensors") == 8
     assert storage.size("step-00000001", "other") is None
-    buffer = bytearray(4)
-    assert storage.read("step-00000001", "rank-00000.safetensors", 2, memoryview(buffer)) == 4
-    assert bytes(buffer) == b"3456"
+    buffers = [bytearray(4), bytearray(2), bytearray(4)]
+    reads = [Read("rank-00000.safetensors", begin, memoryview(b)) for begin, b in zip((2, 0, 6), buffers, strict=True)]
+    assert storage.read("step-00000001", reads) == [4, 2, 2]  # the last one is longer than the file
+    assert [bytes(buffer) for buffer in buffers] == [b"3456", b"12", b"78\0\0"]
+    assert storage.read("step-00000001", []) == []
     assert b"".join(storage.pieces("step-00000001", "rank-00000.safetensors")) == b"12345678"
+
+
+@pytest.mark.parametrize("location", ["s3"], indirect=True)
+def test_requests_to_an_object_store_are_on_their_way_together(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = os.urandom(50)
+    there = ObjectStorage(location)
+    there.publish(write(there, "step-00000001", content), "step-00000001", b"{}")
+    ask, under_way, most = there._fs._cat_file, 0, 0
+
+    async def asked(*arguments: Any, **options: Any) -> bytes:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0.05)
+        found: bytes = await ask(*arguments, **options)
+        under_way -= 1
+        return found
+
+    monkeypatch.setattr(there._fs, "_cat_file", asked)
+    monkeypatch.setattr(storage_module, "_READ_PIECE", 4)
+    assert list(there.pieces("step-00000001", "rank-00000.safetensors")) == [
+        content[i : i + 4] for i in range(0, 50, 4)
+    ]
+    assert most == storage_module._READS_AT_ONCE == 8
+    most, buffers = 0, [bytearray(10) for _ in range(5)]
+    reads = [Read("rank-00000.safetensors", 10 * i, memoryview(buffer)) for i, buffer in enumerate(buffers)]
+    assert there.read("step-00000001", reads) == [10] * 5
+    assert b"".join(buffers) == content
+    assert most == 5
 
 
 @pytest.mark.parametrize("location", KINDS, indirect=True)

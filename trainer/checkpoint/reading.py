@@ -1,15 +1,15 @@
 """Reading a checkpoint: is it whole, and into any model, on any number of ranks, under any strategy.
 
-Which parts a rank needs is looked up here, and which bytes of them is the decision of torch.distributed.checkpoint's
-planner. Never runs code from a file.
+Which parts a rank needs is looked up here, which rows of them is the decision of torch.distributed.checkpoint's
+planner, and which bytes come with one request that of `requests`. Never runs code from a file.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -24,13 +24,31 @@ from torch.futures import Future
 
 from trainer.checkpoint.layout import box_of
 from trainer.checkpoint.manifest import Damaged, Manifest, new_checksum
+from trainer.checkpoint.requests import REQUEST_BYTES, Span, batches_of, requests_for
 from trainer.checkpoint.safetensors_file import HEADER_SIZE, entry_name, first_bytes
-from trainer.checkpoint.storage import MANIFEST, Storage
+from trainer.checkpoint.storage import MANIFEST, Read, Storage
 from trainer.checkpoint.tensor_table import Part, TensorTable
 from trainer.errors import UserError, one_line_text
 
 _MOST_MANIFEST_BYTES = 2**35  # where it lists all parts of very many ranks
-_FIRST_READ = 2**16  # bytes: a header of some hundred tensors, and one request to an object store
+_FIRST_READ = 2**16  # bytes: a header of some hundred tensors
+_HEADERS_AT_ONCE = 64
+
+
+class _Rows(NamedTuple):
+    """What goes into a tensor, or into some part of it: a box of a part that is saved.
+
+    Args:
+        target: of the box's sizes, on any device.
+        name: of the saved tensor.
+        part: of it.
+        offsets: of the box in the part.
+    """
+
+    target: torch.Tensor
+    name: str
+    part: Part
+    offsets: tuple[int, ...]
 
 
 class Checkpoint:
@@ -53,7 +71,7 @@ class Checkpoint:
             if size is None:
                 raise Damaged("it has no manifest")
             data = bytearray(min(size, _MOST_MANIFEST_BYTES))
-            storage.read(name, MANIFEST, 0, memoryview(data))
+            storage.read(name, [Read(MANIFEST, 0, memoryview(data))])
         except OSError as error:
             raise Damaged(f"the manifest cannot be read: {one_line_text(error)}") from error
         self.manifest = Manifest.from_bytes(bytes(data))
@@ -101,59 +119,127 @@ class Checkpoint:
         return torch.Size(record.shape), getattr(torch, record.dtype)
 
     def read(self, name: str) -> torch.Tensor:
-        """Reads a whole tensor into host memory.
+        """Reads a whole tensor into host memory. Made for one after the other: what is where is kept.
 
         Raises:
             UserError: a file cannot be read.
         """
-        shape, dtype = self.shape_and_dtype(name)
-        whole = torch.empty(shape, dtype=dtype)
-        for part in self.manifest.tensors[name].parts_of((0,) * len(shape), shape):
-            box = whole
-            for dim, (offset, size) in enumerate(zip(part.offsets, part.sizes, strict=True)):
-                box = box.narrow(dim, offset, size)
-            box.copy_(self._read_rows(name, part, 0, part.sizes[0] if part.sizes else 1))
+        whole = self._empty(name)
+        origin = (0,) * whole.ndim
+        parts = self.manifest.tensors[name].parts_of(origin, whole.shape)
+        wanted = [_Rows(_box(whole, part.offsets, part.sizes), name, part, origin) for part in parts]
+        self._fill(wanted, keep_headers=True)
         return whole
 
-    def _read_rows(self, name: str, part: Part, first: int, count: int) -> torch.Tensor:
-        """Reads rows of a tensor's part, which lie one behind the other in its file."""
-        dtype = self.shape_and_dtype(name)[1]
-        sizes = (count, *part.sizes[1:]) if part.sizes else ()
-        row_bytes = math.prod(part.sizes[1:]) * dtype.itemsize
-        begin = part.begin if part.begin is not None else self._first_byte(name, part)
-        data = torch.empty(math.prod(sizes) * dtype.itemsize, dtype=torch.uint8)
-        self._read_exactly(part.file, begin + first * row_bytes, data.numpy().data)
-        return data.view(dtype).view(sizes)
+    def read_all(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Reads whole tensors into host memory.
 
-    def _first_byte(self, name: str, part: Part) -> int:
-        """Returns where a tensor's part begins in its file, as the file's header tells."""
-        try:
-            if part.file not in self._first_bytes:
-                self._first_bytes[part.file] = first_bytes(self._header(part.file))
-            return self._first_bytes[part.file][entry_name(name, part.offsets)]
-        except (ValueError, KeyError) as error:
-            raise UserError(f"'{self.location}/{part.file}' does not say where '{name}' is") from error
+        Raises:
+            UserError: a file cannot be read.
+        """
+        tensors = {name: self._empty(name) for name in names}
+        self.load_into(tensors)
+        return tensors
 
-    def _header(self, file: str) -> bytes:
-        """Returns the header of a rank's file without the bytes that tell its length."""
-        size = self.manifest.files[file].size
-        begin = bytearray(min(_FIRST_READ, size))
-        self._read_exactly(file, 0, memoryview(begin))
-        length = min(int.from_bytes(begin[:HEADER_SIZE], "little"), size - HEADER_SIZE)
-        header = begin[HEADER_SIZE : HEADER_SIZE + length]
-        rest = bytearray(length - len(header))
-        self._read_exactly(file, len(begin), memoryview(rest))
-        return bytes(header + rest)
+    def _empty(self, name: str) -> torch.Tensor:
+        shape, dtype = self.shape_and_dtype(name)
+        return torch.empty(shape, dtype=dtype)
 
-    def _read_exactly(self, file: str, begin: int, target: memoryview) -> None:
-        if not target:
+    def _fill(self, wanted: Sequence[_Rows], keep_headers: bool) -> None:
+        """Reads what is wanted, with few requests. In host memory there is never much more than a batch of them.
+
+        Args:
+            wanted: boxes of any parts. Rows lie one behind the other in a file, and are read whole.
+            keep_headers: of the files, for the next call.
+        """
+        pieces: list[_Rows] = []
+        spans: list[Span] = []
+        for rows, begin in zip(wanted, self._first_bytes_of(wanted, keep_headers), strict=True):
+            count = rows.target.shape[0] if rows.offsets else 1
+            row_bytes = math.prod(rows.part.sizes[1:]) * self.shape_and_dtype(rows.name)[1].itemsize
+            first, most = (rows.offsets[0] if rows.offsets else 0), max(1, REQUEST_BYTES // max(1, row_bytes))
+            for done in range(0, count if row_bytes else 0, most):
+                num = min(most, count - done)
+                pieces.append(rows._replace(target=rows.target[done : done + num] if rows.offsets else rows.target))
+                spans.append(Span(rows.part.file, begin + (first + done) * row_bytes, num * row_bytes))
+        for batch in batches_of(requests_for(spans)):
+            buffers = [torch.empty(request.size, dtype=torch.uint8) for request in batch]
+            reads = [Read(r.file, r.begin, b.numpy().data) for r, b in zip(batch, buffers, strict=True)]
+            self._read_exactly(reads)
+            for request, buffer in zip(batch, buffers, strict=True):
+                for number in request.spans:
+                    begin = spans[number].begin - request.begin
+                    self._copy(buffer[begin : begin + spans[number].size], pieces[number])
+
+    def _copy(self, data: torch.Tensor, rows: _Rows) -> None:
+        """Copies the bytes of whole rows to where the box that is wanted of them goes."""
+        dtype = self.shape_and_dtype(rows.name)[1]
+        if data.storage_offset() % dtype.itemsize:
+            data = data.clone()  # types of other sizes lie before it
+        found = data.view(dtype).view(-1, *rows.part.sizes[1:]) if rows.offsets else data.view(dtype).view(())
+        for dim in range(1, len(rows.offsets)):
+            found = found.narrow(dim, rows.offsets[dim], rows.target.shape[dim])
+        rows.target.copy_(found)
+
+    def _first_bytes_of(self, wanted: Sequence[_Rows], keep_headers: bool) -> list[int]:
+        """Returns where each part begins in its file; what the manifest does not tell, the files' headers do."""
+        begins = [-1 if rows.part.begin is None else rows.part.begin for rows in wanted]
+        unknown: dict[str, list[int]] = {}
+        for number, rows in enumerate(wanted):
+            if rows.part.begin is None:
+                unknown.setdefault(rows.part.file, []).append(number)
+        for file, entries in self._entries(list(unknown), keep_headers):
+            for number in unknown[file]:
+                entry = entry_name(wanted[number].name, wanted[number].part.offsets)
+                if entry not in entries:
+                    raise UserError(f"'{self.location}/{file}' does not say where '{wanted[number].name}' is")
+                begins[number] = entries[entry]
+        return begins
+
+    def _entries(self, files: Sequence[str], keep_headers: bool) -> Iterator[tuple[str, Mapping[str, int]]]:
+        """Yields files, and where each of their entries begins."""
+        unknown = [file for file in files if file not in self._first_bytes]
+        yield from ((file, self._first_bytes[file]) for file in files if file in self._first_bytes)
+        for first in range(0, len(unknown), _HEADERS_AT_ONCE):
+            together = unknown[first : first + _HEADERS_AT_ONCE]
+            for file, header in zip(together, self._headers(together), strict=True):
+                try:
+                    entries = first_bytes(header)
+                except ValueError as error:
+                    raise UserError(f"'{self.location}/{file}' does not say where its tensors are: {error}") from error
+                if keep_headers:
+                    self._first_bytes[file] = entries
+                yield file, entries
+
+    def _headers(self, files: Sequence[str]) -> list[bytes]:
+        """Returns the headers of ranks' files without the bytes that tell their lengths."""
+        sizes = [self.manifest.files[file].size for file in files]
+        begins = [bytearray(min(_FIRST_READ, size)) for size in sizes]
+        self._read_exactly([Read(file, 0, memoryview(begin)) for file, begin in zip(files, begins, strict=True)])
+        ends = [
+            min(HEADER_SIZE + int.from_bytes(begin[:HEADER_SIZE], "little"), size)
+            for begin, size in zip(begins, sizes, strict=True)
+        ]
+        rests = [bytearray(max(0, end - len(begin))) for begin, end in zip(begins, ends, strict=True)]
+        self._read_exactly(
+            [Read(f, len(b), memoryview(rest)) for f, b, rest in zip(files, begins, rests, strict=True) if rest]
+        )
+        return [
+            bytes(begin[HEADER_SIZE:end]) + bytes(rest) for begin, end, rest in zip(begins, ends, rests, strict=True)
+        ]
+
+    def _read_exactly(self, reads: Sequence[Read]) -> None:
+        if not reads:
             return
         try:
-            found = self.storage.read(self.name, file, begin, target)
+            found = self.storage.read(self.name, reads)
         except OSError as error:
-            raise UserError(f"cannot read '{self.location}/{file}': {one_line_text(error)}") from error
-        if found != len(target):
-            raise UserError(f"'{self.location}/{file}' ends too early")
+            files = {read.file for read in reads}
+            place = f"{self.location}/{reads[0].file}" if len(files) == 1 else self.location
+            raise UserError(f"cannot read '{place}': {one_line_text(error)}") from error
+        for read, count in zip(reads, found, strict=True):
+            if count != len(read.buffer):
+                raise UserError(f"'{self.location}/{read.file}' ends too early")
 
     # ---- into a model -------------------------------------------------------------------------------------
 
@@ -222,19 +308,24 @@ class _Reader(dcp.StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        for item in plan.items:
+        targets = [planner.resolve_tensor(item).detach() for item in plan.items]
+        wanted = []
+        for item, target in zip(plan.items, targets, strict=True):
             name = item.storage_index.fqn
             part = self._parts[name, tuple(item.storage_index.offset or ())]
-            first, count = (item.storage_offsets[0], item.lengths[0]) if item.lengths else (0, 1)
-            rows = self._checkpoint._read_rows(name, part, first, count)
-            for dim in range(1, len(item.lengths)):
-                rows = rows.narrow(dim, item.storage_offsets[dim], item.lengths[dim])
-            target = planner.resolve_tensor(item).detach()
-            target.copy_(rows)
+            wanted.append(_Rows(target, name, part, tuple(item.storage_offsets)))
+        self._checkpoint._fill(wanted, keep_headers=False)
+        for item, target in zip(plan.items, targets, strict=True):
             planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+
+def _box(tensor: torch.Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
+    for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+        tensor = tensor.narrow(dim, offset, size)
+    return tensor
 
 
 def parts_to_read(saved: TensorTable, targets: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, Part]]:

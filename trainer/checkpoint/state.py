@@ -124,7 +124,8 @@ class Parts:
                 average.copy_(weights[name].detach())
         if manifest.num_ranks != self.num_ranks:
             own = {name: self._sum_over_ranks(checkpoint, name) for name in SUMMED}
-            own |= {name: checkpoint.read(own_name(0, name)) for name in SAME}
+            same = checkpoint.read_all(own_name(0, name) for name in SAME)
+            own |= {name: same[own_name(0, name)] for name in SAME}
         extra = {name: manifest.values[f"model.{name}"] for name in model if f"model.{name}" in manifest.values}
         if extra:
             self.model.load_state_dict(extra, strict=False)
@@ -136,8 +137,8 @@ class Parts:
     def _sum_over_ranks(self, checkpoint: Checkpoint, name: str) -> torch.Tensor:
         if self.rank != 0:
             return torch.zeros_like(self.own[name])
-        values = [checkpoint.read(own_name(rank, name)) for rank in range(checkpoint.manifest.num_ranks)]
-        return torch.stack(values).sum(0)
+        values = checkpoint.read_all(own_name(rank, name) for rank in range(checkpoint.manifest.num_ranks))
+        return torch.stack(list(values.values())).sum(0)
 
     # ---- the optimizer ------------------------------------------------------------------------------------
     # Not by torch's get_ and set_optimizer_state_dict: where an optimizer has no state yet (fp16 skipped all steps

@@ -1,0 +1,68 @@
+"""Which bytes of a checkpoint's files are asked for at once: small tensors lie beside each other in a file.
+
+A request to an object store or to a file server takes its time however little it brings, so what is near each other
+comes with one request, and several requests are on their way together. What the bytes mean is not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+REQUEST_BYTES = 16 * 2**20  # of a request; more only where one span has more
+_BATCH_BYTES = 8 * REQUEST_BYTES  # of host memory for requests that are on their way together
+_GAP = 64 * 2**10  # bytes that are read for nothing rather than asking again
+
+
+class Span(NamedTuple):
+    """Bytes of a file that somebody wants."""
+
+    file: str
+    begin: int
+    size: int
+
+
+class Request(NamedTuple):
+    """Bytes of a file that are read together.
+
+    Args:
+        file: which.
+        begin: of the first byte in the file.
+        size: in bytes.
+        spans: which of those that are wanted lie in it, by their number.
+    """
+
+    file: str
+    begin: int
+    size: int
+    spans: tuple[int, ...]
+
+
+def requests_for(spans: Sequence[Span]) -> list[Request]:
+    """Puts spans of a file that lie near each other together, in the order of files and of bytes in them."""
+    requests: list[Request] = []
+    for number in sorted(range(len(spans)), key=lambda number: spans[number]):
+        span = spans[number]
+        if requests:
+            last = requests[-1]
+            size = max(last.begin + last.size, span.begin + span.size) - last.begin
+            is_near = span.file == last.file and span.begin <= last.begin + last.size + _GAP
+            if is_near and size <= max(REQUEST_BYTES, last.size):
+                requests[-1] = Request(last.file, last.begin, size, (*last.spans, number))
+                continue
+        requests.append(Request(*span, (number,)))
+    return requests
+
+
+def batches_of(requests: Sequence[Request]) -> Iterator[list[Request]]:
+    """Yields requests that are on their way together."""
+    batch: list[Request] = []
+    size = 0
+    for request in requests:
+        if batch and size + request.size > _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(request)
+        size += request.size
+    if batch:
+        yield batch

@@ -90,10 +90,11 @@ def check(hosts: Sequence[Host], ssh: Ssh, config: Config, arguments: tuple[str,
         arguments: config file and overrides that every host is to read.
         here: of this machine: code and config must be the same everywhere.
     """
-    with ThreadPoolExecutor(len(hosts)) as pool, ExitStack() as stack:
+    # What closes is not what asks: at a Ctrl-C those threads are still waiting for answers, until there is a close.
+    with ThreadPoolExecutor(len(hosts)) as closers, ThreadPoolExecutor(len(hosts)) as pool, ExitStack() as stack:
         asked = _Asked(hosts, pool)
         opened = asked.each(hosts, lambda host: Conversation(ssh, host, _START_SECONDS))
-        stack.callback(lambda: list(pool.map(Conversation.close, opened.values())))
+        stack.callback(lambda: list(closers.map(Conversation.close, opened.values())))
         for host in hosts:
             if asked.errors[host] and "cannot be reached" in asked.errors[host][0]:
                 asked.absent[host] = asked.errors[host].pop()

@@ -164,12 +164,6 @@ class Conversation:
             self.close()
             raise
 
-    def __enter__(self) -> Conversation:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     def ask(self, what: str, timeout: float, **arguments: object) -> Any:
         """Returns the answer to a question.
 
@@ -187,7 +181,8 @@ class Conversation:
     def close(self) -> None:
         """Ends the conversation, and with it what runs on the host for it.
 
-        At the end of its input `launch.host_facts` ends, and ssh after it. One that does not end is left to itself.
+        At the end of its input `launch.host_facts` ends, and ssh after it. Where it does not within a few seconds, ssh
+        is killed, and what runs there is left to itself.
         """
         assert self._process.stdin is not None
         with suppress(OSError):  # it is gone, and a question to it is still in the buffer
@@ -216,6 +211,7 @@ class Conversation:
             except queue.Empty:
                 raise UserError(f"{self.host.name}: does not answer ({timeout:.0f} s)") from None
             if line is None:
+                self._lines.put(None)  # as an answer to the next question, too
                 raise UserError(f"{self.host.name}: {self._why_it_ended()}")
             if line in (_REACHED, _IN_FOLDER, _SET_UP):
                 self._stage = line

@@ -35,7 +35,7 @@ _EXTRA_STATE = "_extra_state"  # what a module has besides tensors, under this n
 
 
 class CheckpointWeights:
-    """The weights in a checkpoint, one tensor at a time.
+    """The weights in a checkpoint.
 
     Args:
         checkpoint: a verified one.

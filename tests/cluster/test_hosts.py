@@ -152,9 +152,8 @@ def test_a_crash_is_shown_with_its_host(hosts: Hosts, write_config: WriteConfig,
     assert hosts.left() == []
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, *(pytest.param(other, marks=nightly) for other in (signal.SIGINT, signal.SIGUSR1))]
-)
+@nightly
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_stop_and_going_on(number: signal.Signals, hosts: Hosts, write_config: WriteConfig, tmp_path: Path) -> None:
     config = steady(write_config, steps=60, seconds=0.02)
     job = launch(hosts, config, ["host1", "host2"])

@@ -126,7 +126,7 @@ def test_cancel_leaves_a_checkpoint_and_nothing_else(slurm: Slurm, folder: Path)
     assert "requeued" not in job.output()
     assert slurm.squeue() == {}
     assert slurm.hosts is not None
-    assert slurm.hosts.left() == []
+    assert slurm.hosts.left(15) == []
     assert (folder / "run" / "checkpoints" / f"step-{step:08d}").is_dir()
     state = slurm.run([*COMMAND, "status", "run"], folder)
     assert "failed, exit code 75" in state.stdout
@@ -193,7 +193,7 @@ def test_inside_an_allocation(slurm: Slurm, folder: Path) -> None:
     assert job.end() == 75, job.output()
     assert summary(folder / "run")["status"] == "stopped"
     assert slurm.hosts is not None
-    assert slurm.hosts.left() == []
+    assert slurm.hosts.left(15) == []
 
 
 @nightly

@@ -103,6 +103,7 @@ def test_ctrl_c_leaves_nothing_behind(write_config: WriteConfig, tmp_path: Path)
     assert alive(family) == []
 
 
+@nightly
 def test_what_the_ranks_cannot_use_is_a_usage_error(write_config: WriteConfig, tmp_path: Path) -> None:
     file = config(write_config, data__train__name="vectors:refuses")
     done = run([*CHAOS, "--config", str(file)], tmp_path, TIMEOUT, OMP_NUM_THREADS="1")

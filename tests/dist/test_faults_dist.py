@@ -118,7 +118,7 @@ DEATHS = (
     killed("in an evaluation", 1, "evaluation", nightly=True),
     killed("while saving", 1, "saving a checkpoint", nightly=True),
     killed("in the optimizer's step", 1, "optimizer", nightly=True),
-    Case("SIGKILL of all ranks", "kill-all", 0, "rank [01] was ended by SIGKILL", "backward", blames=False, seconds=20),
+    Case("SIGKILL of all ranks", "kill-all", 0, "rank [01] was ended by SIGKILL", "backward", blames=False, seconds=20, nightly=True),
     Case("an exception", "raise", 1, r"rank 1 on \S+, step \d+ \(forward\): RuntimeError: .*; samples \d+", "forward"),
     Case(
         "an exception in rank 0's evaluation",
@@ -131,7 +131,7 @@ DEATHS = (
     Case("out of memory", "oom", 1, r"rank 1 on \S+, step \d+ \(backward\): OutOfMemoryError", "backward", nightly=True),
     Case("os._exit(3)", "exit", 1, "restarting .*rank 1", "forward", nightly=True),
     Case("a segmentation fault", "segfault", 1, "rank 1 was ended by SIGSEGV", "forward", nightly=True),
-    Case("a loader worker is killed", "kill-worker", 1, r"rank 1 .*WorkerDied: loader worker 0"),
+    Case("a loader worker is killed", "kill-worker", 1, r"rank 1 .*WorkerDied: loader worker 0", nightly=True),
     damaged("bits of the newest checkpoint flip, SIGKILL", "corrupt-checkpoint"),
     damaged("a file of it is cut in half, SIGKILL", "truncate-checkpoint", nightly=True),
     damaged("a file of it is gone, SIGKILL", "remove-checkpoint-file", nightly=True),
@@ -210,7 +210,7 @@ STORIES = (
     ),
     Story(
         "bad data",
-        (Case("bad data on one rank", "raise-user-error", 1, "error: ", "loading a batch"),),
+        (Case("bad data on one rank", "raise-user-error", 1, "error: ", "loading a batch", nightly=True),),
         code=2,
     ),
     Story(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import WriteConfig, tiny_config
+from conftest import NIGHTLY, WriteConfig, few, tiny_config
 from launching import local, on_processes
 from run_results import losses, summary
 
@@ -58,6 +58,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "optim": {"name": "sgd", "lr": 0.1, "clip_norm": 1.0},
     },
 }
+IN_CI = [name for name in SETTINGS if NIGHTLY or name not in ("one evaluated", "images")]
 # And these with FSDP only.
 MORE: dict[str, dict[str, Any]] = {
     "kept": {"parallel": {**FSDP, "reshard_after_forward": False}},
@@ -127,6 +128,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     cases: dict[str, dict[str, Any]] = {
         f"{name} {strategy}": {**changes, "parallel": {"strategy": strategy}}
         for name, changes in SETTINGS.items()
+        if name in IN_CI
         for strategy in ("ddp", "fsdp")
     }
     results.train(2, cases | MORE)
@@ -135,7 +137,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return results
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", few(SETTINGS, *IN_CI))
 def test_fsdp_is_like_ddp(name: str, results: Results) -> None:
     ddp, fsdp = results.of(f"{name} ddp"), results.of(f"{name} fsdp")
     results.assert_alike(ddp, fsdp, 2e-2 if "16" in name else 1e-5)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import wandb_log
 import yaml
-from conftest import WriteConfig
+from conftest import nightly, WriteConfig
 from resuming import TrainServer
 from run_results import losses, summary
 
@@ -120,6 +120,7 @@ def test_wandb_online_without_a_network_goes_offline(
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*"))) == 1
 
 
+@nightly
 def test_wandb_online_without_a_key_goes_offline(
     server: TrainServer, write_config: WriteConfig, tmp_path: Path
 ) -> None:

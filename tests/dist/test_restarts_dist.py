@@ -65,7 +65,8 @@ def assert_went_on(job: Job, run: Path, times: int = 1) -> None:
     assert "Traceback" not in job.output()
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=nightly), 2])
+@nightly  # tests/dist/test_faults_dist.py has one
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_rank_starts_the_job_again(processes: int, write_config: WriteConfig, tmp_path: Path) -> None:
     job = launch(restarting(write_config, 1), processes)
     job.wait_for(lambda output: reached(20) in output)

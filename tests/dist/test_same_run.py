@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import NIGHTLY, REPOSITORY, nightly
+from conftest import NIGHTLY, REPOSITORY, few
 from launching import local
 from resuming import TrainServer
 from run_results import losses, summary, weights
@@ -86,7 +86,7 @@ def test_steps_and_losses_are_the_same(world: int, runs: dict[int, Path]) -> Non
     assert many["metrics"]["eval/accuracy"] == pytest.approx(one["metrics"]["eval/accuracy"], abs=1.01 / EVAL_SAMPLES)
 
 
-@pytest.mark.parametrize("world", [pytest.param(1, marks=nightly), 2, pytest.param(3, marks=nightly)])
+@pytest.mark.parametrize("world", few(WORLDS, 1))
 def test_the_digits_are_learned(world: int, tmp_path: Path) -> None:
     """The README's command."""
     done = local(DIGITS, world, f"run.dir={tmp_path}", "tracking.trackers=[]")

@@ -88,6 +88,7 @@ def slow_bus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DeviceFeed, "_moved", slowly_each)
 
 
+@nightly
 def test_more_workers_where_one_is_too_slow(
     train: Train, write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

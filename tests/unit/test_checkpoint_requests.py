@@ -84,19 +84,21 @@ def test_what_lies_near_each_other_comes_with_one_request(monkeypatch: pytest.Mo
         Span("a", 210, 20),  # within that
     ]
     assert requests_for(spans) == [
-        Request("a", 0, 70, (2, 1, 3)),
-        Request("a", 70, 31, (4,)),
-        Request("a", 112, 5, (5,)),
-        Request("a", 200, 300, (6, 7)),
-        Request("b", 0, 5, (0,)),
+        Request("a", 0, 70, [2, 1, 3]),
+        Request("a", 70, 31, [4]),
+        Request("a", 112, 5, [5]),
+        Request("a", 200, 300, [6, 7]),
+        Request("b", 0, 5, [0]),
     ]
     assert requests_for([]) == []
 
 
 def test_requests_together_fit_into_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests, "_BATCH_BYTES", 100)
-    made = [Request("a", 0, size, ()) for size in (60, 40, 1, 300, 50, 50)]
+    made = [Request("a", 0, size, []) for size in (60, 40, 1, 300, 50, 50)]
     assert [[request.size for request in batch] for batch in batches_of(made)] == [[60, 40], [1], [300], [50, 50]]
+    monkeypatch.setattr(requests, "AT_ONCE", 1)
+    assert [len(batch) for batch in batches_of(made)] == [1] * 6
 
 
 @pytest.mark.parametrize("most", [1, 64, 2**24])
@@ -160,5 +162,30 @@ def test_a_file_that_ends_too_early_or_is_gone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"rank-00000\.safetensors' does not say where its tensors are"):
         checkpoint.read_all(expected)
     file.unlink()
-    with pytest.raises(UserError, match=r"cannot read '.*rank-00000\.safetensors': .*No such file"):
+    with pytest.raises(UserError, match=r"cannot read '.*': .*No such file or directory: .*rank-00000\.safetensors"):
+        checkpoint.read_all(expected)
+
+
+def test_a_bad_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    storage = save(tmp_path, of_all_kinds())
+    (tmp_path / CheckpointFolder.name(1) / "good").write_bytes(bytes(9))
+    (tmp_path / CheckpointFolder.name(1) / "bad").symlink_to("/proc/self/mem")  # whose first byte cannot be read
+    reads = [Read(file, 0, memoryview(bytearray(9))) for file in ("good", "bad")]
+    with pytest.raises(OSError, match=r"Input/output error: '.*/bad'"):
+        storage.read(CheckpointFolder.name(1), reads)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()])
+def test_what_ends_a_program_is_passed_on_as_it_is(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = of_all_kinds()
+    storage = save(tmp_path, expected)
+    checkpoint = opened(storage)
+
+    def read(*_: object) -> list[int]:
+        raise error
+
+    monkeypatch.setattr(storage, "read", read)
+    with pytest.raises(type(error)):
         checkpoint.read_all(expected)

@@ -94,6 +94,25 @@ def test_requests_to_an_object_store_are_on_their_way_together(location: str, mo
     assert most == 5
 
 
+@pytest.mark.parametrize("location", ["s3"], indirect=True)
+def test_a_package_that_returns_errors_among_the_bytes(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As fsspec before 2026.6 does, whatever it is told."""
+    there = ObjectStorage(location)
+    there.publish(write(there, "step-00000001"), "step-00000001", b"{}")
+    errors: list[Exception] = [OSError(5, "Input/output error"), ValueError("no such region\nat all")]
+
+    def found(paths: list[str], *_: Any, **__: Any) -> list[Any]:
+        return [b"1234" for _ in paths[1:]] + [errors[-1]]
+
+    monkeypatch.setattr(there._fs, "cat_ranges", found)
+    reads = [Read("rank-00000.safetensors", 4 * i, memoryview(bytearray(4))) for i in range(2)]
+    with pytest.raises(OSError, match=r"'.*rank-00000\.safetensors': no such region$"):
+        there.read("step-00000001", reads)
+    errors.pop()
+    with pytest.raises(OSError, match=r"Input/output error: '.*rank-00000\.safetensors'"):
+        list(there.pieces("step-00000001", "rank-00000.safetensors"))
+
+
 @pytest.mark.parametrize("location", KINDS, indirect=True)
 def test_the_manifest_is_replaced_and_everything_removed(location: str) -> None:
     storage = open_storage(location)

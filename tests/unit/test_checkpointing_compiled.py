@@ -65,7 +65,12 @@ def compiled_step(plan: Setting, whole: bool, backend: str) -> tuple[nn.Sequenti
 # Some of torch's compiler uses what torch deprecates.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(
-    ("backend", "whole"), [("aot_eager", True), pytest.param("aot_eager", False, marks=nightly), ("inductor", True)]
+    ("backend", "whole"),
+    [
+        pytest.param("aot_eager", True, marks=nightly),
+        pytest.param("aot_eager", False, marks=nightly),
+        ("inductor", True),
+    ],
 )
 def test_compiled_blocks_update_batch_norm_once(backend: str, whole: bool) -> None:
     expected, gradients = compiled_step("none", whole, "aot_eager")

@@ -189,6 +189,7 @@ def test_damages_a_checkpoint_that_is_not_the_last_good_one(
         raise InterruptedError("killed")
 
     monkeypatch.setattr(injection, "_kill", kill)
+    monkeypatch.setattr(injection, "_QUIET_SECONDS", 0.02)
     storage = LocalStorage(run_dir / "checkpoints")
     checkpoints = CheckpointFolder(storage, keep=3)
     publish(storage, 3)

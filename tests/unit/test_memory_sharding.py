@@ -55,6 +55,7 @@ def test_shares_on_demand_are_those_of_torch(num_ranks: int, dim: int) -> None:
         assert torch.equal(shares[rank], expected)
 
 
+@nightly
 def test_no_share_is_made_of_processes_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     def for_all(tensor: torch.Tensor, num_chunks: int, dim: int) -> list[torch.Tensor]:
         raise AssertionError
@@ -65,6 +66,7 @@ def test_no_share_is_made_of_processes_that_are_not_there(monkeypatch: pytest.Mo
     assert fsdp_param._chunk_with_empty is for_all
 
 
+@nightly
 def test_averages_are_shared() -> None:
     planner = planner_of(keeps_averages=True)
     whole = planner.uniform(8, "none")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import few
+from conftest import few, nightly
 from memory_models import loss_of
 from torch import nn
 from torch.nn import functional
@@ -321,6 +321,7 @@ def test_watched_blocks_and_seconds() -> None:
     assert 0 < fused.seconds["optimizer"] < step.seconds["optimizer"]
 
 
+@nightly
 def test_models_are_built_fake() -> None:
     with fake_tensors():
         model = models.swin_t()

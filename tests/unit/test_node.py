@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import REPOSITORY, WriteConfig
+from conftest import REPOSITORY, WriteConfig, nightly
 
 from launch import agent, node, starting
 from launch.cli import main
@@ -231,6 +231,7 @@ def test_signals_come_down_the_leash(on_a_leash: subprocess.Popen[str]) -> None:
     assert on_a_leash.returncode == 1
 
 
+@nightly
 def test_silence_ends_it(on_a_leash: subprocess.Popen[str]) -> None:
     assert on_a_leash.stdout is not None
     began = time.monotonic()

@@ -250,6 +250,7 @@ def timms(
     return losses, rates, model, dict(averages.module.named_parameters())
 
 
+@nightly
 @needs_timm
 def test_timms_recipe_for_transformers(tmp_path: Path) -> None:
     """DeiT's in small: AdamW, layer decay, mixup, cutmix, smoothing, clipping, EMA with warm-up, cosine on updates."""

@@ -181,6 +181,7 @@ def elsewhere(tmp_path: Path) -> Path:
     return file
 
 
+@nightly
 def test_data_that_is_not_here_needs_its_shape(plan: Plan, elsewhere: Path) -> None:
     code, out, err = plan("--config", elsewhere, "--device", "24GiB", "--input", "3x32x32", "--num-classes", "10")
     assert code == 0, err

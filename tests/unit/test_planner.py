@@ -107,6 +107,7 @@ def test_gradients_that_accumulate_are_there_too() -> None:
     assert part.parts["gradients"] == part.parts["parameters"]
 
 
+@nightly
 def test_what_ddp_exchanges_counts() -> None:
     def communication(size: int = SIZES[-1], **settings: Any) -> int:
         return other(num_ranks=2, **settings).uniform(size, "none").parts.get("communication", 0)

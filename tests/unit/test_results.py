@@ -132,7 +132,7 @@ def test_a_graph_has_no_part_of_the_augmentation(write_config: WriteConfig, tmp_
     assert data.augment.erase == 0
 
 
-@pytest.mark.parametrize("file_format", few(FORMATS, "onnx", "safetensors"))
+@pytest.mark.parametrize("file_format", few(FORMATS, "safetensors"))
 def test_an_existing_file_is_replaced_whole_or_not_at_all(
     file_format: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

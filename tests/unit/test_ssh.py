@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
+from conftest import WriteConfig
 
-from launch import ssh
+from launch import checks, host_facts, ssh
 from launch.ssh import Conversation, Host, Ssh
+from trainer.config import load_config
 from trainer.errors import UserError
 
 HOST = Host("host1", 0)
@@ -33,17 +38,17 @@ def write_python(folder: Path, *lines: str) -> None:
 
 def test_what_ran_on_the_host_is_gone_when_the_conversation_is_closed(far: Ssh, tmp_path: Path) -> None:
     write_python(tmp_path, "cat >/dev/null", "sleep 0.5", f"touch {tmp_path}/ended")
-    with Conversation(far, HOST, 20):
-        pass
+    Conversation(far, HOST, 20).close()
     assert (tmp_path / "ended").exists()
 
 
 def test_one_that_does_not_end_is_left(far: Ssh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_python(tmp_path, "sleep 5", f"touch {tmp_path}/ended")
-    monkeypatch.setattr(ssh, "_CLOSE_SECONDS", 0.2)
-    with Conversation(far, HOST, 20):
-        pass
-    assert not (tmp_path / "ended").exists()
+    write_python(tmp_path, f"echo $$ >{tmp_path}/number", "exec sleep 60")
+    monkeypatch.setattr(ssh, "_CLOSE_SECONDS", 0.5)
+    conversation = Conversation(far, HOST, 20)
+    conversation.close()
+    assert conversation._process.returncode is not None
+    os.kill(int((tmp_path / "number").read_text()), signal.SIGKILL)  # it was there
 
 
 def test_one_that_is_gone_is_closed_as_well(far: Ssh, tmp_path: Path) -> None:
@@ -52,4 +57,26 @@ def test_one_that_is_gone_is_closed_as_well(far: Ssh, tmp_path: Path) -> None:
     conversation._process.wait()
     with pytest.raises(UserError, match=r"host1: launch\.host_facts ended with exit code 0"):
         conversation.ask("facts", 20)
+    with pytest.raises(UserError, match="ended with exit code 0"):  # at once, and not that it does not answer
+        conversation.ask("clock", 0.01)
     conversation.close()
+
+
+def test_ctrl_c_does_not_wait_for_answers(
+    far: Ssh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_config: WriteConfig
+) -> None:
+    write_python(tmp_path, f"while read line; do echo >>{tmp_path}/asked; done; sleep 0.1")
+    file = str(write_config())
+    here = host_facts.collect(file, [])
+    asked, main = tmp_path / "asked", threading.get_ident()
+
+    def interrupt() -> None:
+        while not asked.exists() or len(asked.read_text()) < 2:
+            time.sleep(0.01)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        checks.check([HOST, Host("host2", 1)], far, load_config(file), (file, []), here)
+    assert time.monotonic() - begun < checks._ANSWER_SECONDS / 2

@@ -138,6 +138,7 @@ def test_online_is_one_curve_over_a_kill(
         assert main(export) == 2
 
 
+@nightly
 def test_offline_is_one_curve_once_synced(
     server: TrainServer, write_config: WriteConfig, tmp_path: Path, killed: dict[str, str]
 ) -> None:

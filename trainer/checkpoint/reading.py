@@ -24,7 +24,7 @@ from torch.futures import Future
 
 from trainer.checkpoint.layout import box_of
 from trainer.checkpoint.manifest import Damaged, Manifest, new_checksum
-from trainer.checkpoint.requests import REQUEST_BYTES, Span, batches_of, requests_for
+from trainer.checkpoint.requests import AT_ONCE, REQUEST_BYTES, Request, Span, batches_of, requests_for
 from trainer.checkpoint.safetensors_file import HEADER_SIZE, entry_name, first_bytes
 from trainer.checkpoint.storage import MANIFEST, Read, Storage
 from trainer.checkpoint.tensor_table import Part, TensorTable
@@ -32,11 +32,10 @@ from trainer.errors import UserError, one_line_text
 
 _MOST_MANIFEST_BYTES = 2**35  # where it lists all parts of very many ranks
 _FIRST_READ = 2**16  # bytes: a header of some hundred tensors
-_HEADERS_AT_ONCE = 64
 
 
-class _Rows(NamedTuple):
-    """What goes into a tensor, or into some part of it: a box of a part that is saved.
+class _Wanted(NamedTuple):
+    """A box of a part that is saved, and where it goes.
 
     Args:
         target: of the box's sizes, on any device.
@@ -107,7 +106,7 @@ class Checkpoint:
             if found.hexdigest() != record.checksum:
                 raise Damaged(f"{file} does not match its checksum")
 
-    # ---- one tensor after the other -----------------------------------------------------------------------
+    # ---- whole tensors, and any boxes of them -------------------------------------------------------------
 
     def names(self, prefix: str) -> list[str]:
         """Returns the names that begin so, such as `model.`, without that; in the model's order."""
@@ -127,7 +126,7 @@ class Checkpoint:
         whole = self._empty(name)
         origin = (0,) * whole.ndim
         parts = self.manifest.tensors[name].parts_of(origin, whole.shape)
-        wanted = [_Rows(_box(whole, part.offsets, part.sizes), name, part, origin) for part in parts]
+        wanted = [_Wanted(_box(whole, part.offsets, part.sizes), name, part, origin) for part in parts]
         self._fill(wanted, keep_headers=True)
         return whole
 
@@ -145,14 +144,15 @@ class Checkpoint:
         shape, dtype = self.shape_and_dtype(name)
         return torch.empty(shape, dtype=dtype)
 
-    def _fill(self, wanted: Sequence[_Rows], keep_headers: bool) -> None:
-        """Reads what is wanted, with few requests. In host memory there is never much more than a batch of them.
+    def _fill(self, wanted: Sequence[_Wanted], keep_headers: bool) -> None:
+        """Reads what is wanted, with few requests. In host memory there is one batch of them at a time.
 
         Args:
-            wanted: boxes of any parts. Rows lie one behind the other in a file, and are read whole.
+            wanted: boxes of any parts. Rows lie one behind the other in a file, and are read whole. One that is longer
+                than a request is one all the same.
             keep_headers: of the files, for the next call.
         """
-        pieces: list[_Rows] = []
+        pieces: list[_Wanted] = []
         spans: list[Span] = []
         for rows, begin in zip(wanted, self._first_bytes_of(wanted, keep_headers), strict=True):
             count = rows.target.shape[0] if rows.offsets else 1
@@ -163,15 +163,20 @@ class Checkpoint:
                 pieces.append(rows._replace(target=rows.target[done : done + num] if rows.offsets else rows.target))
                 spans.append(Span(rows.part.file, begin + (first + done) * row_bytes, num * row_bytes))
         for batch in batches_of(requests_for(spans)):
-            buffers = [torch.empty(request.size, dtype=torch.uint8) for request in batch]
-            reads = [Read(r.file, r.begin, b.numpy().data) for r, b in zip(batch, buffers, strict=True)]
-            self._read_exactly(reads)
-            for request, buffer in zip(batch, buffers, strict=True):
-                for number in request.spans:
-                    begin = spans[number].begin - request.begin
-                    self._copy(buffer[begin : begin + spans[number].size], pieces[number])
+            self._read_batch(batch, spans, pieces)
 
-    def _copy(self, data: torch.Tensor, rows: _Rows) -> None:
+    def _read_batch(self, batch: Sequence[Request], spans: Sequence[Span], pieces: Sequence[_Wanted]) -> None:
+        # One block, gone at the end: many smaller ones would stay with the process.
+        buffers = torch.empty(sum(request.size for request in batch), dtype=torch.uint8).split([r.size for r in batch])
+        self._read_exactly(
+            [Read(r.file, r.begin, buffer.numpy().data) for r, buffer in zip(batch, buffers, strict=True)]
+        )
+        for request, buffer in zip(batch, buffers, strict=True):
+            for number in request.spans:
+                begin = spans[number].begin - request.begin
+                self._copy(buffer[begin : begin + spans[number].size], pieces[number])
+
+    def _copy(self, data: torch.Tensor, rows: _Wanted) -> None:
         """Copies the bytes of whole rows to where the box that is wanted of them goes."""
         dtype = self.shape_and_dtype(rows.name)[1]
         if data.storage_offset() % dtype.itemsize:
@@ -181,7 +186,7 @@ class Checkpoint:
             found = found.narrow(dim, rows.offsets[dim], rows.target.shape[dim])
         rows.target.copy_(found)
 
-    def _first_bytes_of(self, wanted: Sequence[_Rows], keep_headers: bool) -> list[int]:
+    def _first_bytes_of(self, wanted: Sequence[_Wanted], keep_headers: bool) -> list[int]:
         """Returns where each part begins in its file; what the manifest does not tell, the files' headers do."""
         begins = [-1 if rows.part.begin is None else rows.part.begin for rows in wanted]
         unknown: dict[str, list[int]] = {}
@@ -200,8 +205,8 @@ class Checkpoint:
         """Yields files, and where each of their entries begins."""
         unknown = [file for file in files if file not in self._first_bytes]
         yield from ((file, self._first_bytes[file]) for file in files if file in self._first_bytes)
-        for first in range(0, len(unknown), _HEADERS_AT_ONCE):
-            together = unknown[first : first + _HEADERS_AT_ONCE]
+        for first in range(0, len(unknown), AT_ONCE):
+            together = unknown[first : first + AT_ONCE]
             for file, header in zip(together, self._headers(together), strict=True):
                 try:
                     entries = first_bytes(header)
@@ -213,6 +218,9 @@ class Checkpoint:
 
     def _headers(self, files: Sequence[str]) -> list[bytes]:
         """Returns the headers of ranks' files without the bytes that tell their lengths."""
+        strange = [file for file in files if file not in self.manifest.files]
+        if strange:
+            raise UserError(f"'{self.location}' has no file {strange[0]}")
         sizes = [self.manifest.files[file].size for file in files]
         begins = [bytearray(min(_FIRST_READ, size)) for size in sizes]
         self._read_exactly([Read(file, 0, memoryview(begin)) for file, begin in zip(files, begins, strict=True)])
@@ -234,9 +242,7 @@ class Checkpoint:
         try:
             found = self.storage.read(self.name, reads)
         except OSError as error:
-            files = {read.file for read in reads}
-            place = f"{self.location}/{reads[0].file}" if len(files) == 1 else self.location
-            raise UserError(f"cannot read '{place}': {one_line_text(error)}") from error
+            raise UserError(f"cannot read '{self.location}': {one_line_text(error)}") from error
         for read, count in zip(reads, found, strict=True):
             if count != len(read.buffer):
                 raise UserError(f"'{self.location}/{read.file}' ends too early")
@@ -261,10 +267,8 @@ class Checkpoint:
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
                 dcp.load(targets, storage_reader=_Reader(self, targets), planner=planner, no_dist=True)
         except dcp.api.CheckpointException as error:
-            for failure in error.failures.values():
-                if isinstance(failure[0], UserError):
-                    raise failure[0] from error
-            raise
+            # It is ours alone, and wraps whatever it was, a KeyboardInterrupt as well.
+            raise next(iter(error.failures.values()))[0] from error
 
 
 class _Reader(dcp.StorageReader):
@@ -313,7 +317,7 @@ class _Reader(dcp.StorageReader):
         for item, target in zip(plan.items, targets, strict=True):
             name = item.storage_index.fqn
             part = self._parts[name, tuple(item.storage_index.offset or ())]
-            wanted.append(_Rows(target, name, part, tuple(item.storage_offsets)))
+            wanted.append(_Wanted(target, name, part, tuple(item.storage_offsets)))
         self._checkpoint._fill(wanted, keep_headers=False)
         for item, target in zip(plan.items, targets, strict=True):
             planner.commit_tensor(item, target)

@@ -7,10 +7,12 @@ comes with one request, and several requests are on their way together. What the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 REQUEST_BYTES = 16 * 2**20  # of a request; more only where one span has more
-_BATCH_BYTES = 8 * REQUEST_BYTES  # of host memory for requests that are on their way together
+AT_ONCE = 64  # requests that are on their way together
+_BATCH_BYTES = 8 * REQUEST_BYTES  # of these; more only where one request has more
 _GAP = 64 * 2**10  # bytes that are read for nothing rather than asking again
 
 
@@ -22,7 +24,8 @@ class Span(NamedTuple):
     size: int
 
 
-class Request(NamedTuple):
+@dataclass
+class Request:
     """Bytes of a file that are read together.
 
     Args:
@@ -35,7 +38,7 @@ class Request(NamedTuple):
     file: str
     begin: int
     size: int
-    spans: tuple[int, ...]
+    spans: list[int]
 
 
 def requests_for(spans: Sequence[Span]) -> list[Request]:
@@ -48,9 +51,10 @@ def requests_for(spans: Sequence[Span]) -> list[Request]:
             size = max(last.begin + last.size, span.begin + span.size) - last.begin
             is_near = span.file == last.file and span.begin <= last.begin + last.size + _GAP
             if is_near and size <= max(REQUEST_BYTES, last.size):
-                requests[-1] = Request(last.file, last.begin, size, (*last.spans, number))
+                last.size = size
+                last.spans.append(number)
                 continue
-        requests.append(Request(*span, (number,)))
+        requests.append(Request(*span, [number]))
     return requests
 
 
@@ -59,7 +63,7 @@ def batches_of(requests: Sequence[Request]) -> Iterator[list[Request]]:
     batch: list[Request] = []
     size = 0
     for request in requests:
-        if batch and size + request.size > _BATCH_BYTES:
+        if batch and (size + request.size > _BATCH_BYTES or len(batch) == AT_ONCE):
             yield batch
             batch, size = [], 0
         batch.append(request)

@@ -123,7 +123,7 @@ class Parts:
             for name, average in (self.averages or {}).items():
                 average.copy_(weights[name].detach())
         if manifest.num_ranks != self.num_ranks:
-            own = {name: self._sum_over_ranks(checkpoint, name) for name in SUMMED}
+            own = self._sums_over_ranks(checkpoint)
             same = checkpoint.read_all(own_name(0, name) for name in SAME)
             own |= {name: same[own_name(0, name)] for name in SAME}
         extra = {name: manifest.values[f"model.{name}"] for name in model if f"model.{name}" in manifest.values}
@@ -134,11 +134,12 @@ class Parts:
             self.scaler.load_state_dict(manifest.values["scaler"])
         return own
 
-    def _sum_over_ranks(self, checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    def _sums_over_ranks(self, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         if self.rank != 0:
-            return torch.zeros_like(self.own[name])
-        values = checkpoint.read_all(own_name(rank, name) for rank in range(checkpoint.manifest.num_ranks))
-        return torch.stack(list(values.values())).sum(0)
+            return {name: torch.zeros_like(self.own[name]) for name in SUMMED}
+        ranks = range(checkpoint.manifest.num_ranks)
+        saved = checkpoint.read_all(own_name(rank, name) for rank in ranks for name in SUMMED)
+        return {name: torch.stack([saved[own_name(rank, name)] for rank in ranks]).sum(0) for name in SUMMED}
 
     # ---- the optimizer ------------------------------------------------------------------------------------
     # Not by torch's get_ and set_optimizer_state_dict: where an optimizer has no state yet (fp16 skipped all steps

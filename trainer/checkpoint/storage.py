@@ -70,7 +70,11 @@ class Storage(Protocol):
         ...
 
     def read(self, folder: str, reads: Sequence[Read]) -> list[int]:
-        """Fills buffers, several at once where the storage can, and returns how many bytes there were for each."""
+        """Fills buffers, several at once where the storage can, and returns how many bytes there were for each.
+
+        Raises:
+            OSError: it names the file that cannot be read.
+        """
         ...
 
     def pieces(self, folder: str, file: str) -> Iterator[bytes]:
@@ -148,7 +152,7 @@ class LocalStorage:
     def _read_one(self, folder: str, read: Read) -> int:
         # Not a memory map: where a file is cut short or its disk goes away, that would be SIGBUS, not an error.
         done = 0
-        with open(self.root / folder / read.file, "rb", buffering=0) as raw:
+        with _naming(self.root / folder / read.file), open(self.root / folder / read.file, "rb", buffering=0) as raw:
             raw.seek(read.begin)
             while done < len(read.buffer) and (count := raw.readinto(read.buffer[done : done + _PIECE])):
                 done += count
@@ -250,6 +254,11 @@ class ObjectStorage:
         return [len(data) for data in found]
 
     def pieces(self, folder: str, file: str) -> Iterator[bytes]:
+        if not getattr(self._fs, "async_impl", False):  # it would open the file anew for each piece, and read ahead
+            with _as_os_errors(self.location), self._fs.open(self._path(folder, file), "rb") as stream:
+                while piece := stream.read(_PIECE):
+                    yield piece
+            return
         size = self.size(folder, file)
         if size is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._path(folder, file))
@@ -263,9 +272,13 @@ class ObjectStorage:
         if not ranges:
             return []
         files, begins, ends = zip(*ranges, strict=True)
+        paths = [self._path(folder, file) for file in files]
         with _as_os_errors(self.location):
-            paths = [self._path(folder, file) for file in files]
-            found: list[bytes] = self._fs.cat_ranges(paths, list(begins), list(ends), on_error="raise")
+            found: list[Any] = self._fs.cat_ranges(paths, list(begins), list(ends), on_error="return")
+        for path, data in zip(paths, found, strict=True):
+            if isinstance(data, BaseException):
+                with _naming(path), _as_os_errors(path):
+                    raise data
         return found
 
     def remove(self, name: str) -> None:
@@ -378,6 +391,17 @@ def _as_os_errors(location: str) -> Iterator[None]:
         raise OSError(f"'{location}' needs another package: {error}") from error
     except Exception as error:
         raise OSError(f"'{location}': {_first_line(error)}") from error
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Adds to an OSError which file it is about, where it does not say."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _first_line(error: Any) -> str:

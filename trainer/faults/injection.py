@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lockstep")
 
+_QUIET_SECONDS = 0.5  # without a save that is under way
+
 
 class Injector:
     """Follows a plan on one rank. The main thread says where it is, and meets its fate there.
@@ -341,11 +343,11 @@ def _file_of_newest_checkpoint(folder: Path) -> Path | None:
 
 
 def _let_saves_end(folder: Path) -> None:
-    """Waits until nothing has been written to a checkpoint folder for half a second, or for ten seconds."""
+    """Waits until nothing has been written to a checkpoint folder for a while, or for ten seconds."""
     from trainer.checkpoint.storage import STAGING
 
     ends, quiet_since = time.monotonic() + 10, time.monotonic()
-    while (now := time.monotonic()) < min(ends, quiet_since + 0.5):
+    while (now := time.monotonic()) < min(ends, quiet_since + _QUIET_SECONDS):
         if any(folder.glob(f"{STAGING}*")):
             quiet_since = now
         time.sleep(0.01)

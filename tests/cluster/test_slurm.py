@@ -107,6 +107,7 @@ def test_preempted_and_at_its_time_limit_it_goes_on(slurm: Slurm, folder: Path) 
     assert_same_end(folder / "run", folder / "quiet")
 
 
+@nightly
 def test_cancel_leaves_a_checkpoint_and_nothing_else(slurm: Slurm, folder: Path) -> None:
     config = write(folder, train__epochs=1000, data__train=SLOW, **RARELY)
     (folder / "slowly").touch()

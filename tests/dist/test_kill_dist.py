@@ -1,7 +1,6 @@
 """Killed at any instant and started again: bit for bit the run that nobody disturbed.
 
-Six kills by default. With LOCKSTEP_NIGHTLY=1 at least thirty, over more kinds of runs. LOCKSTEP_KILL_SEED repeats the
-instants of a failure, as far as a clock can.
+Nightly. LOCKSTEP_KILL_SEED repeats the instants of a failure, as far as a clock can.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import NIGHTLY, WriteConfig, few
+from conftest import WriteConfig, nightly
 from launching import TIMEOUT, Job
 from resuming import TrainServer, assert_same_end, kill
 from run_results import losses, summary
@@ -23,7 +22,7 @@ from run_results import losses, summary
 pytestmark = pytest.mark.alone
 
 LAUNCH = [sys.executable, "-m", "launch", "local"]
-KILLS = 5 if NIGHTLY else 2  # of each kind of run
+KILLS = 5  # of each kind of run
 STEPS = 100
 
 NORMED = {"name": "vectors_model:Normed", "args": {"dropout": 0.2}}
@@ -38,14 +37,11 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "1 rank": (1, {**OVERFLOWS, "data__workers": 2}),
     "2 ranks": (2, {"model": NORMED, "data__workers": 1}),
     "2 ranks, fsdp": (2, {"parallel__strategy": "fsdp", "checkpoint__async_save": False}),
+    "1 rank, waiting": (1, {"model": NORMED, "data__workers": 1, "checkpoint__async_save": False}),
+    "2 ranks, waiting": (2, {"model": NORMED, "checkpoint__async_save": False, "precision": "bf16"}),
+    "2 ranks, fp16": (2, {**OVERFLOWS, "data__workers": 1}),
+    "2 ranks, fsdp, behind": (2, {"parallel__strategy": "fsdp", "data__workers": 1}),
 }
-if NIGHTLY:
-    RUNS |= {
-        "1 rank, waiting": (1, {"model": NORMED, "data__workers": 1, "checkpoint__async_save": False}),
-        "2 ranks, waiting": (2, {"model": NORMED, "checkpoint__async_save": False, "precision": "bf16"}),
-        "2 ranks, fp16": (2, {**OVERFLOWS, "data__workers": 1}),
-        "2 ranks, fsdp, behind": (2, {"parallel__strategy": "fsdp", "data__workers": 1}),
-    }
 
 
 def config(write_config: WriteConfig, file: str, run: Path, **changes: Any) -> Path:
@@ -66,8 +62,9 @@ def config(write_config: WriteConfig, file: str, run: Path, **changes: Any) -> P
     )
 
 
+@nightly  # tests/dist/test_faults_dist.py kills at given instants
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", few(RUNS, "2 ranks, fsdp"))
+@pytest.mark.parametrize("name", RUNS)
 def test_killed_at_random_instants_equals_undisturbed(
     name: str, server: TrainServer, write_config: WriteConfig, tmp_path: Path
 ) -> None:

@@ -90,6 +90,7 @@ def test_precision_that_contradicts_the_config_is_refused(write_config: WriteCon
     assert run([*launcher, TRAIN, "--config", str(write_config(precision="bf16"))], tmp_path).returncode == 0
 
 
+@nightly
 def test_progress_bar_on_a_terminal(write_config: WriteConfig, tmp_path: Path) -> None:
     terminal, its_end = pty.openpty()
     termios.tcsetwinsize(its_end, (24, 150))

@@ -56,6 +56,7 @@ def test_one_rank_of_two_stops_both(write_config: WriteConfig, tmp_path: Path) -
     assert summary(tmp_path / "run")["status"] == "failed"
 
 
+@nightly
 def test_two_shrinking_processes_start_again_by_themselves(write_config: WriteConfig, tmp_path: Path) -> None:
     args = {"limit": 3, "rank": 1, "after": 6}
     done = local(hungry(write_config, args, memory={"on_oom": "shrink"}), 2)

@@ -96,12 +96,13 @@ def test_killed_more_often_than_it_may_start_again(write_config: WriteConfig, tm
     assert alive(family, within=1) == []
 
 
+@nightly
 @pytest.mark.parametrize(
     ("number", "to"),
     [
         (signal.SIGTERM, "launcher"),
-        pytest.param(signal.SIGUSR1, "launcher", marks=nightly),
-        pytest.param(signal.SIGUSR1, "rank 1", marks=nightly),
+        (signal.SIGUSR1, "launcher"),
+        (signal.SIGUSR1, "rank 1"),
     ],
 )
 def test_a_stop_is_no_failure(number: signal.Signals, to: str, write_config: WriteConfig, tmp_path: Path) -> None:

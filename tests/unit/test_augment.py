@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import few
+from conftest import nightly
 from drawn import keys
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as image_functional
@@ -337,7 +337,8 @@ class TestForward:
         stored = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         assert same_bits(augmentation(stored, plan), augmentation(images, plan))
 
-    @pytest.mark.parametrize("dtype", few([torch.float32, torch.bfloat16], torch.bfloat16))
+    @nightly
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_compiled_bits_are_the_same(self, dtype: torch.dtype) -> None:
         torch.compiler.reset()
         augment = AugmentConfig(mixup=0.2, cutmix=1.0, mix_probability=0.8, erase=0.5, erase_with="noise")

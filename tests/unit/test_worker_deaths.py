@@ -17,7 +17,7 @@ from typing import Any
 import loads
 import psutil
 import pytest
-from conftest import few
+from conftest import few, nightly
 from worker_pools import MakePool, check, delayed, drain, take
 
 from trainer.data.sampler import SampleKey
@@ -149,7 +149,8 @@ def test_a_pool_that_cannot_start_leaves_nothing(monkeypatch: pytest.MonkeyPatch
     assert set(psutil.Process().children()) == children
 
 
-@pytest.mark.parametrize("method", few(["spawn", "forkserver"], "spawn"))
+@nightly
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_workers_that_are_not_forked(method: str, make_pool: MakePool) -> None:
     context = multiprocessing.get_context(method)
     pool = make_pool(partial(loads.rows), num_workers=1, max_workers=2, context=context)

@@ -154,14 +154,14 @@ class Checkpoint:
         """
         pieces: list[_Wanted] = []
         spans: list[Span] = []
-        for rows, begin in zip(wanted, self._first_bytes_of(wanted, keep_headers), strict=True):
-            count = rows.target.shape[0] if rows.offsets else 1
-            row_bytes = math.prod(rows.part.sizes[1:]) * self.shape_and_dtype(rows.name)[1].itemsize
-            first, most = (rows.offsets[0] if rows.offsets else 0), max(1, REQUEST_BYTES // max(1, row_bytes))
+        for box, begin in zip(wanted, self._first_bytes_of(wanted, keep_headers), strict=True):
+            count = box.target.shape[0] if box.offsets else 1
+            row_bytes = math.prod(box.part.sizes[1:]) * self.shape_and_dtype(box.name)[1].itemsize
+            first, most = (box.offsets[0] if box.offsets else 0), max(1, REQUEST_BYTES // max(1, row_bytes))
             for done in range(0, count if row_bytes else 0, most):
                 num = min(most, count - done)
-                pieces.append(rows._replace(target=rows.target[done : done + num] if rows.offsets else rows.target))
-                spans.append(Span(rows.part.file, begin + (first + done) * row_bytes, num * row_bytes))
+                pieces.append(box._replace(target=box.target[done : done + num] if box.offsets else box.target))
+                spans.append(Span(box.part.file, begin + (first + done) * row_bytes, num * row_bytes))
         for batch in batches_of(requests_for(spans)):
             self._read_batch(batch, spans, pieces)
 
@@ -176,23 +176,23 @@ class Checkpoint:
                 begin = spans[number].begin - request.begin
                 self._copy(buffer[begin : begin + spans[number].size], pieces[number])
 
-    def _copy(self, data: torch.Tensor, rows: _Wanted) -> None:
+    def _copy(self, data: torch.Tensor, box: _Wanted) -> None:
         """Copies the bytes of whole rows to where the box that is wanted of them goes."""
-        dtype = self.shape_and_dtype(rows.name)[1]
+        dtype = self.shape_and_dtype(box.name)[1]
         if data.storage_offset() % dtype.itemsize:
             data = data.clone()  # types of other sizes lie before it
-        found = data.view(dtype).view(-1, *rows.part.sizes[1:]) if rows.offsets else data.view(dtype).view(())
-        for dim in range(1, len(rows.offsets)):
-            found = found.narrow(dim, rows.offsets[dim], rows.target.shape[dim])
-        rows.target.copy_(found)
+        found = data.view(dtype).view(-1, *box.part.sizes[1:]) if box.offsets else data.view(dtype).view(())
+        for dim in range(1, len(box.offsets)):
+            found = found.narrow(dim, box.offsets[dim], box.target.shape[dim])
+        box.target.copy_(found)
 
     def _first_bytes_of(self, wanted: Sequence[_Wanted], keep_headers: bool) -> list[int]:
         """Returns where each part begins in its file; what the manifest does not tell, the files' headers do."""
-        begins = [-1 if rows.part.begin is None else rows.part.begin for rows in wanted]
+        begins = [-1 if box.part.begin is None else box.part.begin for box in wanted]
         unknown: dict[str, list[int]] = {}
-        for number, rows in enumerate(wanted):
-            if rows.part.begin is None:
-                unknown.setdefault(rows.part.file, []).append(number)
+        for number, box in enumerate(wanted):
+            if box.part.begin is None:
+                unknown.setdefault(box.part.file, []).append(number)
         for file, entries in self._entries(list(unknown), keep_headers):
             for number in unknown[file]:
                 entry = entry_name(wanted[number].name, wanted[number].part.offsets)

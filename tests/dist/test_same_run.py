@@ -86,7 +86,7 @@ def test_steps_and_losses_are_the_same(world: int, runs: dict[int, Path]) -> Non
     assert many["metrics"]["eval/accuracy"] == pytest.approx(one["metrics"]["eval/accuracy"], abs=1.01 / EVAL_SAMPLES)
 
 
-@pytest.mark.parametrize("world", few(WORLDS, 1))
+@pytest.mark.parametrize("world", few(WORLDS, 2))
 def test_the_digits_are_learned(world: int, tmp_path: Path) -> None:
     """The README's command."""
     done = local(DIGITS, world, f"run.dir={tmp_path}", "tracking.trackers=[]")

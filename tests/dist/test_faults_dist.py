@@ -385,7 +385,7 @@ ALL = [pytest.param(story, case, id=case.name) for story in STORIES for case in 
 
 def test_there_are_enough() -> None:
     assert sum(len(story.cases) for story in STORIES) >= 40  # nightly
-    assert len(ALL) >= 10  # each kind of fault; bad numbers have tests of their own
+    assert len(ALL) >= 8  # of each kind, in CI; bad numbers have tests of their own
     assert len({case.name for story in STORIES for case in story.cases}) == sum(len(story.cases) for story in STORIES)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from conftest import WriteConfig
 from resuming import TrainServer, assert_same_end
 from run_results import summary
 
 from trainer.faults.plan import VARIABLE, Event, write_plan
+
 
 def test_both_ranks_end_early(server: TrainServer, write_config: WriteConfig, tmp_path: Path) -> None:
     rule = {"metric": "loss", "mode": "max", "patience": 2}  # the loss falls, so that none after the first is better

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pty
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import termios
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-import torch
 import yaml
 from conftest import REPOSITORY, WriteConfig, few, nightly
-from launching import Job, alive, environment, local, run
-from run_results import losses, summary, weights
-
-from trainer.cli import main
+from launching import environment, local, run
+from run_results import summary
 
 TRAIN = str(REPOSITORY / "train.py")
 BIN = Path(sys.executable).parent

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WriteConfig, few, nightly
+from conftest import WriteConfig, few
 from resuming import TrainServer
 from run_results import losses, summary, weights
 
@@ -71,9 +71,7 @@ def test_metrics_are_those_of_one_rank(server: TrainServer, write_config: WriteC
     task = {"name": "counted:Counted", "metrics": {"f1": F1}}
     changes = {"optim": {"name": "sgd", "lr": 1e-30}, "task": task, "eval": {"batch_size": 4}}
     found = {
-        ranks: summary(
-            trained(server, write_config, folder / f"metrics-{ranks}", ranks, None, **changes)
-        )["metrics"]
+        ranks: summary(trained(server, write_config, folder / f"metrics-{ranks}", ranks, None, **changes))["metrics"]
         for ranks in (1, 2)
     }
     names = ["num_records", "in_order", "f1", *(f"cell_{row}{column}" for row in range(3) for column in range(3))]

@@ -110,9 +110,7 @@ def long_run(write_config: WriteConfig) -> Path:
 
 
 @nightly
-@pytest.mark.parametrize(
-    ("number", "to_group"), [(signal.SIGINT, True), (signal.SIGUSR1, False)]
-)
+@pytest.mark.parametrize(("number", "to_group"), [(signal.SIGINT, True), (signal.SIGUSR1, False)])
 def test_a_stop_signal_reaches_one_shrinking_process(
     number: signal.Signals, to_group: bool, write_config: WriteConfig, tmp_path: Path
 ) -> None:

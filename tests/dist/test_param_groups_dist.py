@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import WriteConfig, few, nightly
+from conftest import WriteConfig, few
 from resuming import TrainServer, assert_same_end
 from run_results import close, losses, weights
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import wandb_log
 import yaml
-from conftest import nightly, WriteConfig
+from conftest import WriteConfig, nightly
 from resuming import TrainServer
 from run_results import losses, summary
 

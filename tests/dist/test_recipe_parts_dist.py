@@ -58,7 +58,9 @@ PARTS: dict[str, dict[str, Any]] = {
     "hard_teacher": {"task__teacher": {**TEACHER, "hard": True}},
     "fsdp": {"parallel__strategy": "fsdp"},
     "counts": {"task__name": "counted:Counted"},
-    "metrics": {"task__metrics": {"f1": {"name": "torchmetrics.classification:MulticlassF1Score", "args": {"num_classes": 3}}}},
+    "metrics": {
+        "task__metrics": {"f1": {"name": "torchmetrics.classification:MulticlassF1Score", "args": {"num_classes": 3}}}
+    },
     "no_weight_decay": {"optim__weight_decay": 0.1, "optim__no_weight_decay": ["norm", "bias"]},
     "layer_decay": {"optim__layer_decay": 0.7},
     "freeze": {"model": {**BASE["model"], "freeze": ["features.0"]}},

@@ -77,7 +77,16 @@ RECIPES = {
     "voc_deeplabv3": Recipe({"train.batch_size": 2, "pixels": PIXELS}),
 }
 # The base of five others; ResNet-50 compiled, as cifar10_fast's net is; two that differ from another in figures only.
-ALIKE = ("imagenet_resnet50", "imagenet_resnet50_16epochs", "imagenet_vit_b_16", "cifar10_fast", "synthetic", "imagenet_resnet50_v2", "imagenet_convnext_tiny", "cifar10_resnet18")
+ALIKE = (
+    "imagenet_resnet50",
+    "imagenet_resnet50_16epochs",
+    "imagenet_vit_b_16",
+    "cifar10_fast",
+    "synthetic",
+    "imagenet_resnet50_v2",
+    "imagenet_convnext_tiny",
+    "cifar10_resnet18",
+)
 # What a test may change besides `model` of the transformers, whose number of layers is part of their name.
 SIZE = re.compile(
     r"train\.(steps|epochs|batch_size)|schedule\.warmup|optim\.ema\.every|log\.every|tracking\.trackers(\.0)?"

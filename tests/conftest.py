@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SUPPORT = Path(__file__).resolve().parent / "support"
 TIERS = ("unit", "dist", "cluster", "gpu")
 NIGHTLY = os.environ.get("LOCKSTEP_NIGHTLY") == "1"
-nightly = pytest.mark.skipif(not NIGHTLY, reason="much like another one; LOCKSTEP_NIGHTLY=1 runs it")
+nightly = pytest.mark.nightly  # much like another one, or long
 
 
 def few(cases: Iterable[Any], *in_ci: Any) -> list[Any]:
@@ -47,6 +47,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         tier = Path(item.fspath).relative_to(REPOSITORY / "tests").parts[0]
         assert tier in TIERS, f"{item.fspath} is in no tier"
         item.add_marker(tier)
+        if not NIGHTLY and item.get_closest_marker("nightly"):
+            item.add_marker(pytest.mark.skip("nightly; LOCKSTEP_NIGHTLY=1 runs it"))
 
 
 def pytest_collection_finish() -> None:

@@ -75,8 +75,12 @@ def test_ctrl_c_does_not_wait_for_answers(
             time.sleep(0.01)
         signal.pthread_kill(main, signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's workers ignore it
     threading.Thread(target=interrupt, daemon=True).start()
     begun = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        checks.check([HOST, Host("host2", 1)], far, load_config(file), (file, []), here)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            checks.check([HOST, Host("host2", 1)], far, load_config(file), (file, []), here)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - begun < checks._ANSWER_SECONDS / 2

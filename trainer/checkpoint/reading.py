@@ -162,12 +162,18 @@ class Checkpoint:
                 num = min(most, count - done)
                 pieces.append(box._replace(target=box.target[done : done + num] if box.offsets else box.target))
                 spans.append(Span(box.part.file, begin + (first + done) * row_bytes, num * row_bytes))
-        for batch in batches_of(requests_for(spans)):
-            self._read_batch(batch, spans, pieces)
+        batches = list(batches_of(requests_for(spans)))
+        # One block for all of them: to get another one for each takes as long as to read from the page cache. It is
+        # gone at the end, while many small ones would stay with the process.
+        block = torch.empty(max((sum(r.size for r in batch) for batch in batches), default=0), dtype=torch.uint8)
+        for batch in batches:
+            self._read_batch(batch, block, spans, pieces)
 
-    def _read_batch(self, batch: Sequence[Request], spans: Sequence[Span], pieces: Sequence[_Wanted]) -> None:
-        # One block, gone at the end: many smaller ones would stay with the process.
-        buffers = torch.empty(sum(request.size for request in batch), dtype=torch.uint8).split([r.size for r in batch])
+    def _read_batch(
+        self, batch: Sequence[Request], block: torch.Tensor, spans: Sequence[Span], pieces: Sequence[_Wanted]
+    ) -> None:
+        sizes = [request.size for request in batch]
+        buffers = block[: sum(sizes)].split(sizes)
         self._read_exactly(
             [Read(r.file, r.begin, buffer.numpy().data) for r, buffer in zip(batch, buffers, strict=True)]
         )

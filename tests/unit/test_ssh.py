@@ -32,7 +32,8 @@ def far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ssh:
 
 
 def write_python(folder: Path, *lines: str) -> None:
-    (folder / "python").write_text("\n".join(["#!/bin/bash", READY, *lines, ""]))
+    """What it does once its number is in a file and it has said that it is ready."""
+    (folder / "python").write_text("\n".join(["#!/bin/bash", f"echo $$ >{folder}/number", READY, *lines, ""]))
     (folder / "python").chmod(0o755)
 
 
@@ -43,7 +44,7 @@ def test_what_ran_on_the_host_is_gone_when_the_conversation_is_closed(far: Ssh, 
 
 
 def test_one_that_does_not_end_is_left(far: Ssh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_python(tmp_path, f"echo $$ >{tmp_path}/number", "exec sleep 60")
+    write_python(tmp_path, "exec sleep 60")
     monkeypatch.setattr(ssh, "_CLOSE_SECONDS", 0.5)
     conversation = Conversation(far, HOST, 20)
     conversation.close()

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import REPOSITORY, WriteConfig, few, nightly
+from conftest import NIGHTLY, REPOSITORY, WriteConfig, few, nightly
 from launching import environment, local, run
 from run_results import summary
 
@@ -54,6 +54,10 @@ def test_a_launcher_that_starts_too_few_is_refused(flags: list[str], write_confi
     done = run([sys.executable, *command[1:], "--dry-run"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert " --nproc-per-node 2 " in done.stdout
+    if NIGHTLY:
+        done = run([sys.executable, *command[1:]], tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert summary(tmp_path / "run")["num_processes"] == 2
 
 
 @nightly

@@ -30,7 +30,6 @@ def record(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "out-of-memory" / "shrink.json").read_text())
 
 
-@nightly
 def test_one_rank_of_two_stops_both(write_config: WriteConfig, tmp_path: Path) -> None:
     config = hungry(write_config, {"limit": 4, "rank": 1, "after": 2}, data__workers=1)
     job = Job([*LAUNCH, "--config", str(config), "--processes", "2"], tmp_path)

@@ -151,8 +151,8 @@ class LocalStorage:
 
     def _read_one(self, folder: str, read: Read) -> int:
         # Not a memory map: where a file is cut short or its disk goes away, that would be SIGBUS, not an error.
-        done = 0
-        with _naming(self.root / folder / read.file), open(self.root / folder / read.file, "rb", buffering=0) as raw:
+        path, done = self.root / folder / read.file, 0
+        with _naming(path), open(path, "rb", buffering=0) as raw:
             raw.seek(read.begin)
             while done < len(read.buffer) and (count := raw.readinto(read.buffer[done : done + _PIECE])):
                 done += count

@@ -8,6 +8,7 @@ job must be bit for bit what it is in peace. `LOCKSTEP_NIGHTLY=1` adds those tha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -47,7 +48,7 @@ class Case:
         says: found in what the job says.
         place: where; None for the beginning of a step.
         seconds: the most from the deed to the next attempt, or to the end of the job.
-        lost: the most steps that are made again.
+        back: from which checkpoint it goes on, of those that were complete at the deed: 1 for the newest.
         blames: whether `first.json` must name that rank.
         nightly: whether it is left out in a quick run.
         options: of the event.
@@ -59,7 +60,7 @@ class Case:
     says: str
     place: str | None = None
     seconds: float = 10.0
-    lost: int = SAVED_EVERY
+    back: int = 1
     blames: bool = True
     nightly: bool = False
     options: dict[str, Any] = field(default_factory=dict)
@@ -102,11 +103,11 @@ def hangs(name: str, action: str, rank: int, says: str, place: str = "forward", 
 
 
 def damaged(name: str, action: str, **more: Any) -> Case:
-    return Case(name, action, 0, "skipped the checkpoint of step", "forward", lost=2 * SAVED_EVERY, **more)
+    return Case(name, action, 0, "skipped the checkpoint of step", "forward", back=2, **more)
 
 
 def stop(name: str, action: str, rank: int, says: str, place: str = "forward", **more: Any) -> Case:
-    return Case(name, action, rank, f"stopping +because of {says}", place, lost=0, blames=False, **more)
+    return Case(name, action, rank, f"stopping +because of {says}", place, blames=False, **more)
 
 
 LATER = {"after_seconds": 0.1, "step": None}  # not at the first start
@@ -299,7 +300,27 @@ def events(story: Story) -> list[Event]:
     return planned
 
 
-def launch(config: Path, ranks: int, **variables: str) -> tuple[int, str, list[str]]:
+class Commits:
+    """When each checkpoint of a run was complete, which a save in the background may be long after its step.
+
+    Look often: a checkpoint is removed once `checkpoint.keep` newer ones are there.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.folder = run / "checkpoints"
+        self._times: dict[int, float] = {}
+
+    def look(self) -> None:
+        for folder in self.folder.glob("step-*"):
+            with contextlib.suppress(FileNotFoundError):  # removed in this moment
+                self._times.setdefault(int(folder.name[5:]), folder.stat().st_ctime)  # of its renaming
+
+    def before(self, moment: float) -> list[int]:
+        """Returns the steps of those that were complete at a moment, newest first."""
+        return sorted((step for step, time in self._times.items() if time < moment), reverse=True)
+
+
+def launch(config: Path, ranks: int, commits: Commits, **variables: str) -> tuple[int, str, list[str]]:
     """Runs a job to its end; returns its exit code, what it said, and which of its processes are left."""
     arguments = ["--config", str(config), "--processes", str(ranks)]
     command = [sys.executable, "-m", "launch", "local", *arguments]
@@ -309,7 +330,9 @@ def launch(config: Path, ranks: int, **variables: str) -> tuple[int, str, list[s
     while job.process.poll() is None:
         assert time.monotonic() < deadline, job.output()
         family.update({process.pid: process for process in job.family()})
+        commits.look()
         time.sleep(0.25)  # to look takes time itself
+    commits.look()
     return job.end(), job.output(), alive(list(family.values()), within=5)
 
 
@@ -322,8 +345,9 @@ def tell(story: Story, folder: Path, server: TrainServer) -> Told:
     starts = len(story.told) if story.code == 75 else 1
     left: list[str] = []
     codes = []
+    commits = Commits(run)
     for _ in range(starts):
-        code, said, still_there = launch(config, story.ranks, **{VARIABLE: str(plan)})
+        code, said, still_there = launch(config, story.ranks, commits, **{VARIABLE: str(plan)})
         output += said
         codes.append(code)
         left += still_there
@@ -351,7 +375,11 @@ def tell(story: Story, folder: Path, server: TrainServer) -> Told:
         lost = 0
         if next_attempt is not None and story.code == 0:
             lost = max(step - (case.place != "evaluation") - next_attempt.first_step, 0)
-        if lost > case.lost:
+            complete = commits.before(when)
+            if next_attempt.first_step < (complete[case.back - 1] if len(complete) >= case.back else 0):
+                problems.append(f"goes on from step {next_attempt.first_step}, with checkpoints of steps {complete}")
+        # A save may be under way at the deed; the one before it has ended, as it began the next.
+        if lost > (case.back + 1) * SAVED_EVERY:
             problems.append(f"{lost} steps are lost")
         goes_on = (story.code == 0 and not story.same) or case.action == "delay"
         if ended - when > case.seconds and not goes_on:

@@ -180,7 +180,7 @@ class Hosts:
                     found.append(process)
         return found
 
-    def left(self, seconds: float = 2.0) -> list[str]:
+    def left(self, seconds: float = 15.0) -> list[str]:
         """Returns the commands that still run on the hosts after so long, in which what is ending may end."""
         end = time.monotonic() + seconds
         while processes := [process for i in self.numbers for process in self.processes(i)]:

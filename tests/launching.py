@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 from conftest import REPOSITORY, SUPPORT
 
-TIMEOUT = 150
+TIMEOUT = 280  # seconds, after which something hangs
 
 
 def environment(**variables: str) -> dict[str, str]:

@@ -16,8 +16,8 @@ from trainer.faults.fault import FIRST, Fault
 from trainer.faults.judging import PLACES
 from trainer.faults.watch import Watch
 
-TICK = 0.2
-HANG = 0.8  # seconds
+TICK = 0.5
+HANG = 2.0  # seconds; a machine that stands still for less is no hang
 
 Scenario = Callable[[Watch, int], Any]
 Change = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
@@ -64,7 +64,7 @@ class WatchedJob:
         os.kill(self.pid(rank), number)
         return time.monotonic()
 
-    def end(self, rank: int, seconds: float = 8.0) -> tuple[Fault, float]:
+    def end(self, rank: int, seconds: float = 30.0) -> tuple[Fault, float]:
         """Returns what ended the job as this rank saw it, and when."""
         text, when = json.loads(self.wait_for(f"end-{rank}", seconds))
         return Fault.from_json(text), when
@@ -85,7 +85,7 @@ class WatchedJob:
     def nothing_ended(self) -> bool:
         return not list(self.folder.glob("end-*")) and not self.faults.exists()
 
-    def join(self, rank: int, seconds: float = 8.0) -> int | None:
+    def join(self, rank: int, seconds: float = 30.0) -> int | None:
         self.processes[rank].join(seconds)
         return self.processes[rank].exitcode
 
@@ -105,7 +105,7 @@ class WatchedJob:
         for process in self.processes:
             process.join(5)
 
-    def wait_for(self, name: str, seconds: float = 8.0) -> str:
+    def wait_for(self, name: str, seconds: float = 30.0) -> str:
         """Returns the note of this name as soon as it is there."""
         deadline = time.monotonic() + seconds
         while not (self.folder / name).exists():

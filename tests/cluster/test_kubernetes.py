@@ -17,8 +17,6 @@ from kubernetes_pods import JobController, job_of
 from launch import kubernetes
 from trainer.config import load_config
 
-pytestmark = pytest.mark.timeout(600)
-
 Start = Callable[..., JobController]
 
 

@@ -33,7 +33,7 @@ from trainer.goodput import read_attempts
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(1800)]  # a story is told in the first of its tests
 
-SAVED_EVERY, EVALUATED_EVERY, APART, HANG_SECONDS = 4, 6, 6, 4
+SAVED_EVERY, EVALUATED_EVERY, APART, HANG_SECONDS = 4, 6, 6, 8
 WHOLE = NIGHTLY or "LOCKSTEP_FAULTS_JSON" in os.environ
 
 
@@ -107,7 +107,8 @@ def damaged(name: str, action: str, **more: Any) -> Case:
 
 
 def stop(name: str, action: str, rank: int, says: str, place: str = "forward", **more: Any) -> Case:
-    return Case(name, action, rank, f"stopping +because of {says}", place, blames=False, **more)
+    # Ranks that do not stop are killed after 45 s.
+    return Case(name, action, rank, f"stopping +because of {says}", place, seconds=40, blames=False, **more)
 
 
 LATER = {"after_seconds": 0.1, "step": None}  # not at the first start

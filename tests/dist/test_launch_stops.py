@@ -65,7 +65,7 @@ def test_two_ctrl_c_end_at_once_and_leave_no_process(write_config: WriteConfig, 
     job.wait_for(lambda output: (tmp_path / "asleep").exists())
     family = job.family()
     job.signal(signal.SIGINT)
-    time.sleep(1)
+    time.sleep(3)
     assert job.process.poll() is None  # it waits for a step that does not end
     job.signal(signal.SIGINT)
     assert job.end() == 1

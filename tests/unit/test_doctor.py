@@ -228,7 +228,7 @@ def test_a_rank_that_does_not_come_is_named() -> None:
     Meeting(2, 3, 0.4, store).at("matmul")
     began = time.monotonic()
     assert meeting.collect("place", {"x": 1}) == {0: {"x": 1}}
-    assert 0.3 < time.monotonic() - began < 3
+    assert 0.3 < time.monotonic() - began < 30
     assert meeting.missing == {1: "not started", 2: "matmul"}
     judgement = report.judge_ranks(3, {0: place(0), 2: place(2)}, meeting.missing, 60)
     assert said(judgement) == [
@@ -239,11 +239,11 @@ def test_a_rank_that_does_not_come_is_named() -> None:
 
 def test_a_rank_that_gets_on_is_waited_for() -> None:
     store = HashStore()
-    main, other = Meeting(0, 2, 0.5, store), Meeting(1, 2, 0.5, store)
+    main, other = Meeting(0, 2, 2.0, store), Meeting(1, 2, 2.0, store)
 
     def work() -> None:
         for i in range(6):
-            time.sleep(0.2)
+            time.sleep(0.5)
             other.at(f"step {i}")
         other.collect("readings", {"rank": 1})
 
@@ -257,16 +257,18 @@ def test_a_rank_that_gets_on_is_waited_for() -> None:
 def test_what_stalls_is_left_behind_and_ends_the_exchange() -> None:
     here = situation(patience=0.2)
     here.places.append(place(1))
+    is_over = threading.Event()
 
     def stall(situation: Situation) -> dict[str, Any]:
         situation.now("rank 0 sends to rank 1")
-        time.sleep(1.0)
+        is_over.wait(60)
         return {}
 
     check = Check("pairs", stall, exchange.judge_pairs, is_exchange=True)
     values = take(check, here)
     assert values == {"problem": "no answer within 0 s", "at": "rank 0 sends to rank 1"}
     assert take(check, here) == {"skipped": "pairs did not end well"}
+    is_over.set()
     judgement = report.judge(check, [Reading(place(0), values)])
     assert said(judgement) == [("fail", "host1 rank 0 cpu: no answer within 0 s, at: rank 0 sends to rank 1")]
 

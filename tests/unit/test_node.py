@@ -189,7 +189,7 @@ def test_the_first_machine_is_waited_for(monkeypatch: pytest.MonkeyPatch, capsys
 ON_A_LEASH = """
 import signal, sys, time
 from launch import node
-node.LEASH_SECONDS = 2.0
+node.LEASH_SECONDS = 4.0
 def run(plan, config):
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: print(signal.Signals(number).name, flush=True))
@@ -222,7 +222,7 @@ def test_signals_come_down_the_leash(on_a_leash: subprocess.Popen[str]) -> None:
     on_a_leash.stdin.flush()
     assert on_a_leash.stdout.readline() == "SIGUSR1\n"
     for _ in range(4):  # signs of life
-        time.sleep(0.8)
+        time.sleep(1.2)
         on_a_leash.stdin.write("\n")
         on_a_leash.stdin.flush()
     assert on_a_leash.poll() is None

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 
+from trainer.faults import pace as pace_module
 from trainer.faults.pace import Pace, find_straggler, waited_share
 
 
@@ -36,13 +35,15 @@ def test_what_is_said_of_it() -> None:
     )
 
 
-def test_only_the_way_to_the_exchange_counts() -> None:
+def test_only_the_way_to_the_exchange_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(pace_module.time, "perf_counter", lambda: now[0])
     pace = Pace(torch.device("cpu"))
     assert pace.mean_seconds() == 0.0
     for seconds in (0.02, 0.04):
         pace.begin_step()
-        time.sleep(seconds)
+        now[0] += seconds
         pace.meet()
-        time.sleep(0.05)
-    assert 0.03 <= pace.mean_seconds() < 0.045
+        now[0] += 0.05
+    assert pace.mean_seconds() == pytest.approx(0.03)
     assert pace.mean_seconds() == 0.0

@@ -147,12 +147,17 @@ def test_nothing_is_asked_for_beyond_the_depth(make: Make) -> None:
             asked.append(i)
             yield [SampleKey(0, i)]
 
+    def settles_at(number: int) -> bool:
+        end = time.monotonic() + 60
+        while len(asked) < number and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        return len(asked) == number
+
     feed = make(requests(), depth=3)
-    time.sleep(0.5)
-    assert len(asked) == 3 + 4  # on the device; at the workers, or copied without room on the device
+    assert settles_at(3 + 4)  # on the device; at the workers, or copied without room on the device
     feed.get()
-    time.sleep(0.3)
-    assert len(asked) == 3 + 4 + 1
+    assert settles_at(3 + 4 + 1)
 
 
 @pytest.mark.parametrize("taken", [0, 3])
@@ -165,7 +170,7 @@ def test_closing_does_not_wait_for_a_worker(taken: int, make: Make) -> None:
     feed.close()
     assert not feed._thread.is_alive()
     feed._pool.close()
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 30
 
 
 def test_closing_ends_whoever_waits_for_a_batch(make: Make) -> None:
@@ -174,7 +179,7 @@ def test_closing_ends_whoever_waits_for_a_batch(make: Make) -> None:
     consumer.start()
     time.sleep(0.2)
     feed.close()
-    consumer.join(2)
+    consumer.join(30)
     assert got == [None]
 
 
@@ -251,7 +256,7 @@ def test_a_death_is_raised_in_the_step(make: Make) -> None:
     for _ in range(2):
         with pytest.raises(WorkerDied, match=r"\(pid \d+\) was killed by SIGKILL while it read .*'/data/13.jpg'"):
             feed.get()
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 30
 
 
 # ---- slowness ----------------------------------------------------------------------------------------------------
@@ -260,14 +265,14 @@ def test_a_death_is_raised_in_the_step(make: Make) -> None:
 def test_slow_data_is_named(make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(prefetch, "SLOW_SECONDS", 0.3)
     caplog.set_level(logging.WARNING, logger.name)
-    feed = make([[SampleKey(1000, 7)], [SampleKey(1, 8)], [SampleKey(1, 9)], [SampleKey(1, 10)]])
+    feed = make([[SampleKey(2000, 7)], [SampleKey(1, 8)], [SampleKey(1, 9)], [SampleKey(1, 10)]])
     started = time.monotonic()
     assert feed.get() is not None
-    assert time.monotonic() - started > 0.9
+    assert time.monotonic() - started > 1.9
     assert feed.get() is not None
     messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 2  # after 0.3 s and 0.6 s of waiting, not at 0.9 s
-    assert "worker 0 has been reading sample 7 ('/data/7.jpg') for " in messages[0]
+    assert 3 <= len(messages) <= 4  # after 0.3, 0.6, 1.2 and 2.4 s of waiting: its worker may have begun late
+    assert "worker 0 has been reading sample 7 ('/data/7.jpg') for " in messages[2]
 
 
 def test_slowness_that_no_sample_is_to_blame_for(

@@ -156,7 +156,8 @@ def test_no_start_after_a_signal(write_config: WriteConfig, monkeypatch: pytest.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     config = shrinking(write_config)
     config.run_dir.mkdir()
-    code = "import signal, pathlib; signal.signal(15, lambda *_: None); pathlib.Path(%r).touch(); signal.pause()"
+    code = "import signal, pathlib, time; came = []; signal.signal(15, lambda *_: came.append(1))\n"
+    code += "pathlib.Path(%r).touch()\nwhile not came: time.sleep(0.01)"
     ready = config.run_dir / "ready"
 
     def stop() -> None:

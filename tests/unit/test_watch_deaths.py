@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from watching import HANG, TICK, WatchedJob, stay
 
+from trainer.faults import watch as watch_module
 from trainer.faults.fault import FIRST, Fault
 from trainer.faults.judging import PLACES
 from trainer.faults.stacks import FaultFiles
@@ -32,14 +33,18 @@ def test_a_killed_rank_is_named_by_all_others_at_once(watched_job: WatchedJob, v
     assert (fault.place, fault.step, fault.samples) == (PLACES[2 + victim], victim + 5, (victim, victim + 10))
     assert "ended without a word" in fault.message
     for rank in others:
-        assert watched_job.end(rank)[1] - killed < 1.5
+        assert watched_job.end(rank)[1] - killed < 8  # what tells of a rank on a dead machine takes 20 s
         assert "in stay" in watched_job.text(rank)
         assert f"it has been in '{PLACES[2 + rank]}'" in watched_job.text(rank)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("is_near", [True, False])
-def test_a_death_is_put_down_to_the_step_in_which_it_was(watched_job: WatchedJob, victim: int, is_near: bool) -> None:
+def test_a_death_is_put_down_to_the_step_in_which_it_was(
+    watched_job: WatchedJob, victim: int, is_near: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.faults.watch._GRACE", 2.0)  # until the others are in that step, too
+
     def step(watch: Watch, rank: int) -> None:
         for step in range(1, 31):
             samples = (step, 100 + rank) if rank == 0 else np.array([step, 100 + rank])
@@ -73,7 +78,7 @@ def test_a_forked_child_does_not_keep_a_dead_rank_alive(watched_job: WatchedJob)
     time.sleep(2 * TICK)
     killed = watched_job.kill(1)
     try:
-        assert watched_job.end(0, seconds=2)[1] - killed < 1.5
+        assert watched_job.end(0)[1] - killed < 8
         assert watched_job.ends(0, 2).rank == 1
     finally:
         os.kill(int(watched_job.wait_for("child")), signal.SIGKILL)
@@ -90,7 +95,7 @@ def test_last_words_are_the_verdict_everywhere(watched_job: WatchedJob) -> None:
         except ValueError as error:
             began = time.monotonic()
             watch.failed(Fault(2, "error", repr(error)))
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < 10
         os._exit(3)
 
     watched_job.start(3, fail)
@@ -102,7 +107,11 @@ def test_last_words_are_the_verdict_everywhere(watched_job: WatchedJob) -> None:
     assert 'raise ValueError("bad sample")' in watched_job.text(2)  # with the traceback
 
 
-def test_an_error_just_after_a_death_that_it_caused_is_the_first_fault(watched_job: WatchedJob) -> None:
+def test_an_error_just_after_a_death_that_it_caused_is_the_first_fault(
+    watched_job: WatchedJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.faults.watch._GRACE", 3.0)  # however late rank 2 is
+
     def fall(watch: Watch, rank: int) -> None:
         watch.at("backward", step=2)
         time.sleep(2 * TICK)
@@ -119,7 +128,11 @@ def test_an_error_just_after_a_death_that_it_caused_is_the_first_fault(watched_j
     assert (fault.rank, fault.message) == (2, "the cause")
 
 
-def test_the_first_of_several_errors_is_the_one_of_all(watched_job: WatchedJob) -> None:
+def test_the_first_of_several_errors_is_the_one_of_all(
+    watched_job: WatchedJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.faults.watch._ANSWER_SECONDS", 5.0)  # however late rank 0 is
+
     def fail(watch: Watch, rank: int) -> None:
         watch.at("forward", step=1)
         time.sleep(2 * TICK)
@@ -165,7 +178,8 @@ def test_last_words_need_neither_rank_0_nor_the_file_system(watched_job: Watched
         assert watch.first_fault(0).message == "mine"  # type: ignore[union-attr]
 
     watched_job.start(2, fail)
-    assert float(watched_job.wait_for("took")) < 1
+    assert float(watched_job.wait_for("took")) < 10
+    assert watch_module._ANSWER_SECONDS <= 0.5  # for rank 0, and again for the file system
 
 
 def test_a_file_system_that_hangs_does_not_delay_the_end(
@@ -181,13 +195,13 @@ def test_a_file_system_that_hangs_does_not_delay_the_end(
     watched_job.start(2, hang_in_files)
     time.sleep(2 * TICK)
     killed = watched_job.kill(1)
-    assert 1 < watched_job.end(0)[1] - killed < 2.5
+    assert 1 < watched_job.end(0)[1] - killed < 10
 
 
 def test_after_a_goodbye_nobody_is_missed(watched_job: WatchedJob) -> None:
     def leave(watch: Watch, rank: int) -> None:
         watch.at("ending", step=1)
-        time.sleep((0, 0.2, 1.2)[rank])
+        time.sleep((0, 0.2, 1.5 * HANG)[rank])
 
     watched_job.start(3, leave, hang=HANG)
     for rank in range(3):

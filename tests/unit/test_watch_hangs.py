@@ -60,7 +60,7 @@ def test_a_stopped_process_is_named_and_killed(watched_job: WatchedJob, victim: 
     assert (fault.rank, fault.kind, fault.place, fault.step) == (victim, "hang", "backward", 3)
     assert "its process is stopped" in fault.message
     for rank in others:
-        assert watched_job.end(rank)[1] - stopped < HANG + 3
+        assert watched_job.end(rank)[1] - stopped < HANG + 10
     assert watched_job.join(victim) == -signal.SIGKILL
     assert "status: stopped" in watched_job.text(victim)
 
@@ -97,7 +97,7 @@ def test_one_rank_alone_judges_itself(watched_job: WatchedJob) -> None:
 def test_progress_without_a_change_of_place_is_progress(watched_job: WatchedJob) -> None:
     def load(watch: Watch, rank: int) -> None:
         watch.at("loading a batch" if rank == 1 else "backward", step=1)
-        for _ in range(15):
+        for _ in range(30):
             time.sleep(0.1)
             if rank == 1:
                 watch.beat()

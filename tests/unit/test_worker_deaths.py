@@ -42,13 +42,13 @@ def test_a_workers_death_is_found_at_once_and_explained(what: str, message: str,
     requests = [[SampleKey(60_000, 1)], [SampleKey(60_000, 2)], [SampleKey(0, 13)], [SampleKey(0, 4)]]
     with pytest.raises(WorkerDied) as raised:
         next(pool.batches(requests))
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 30
     assert message in str(raised.value)
     assert str(raised.value).startswith(f"loader worker 2 (pid {pids[2]}) ")
     with pytest.raises(WorkerDied, match="loader worker 2"):
         next(pool.batches(delayed(9)))
     pool.close()
-    assert time.monotonic() - started < 6
+    assert time.monotonic() - started < 40
 
 
 def test_the_death_of_an_idle_worker_is_found(make_pool: MakePool) -> None:

@@ -95,13 +95,13 @@ def test_resizing_while_results_are_waited_for(make_pool: MakePool) -> None:
 
 def test_a_new_worker_does_not_write_over_what_a_retired_one_reads(make_pool: MakePool) -> None:
     pool = make_pool(num_workers=2, prefetch_factor=1)
-    batches = pool.batches([[SampleKey(0, 0)], *[[SampleKey(1500, i)] for i in (1, 2, 3)]])
+    batches = pool.batches([[SampleKey(0, 0)], *[[SampleKey(5000, i)] for i in (1, 2, 3)]])
     pool.release(next(batches))
     pool.resize(1)  # retires the worker that reads sample 1
     pool.resize(2)
     thread = threading.Thread(target=lambda: list(map(pool.release, batches)))
     thread.start()
-    deadline = time.monotonic() + 1.2
+    deadline = time.monotonic() + 4.5
     while len(readings := pool.readings()) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     thread.join()
@@ -131,8 +131,8 @@ def test_interrupting_ends_the_wait_and_the_pool_goes_on(make_pool: MakePool) ->
     timer = threading.Timer(0.2, pool.interrupt)
     timer.start()
     started = time.monotonic()
-    assert list(pool.batches([[SampleKey(1500, 0)]])) == []
-    assert time.monotonic() - started < 1
+    assert list(pool.batches([[SampleKey(6000, 0)]])) == []
+    assert time.monotonic() - started < 4
     timer.join()
     for _ in range(70_000):  # as many closed epochs, none of which ever waited
         pool._wake()

@@ -124,6 +124,8 @@ class Alone:
     def from_main(self, value: Callable[[], Any]) -> Any:
         return value()
 
+    agree = from_main
+
 
 def torch_save(job: Job, folder: Path, sync: bool) -> Cost:
     """`torch.save` of both state dicts into one file."""

@@ -165,6 +165,14 @@ BENCHMARKS = (
         _on_both("--rounds", "4"),
     ),
     Benchmark(
+        "restore",
+        "benchmarks.restore",
+        "how long it takes to go on from a checkpoint, from the disk and from its cache",
+        "`torch.load`, `accelerator.load_state`, DCP's `load`",
+        "performance.md#going-on-from-a-checkpoint",
+        _on_both("--rounds", "5"),
+    ),
+    Benchmark(
         "startup",
         "benchmarks.startup",
         "from the command to the end of the first step",

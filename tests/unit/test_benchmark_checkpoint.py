@@ -1,18 +1,21 @@
-"""The checkpoint benchmark and the soak: their parts work, and the soak would notice a difference."""
+"""The benchmarks of checkpoints and the soak: their parts work, and the soak would notice a difference."""
 
 from __future__ import annotations
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from conftest import REPOSITORY, Train, WriteConfig, nightly
 from launching import run
 
-from benchmarks import checkpoint, soak
-from benchmarks.checkpoint_methods import Cost
-from benchmarks.rounds import MOST_FOREIGN_CORES
+from benchmarks import checkpoint, restore, soak
+from benchmarks.checkpoint_methods import Cost, Job
+from benchmarks.rounds import MOST_FOREIGN_CORES, Timing
 from trainer.checkpoint.storage import LocalStorage
 
 
@@ -32,6 +35,45 @@ def test_the_benchmark_measures_every_method(tmp_path: Path) -> None:
     assert all(bar["ratio"] > 0 for bar in result["bars"])
     assert checkpoint.table(result) == ended.stdout
     assert not (tmp_path / "saves").exists()
+
+
+@nightly
+def test_the_benchmark_of_restoring_measures_every_way(tmp_path: Path) -> None:
+    file = tmp_path / "restore.json"
+    command = [sys.executable, "-m", "benchmarks.restore", "--tiny", "--folder", str(tmp_path / "saves")]
+    ended = run([*command, "--json", str(file)], REPOSITORY)
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(file.read_text())
+    assert [(e["name"], e["where"]) for e in result["entries"]] == list(
+        product(restore.NAMES, (restore.COLD, restore.CACHED))
+    )
+    assert all(entry["seconds"]["median"] > 0 for entry in result["entries"])
+    assert restore.table(result) == ended.stdout
+    assert not (tmp_path / "saves").exists()
+
+
+def test_restores_are_compared_with_torch_load_of_the_same_round_and_place() -> None:
+    seconds = {name: 1.0 + number for number, name in enumerate(restore.NAMES)}
+    taken = {
+        (name, where): [Timing(times * seconds[name] * slow, 1.0, 0.0) for slow in (1, 10)]
+        for name in restore.NAMES
+        for where, times in ((restore.COLD, 1.0), (restore.CACHED, 0.5))
+    }
+    for entry in restore.summarize(taken, keep_loaded=False):
+        assert entry["time_ratio"]["min"] == entry["time_ratio"]["max"] == seconds[entry["name"]] / 3
+
+
+def test_a_restore_of_other_values_is_no_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restore, "save_state", lambda *_: None)
+    monkeypatch.setattr(restore, "plain_dcp", lambda *_: None)
+    restores = restore.Restores(Job("squeezenet1_1", torch.device("cpu")), "squeezenet1_1", tmp_path / "saves")
+    for name in ("lockstep", restore.TORCH_LOAD):
+        assert restores.measure(name, restore.COLD).seconds > 0
+    with torch.no_grad():
+        next(restores.source.model.parameters()).add_(1)
+    for name in ("lockstep", "torch.load, mmap"):
+        with pytest.raises(RuntimeError, match=f"{name} does not put back what was saved"):
+            restores.measure(name, restore.CACHED)
 
 
 def _entry(name: str, stall: float | None, total: float) -> dict[str, Any]:

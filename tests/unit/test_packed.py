@@ -223,12 +223,16 @@ def test_broken_pictures(tmp_path: Path) -> None:
         data[6]
 
 
+def is_reading_ahead() -> bool:
+    return "read-ahead" in {thread.name for thread in threading.enumerate()}
+
+
 def test_small_packs_are_read_ahead_and_large_ones_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = pack_folder(ImageFolder(str(make_folder(tmp_path / "source"))), settings(tmp_path / "cache"))
     advised: list[tuple[int, int]] = []
     monkeypatch.setattr(packed.os, "posix_fadvise", lambda fd, start, size, advice: advised.append((fd, advice)))
     PackedImages(folder)
-    wait_until(lambda: len(advised) == 3)
+    wait_until(lambda: len(advised) == 3 and not is_reading_ahead())
     assert {advice for _, advice in advised} == {os.POSIX_FADV_WILLNEED}
     advised.clear()
     PackedImages(folder, read_ahead=False)
@@ -238,7 +242,7 @@ def test_small_packs_are_read_ahead_and_large_ones_are_not(tmp_path: Path, monke
 
     monkeypatch.setattr(packed.psutil, "virtual_memory", lambda: Memory)
     PackedImages(folder)
-    assert "read-ahead" not in {thread.name for thread in threading.enumerate()}
+    assert not is_reading_ahead()
     assert advised == []
 
 

@@ -16,7 +16,8 @@ from typing import Any
 from launch.doctor.situation import Situation
 from launch.doctor.verdicts import TRANSFER, Finding, Judgement, Reading, Skip, Values, Verdict, find_slow, span
 from trainer.checkpoint.folder import location
-from trainer.checkpoint.storage import Read, open_storage
+from trainer.checkpoint.requests import Span
+from trainer.checkpoint.storage import open_storage
 from trainer.config import Config
 from trainer.errors import one_line_text
 from trainer.units import format_bytes
@@ -214,11 +215,8 @@ def try_writing(root: str, num_bytes: int = _CHECKPOINT_BYTES) -> Values:
         written = time.perf_counter()
         storage.publish(staged, "trial", b"{}")
         published = time.perf_counter()
-        back = bytearray(1 << 20)
-        if (
-            storage.read("trial", [Read("data", num_bytes - len(back), memoryview(back))]) != [len(back)]
-            or back != data[-len(back) :]
-        ):
+        size = 1 << 20
+        if b"".join(storage.read("trial", [Span("data", num_bytes - size, size)])) != data[-size:]:
             raise OSError(f"'{root}' does not give back what was written")
         storage.remove("trial")
         staged = None

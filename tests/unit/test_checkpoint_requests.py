@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from trainer.checkpoint.manifest import Manifest, Progress
 from trainer.checkpoint.reading import Checkpoint
 from trainer.checkpoint.requests import Request, Span, batches_of, requests_for
 from trainer.checkpoint.state import State
-from trainer.checkpoint.storage import MANIFEST, LocalStorage, Read
+from trainer.checkpoint.storage import MANIFEST, LocalStorage
 from trainer.checkpoint.writing import Saver
 from trainer.errors import UserError
 
@@ -28,12 +28,12 @@ class Counting(LocalStorage):
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
-        self.calls: list[list[Read]] = []
+        self.calls: list[list[Span]] = []
 
-    def read(self, folder: str, reads: Sequence[Read]) -> list[int]:
-        if reads[0].file != MANIFEST:
-            self.calls.append(list(reads))
-        return super().read(folder, reads)
+    def read(self, folder: str, spans: Sequence[Span]) -> Iterator[memoryview]:
+        if spans and spans[0].file != MANIFEST:
+            self.calls.append(list(spans))
+        return super().read(folder, spans)
 
 
 def save(folder: Path, tensors: dict[str, torch.Tensor]) -> Counting:
@@ -95,8 +95,8 @@ def test_what_lies_near_each_other_comes_with_one_request(monkeypatch: pytest.Mo
 
 def test_requests_together_fit_into_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests, "_BATCH_BYTES", 100)
-    made = [Request("a", 0, size, []) for size in (60, 40, 1, 300, 50, 50)]
-    assert [[request.size for request in batch] for batch in batches_of(made)] == [[60, 40], [1], [300], [50, 50]]
+    made = [Span("a", 0, size) for size in (60, 40, 1, 300, 50, 50)]
+    assert [[span.size for span in batch] for batch in batches_of(made)] == [[60, 40], [1], [300], [50, 50]]
     monkeypatch.setattr(requests, "AT_ONCE", 1)
     assert [len(batch) for batch in batches_of(made)] == [1] * 6
 
@@ -129,8 +129,8 @@ def test_an_optimizer_of_many_tensors_is_read_with_few_requests(tmp_path: Path) 
     storage.calls.clear()
     assert identical(opened_without_begins(storage).read_all(tensors), tensors)
     begin, rest, data = (reads[0] for reads in storage.calls)
-    assert (begin.begin, rest.begin) == (0, len(begin.buffer))  # of a header that is long
-    assert data.begin == rest.begin + len(rest.buffer)
+    assert (begin.begin, rest.begin) == (0, begin.size)  # of a header that is long
+    assert data.begin == rest.begin + rest.size
 
 
 def test_headers_are_kept_for_one_tensor_after_the_other(tmp_path: Path) -> None:
@@ -170,9 +170,8 @@ def test_a_bad_disk_is_told_with_the_file(tmp_path: Path) -> None:
     storage = save(tmp_path, of_all_kinds())
     (tmp_path / CheckpointFolder.name(1) / "good").write_bytes(bytes(9))
     (tmp_path / CheckpointFolder.name(1) / "bad").symlink_to("/proc/self/mem")  # whose first byte cannot be read
-    reads = [Read(file, 0, memoryview(bytearray(9))) for file in ("good", "bad")]
     with pytest.raises(OSError, match=r"Input/output error: '.*/bad'"):
-        storage.read(CheckpointFolder.name(1), reads)
+        list(storage.read(CheckpointFolder.name(1), [Span(file, 0, 9) for file in ("good", "bad")]))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()])
@@ -183,7 +182,7 @@ def test_what_ends_a_program_is_passed_on_as_it_is(
     storage = save(tmp_path, expected)
     checkpoint = opened(storage)
 
-    def read(*_: object) -> list[int]:
+    def read(*_: object) -> Iterator[memoryview]:
         raise error
 
     monkeypatch.setattr(storage, "read", read)

@@ -15,10 +15,12 @@ from conftest import Train, WriteConfig, few
 from object_store import s3_server
 from run_results import identical, losses, tensors
 
+from trainer.checkpoint import requests
 from trainer.checkpoint import storage as storage_module
 from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.reading import Checkpoint
-from trainer.checkpoint.storage import MANIFEST, LocalStorage, ObjectStorage, Read, Storage, open_storage
+from trainer.checkpoint.requests import Span
+from trainer.checkpoint.storage import MANIFEST, LocalStorage, ObjectStorage, Storage, open_storage
 
 KINDS = ["local", "memory", "s3"]
 
@@ -48,7 +50,7 @@ def write(storage: Storage, name: str, content: bytes = b"12345678") -> str:
 
 
 @pytest.mark.parametrize("location", KINDS, indirect=True)
-def test_nothing_is_there_before_it_is_published(location: str) -> None:
+def test_nothing_is_there_before_it_is_published(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = open_storage(location)
     assert storage.names() == []
     staged = write(storage, "step-00000001")
@@ -57,12 +59,13 @@ def test_nothing_is_there_before_it_is_published(location: str) -> None:
     assert storage.names() == ["step-00000001"]
     assert storage.size("step-00000001", "rank-00000.safetensors") == 8
     assert storage.size("step-00000001", "other") is None
-    buffers = [bytearray(4), bytearray(2), bytearray(4)]
-    reads = [Read("rank-00000.safetensors", begin, memoryview(b)) for begin, b in zip((2, 0, 6), buffers, strict=True)]
-    assert storage.read("step-00000001", reads) == [4, 2, 2]  # the last one is longer than the file
-    assert [bytes(buffer) for buffer in buffers] == [b"3456", b"12", b"78\0\0"]
-    assert storage.read("step-00000001", []) == []
-    assert b"".join(storage.pieces("step-00000001", "rank-00000.safetensors")) == b"12345678"
+    spans = [Span("rank-00000.safetensors", begin, size) for begin, size in [(2, 4), (0, 2), (6, 4)] * 9]
+    found = [bytes(data) for data in storage.read("step-00000001", spans)]
+    assert found == [b"3456", b"12", b"78"] * 9  # the last one is longer than the file
+    assert [bytes(data) for data in storage.read("step-00000001", spans[1:2])] == [b"12"]
+    assert list(storage.read("step-00000001", [])) == []
+    monkeypatch.setattr(storage_module, "_READ_PIECE", 3)
+    assert b"".join(map(bytes, storage.pieces("step-00000001", "rank-00000.safetensors"))) == b"12345678"
 
 
 @pytest.mark.parametrize("location", ["s3"], indirect=True)
@@ -82,16 +85,16 @@ def test_requests_to_an_object_store_are_on_their_way_together(location: str, mo
         return found
 
     monkeypatch.setattr(there._fs, "_cat_file", asked)
-    monkeypatch.setattr(storage_module, "_READ_PIECE", 4)
+    monkeypatch.setattr(storage_module, "REQUEST_BYTES", 4)
+    monkeypatch.setattr(requests, "_BATCH_BYTES", 32)
     assert list(there.pieces("step-00000001", "rank-00000.safetensors")) == [
         content[i : i + 4] for i in range(0, 50, 4)
     ]
-    assert most == storage_module._READS_AT_ONCE == 8
-    most, buffers = 0, [bytearray(10) for _ in range(5)]
-    reads = [Read("rank-00000.safetensors", 10 * i, memoryview(buffer)) for i, buffer in enumerate(buffers)]
-    assert there.read("step-00000001", reads) == [10] * 5
-    assert b"".join(buffers) == content
-    assert most == 5
+    assert most == 8
+    most = 0
+    spans = [Span("rank-00000.safetensors", 10 * i, 10) for i in range(5)]
+    assert b"".join(there.read("step-00000001", spans)) == content
+    assert most == 3
 
 
 @pytest.mark.parametrize("location", ["s3"], indirect=True)
@@ -105,9 +108,9 @@ def test_a_package_that_returns_errors_among_the_bytes(location: str, monkeypatc
         return [b"1234" for _ in paths[1:]] + [errors[-1]]
 
     monkeypatch.setattr(there._fs, "cat_ranges", found)
-    reads = [Read("rank-00000.safetensors", 4 * i, memoryview(bytearray(4))) for i in range(2)]
+    spans = [Span("rank-00000.safetensors", 4 * i, 4) for i in range(2)]
     with pytest.raises(OSError, match=r"'.*rank-00000\.safetensors': no such region$"):
-        there.read("step-00000001", reads)
+        list(there.read("step-00000001", spans))
     errors.pop()
     with pytest.raises(OSError, match=r"Input/output error: '.*rank-00000\.safetensors'"):
         list(there.pieces("step-00000001", "rank-00000.safetensors"))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +25,9 @@ from torch.futures import Future
 
 from trainer.checkpoint.layout import box_of
 from trainer.checkpoint.manifest import Damaged, Manifest, new_checksum
-from trainer.checkpoint.requests import AT_ONCE, REQUEST_BYTES, Request, Span, batches_of, requests_for
+from trainer.checkpoint.requests import AT_ONCE, REQUEST_BYTES, Span, requests_for
 from trainer.checkpoint.safetensors_file import HEADER_SIZE, entry_name, first_bytes
-from trainer.checkpoint.storage import MANIFEST, Read, Storage
+from trainer.checkpoint.storage import MANIFEST, Storage
 from trainer.checkpoint.tensor_table import Part, TensorTable
 from trainer.errors import UserError, one_line_text
 
@@ -69,11 +70,11 @@ class Checkpoint:
             size = storage.size(name, MANIFEST)
             if size is None:
                 raise Damaged("it has no manifest")
-            data = bytearray(min(size, _MOST_MANIFEST_BYTES))
-            storage.read(name, [Read(MANIFEST, 0, memoryview(data))])
+            whole = Span(MANIFEST, 0, min(size, _MOST_MANIFEST_BYTES))
+            data = b"".join(storage.read(name, [whole]))
         except OSError as error:
             raise Damaged(f"the manifest cannot be read: {one_line_text(error)}") from error
-        self.manifest = Manifest.from_bytes(bytes(data))
+        self.manifest = Manifest.from_bytes(data)
         self._first_bytes: dict[str, dict[str, int]] = {}  # of the tensors in a file, by the file's name
 
     @property
@@ -145,7 +146,7 @@ class Checkpoint:
         return torch.empty(shape, dtype=dtype)
 
     def _fill(self, wanted: Sequence[_Wanted], keep_headers: bool) -> None:
-        """Reads what is wanted, with few requests. In host memory there is one batch of them at a time.
+        """Reads what is wanted, with few requests. In host memory there is what is on its way.
 
         Args:
             wanted: boxes of any parts. Rows lie one behind the other in a file, and are read whole. One that is longer
@@ -162,25 +163,12 @@ class Checkpoint:
                 num = min(most, count - done)
                 pieces.append(box._replace(target=box.target[done : done + num] if box.offsets else box.target))
                 spans.append(Span(box.part.file, begin + (first + done) * row_bytes, num * row_bytes))
-        batches = list(batches_of(requests_for(spans)))
-        # One block for all of them: to get another one for each takes as long as to read from the page cache. It is
-        # gone at the end, while many small ones would stay with the process.
-        block = torch.empty(max((sum(r.size for r in batch) for batch in batches), default=0), dtype=torch.uint8)
-        for batch in batches:
-            self._read_batch(batch, block, spans, pieces)
-
-    def _read_batch(
-        self, batch: Sequence[Request], block: torch.Tensor, spans: Sequence[Span], pieces: Sequence[_Wanted]
-    ) -> None:
-        sizes = [request.size for request in batch]
-        buffers = block[: sum(sizes)].split(sizes)
-        self._read_exactly(
-            [Read(r.file, r.begin, buffer.numpy().data) for r, buffer in zip(batch, buffers, strict=True)]
-        )
-        for request, buffer in zip(batch, buffers, strict=True):
-            for number in request.spans:
-                begin = spans[number].begin - request.begin
-                self._copy(buffer[begin : begin + spans[number].size], pieces[number])
+        requests = requests_for(spans)
+        with closing(self._read_exactly([request.whole for request in requests])) as found:
+            for request, data in zip(requests, map(_tensor_of, found), strict=True):
+                for number in request.spans:
+                    begin = spans[number].begin - request.begin
+                    self._copy(data[begin : begin + spans[number].size], pieces[number])
 
     def _copy(self, data: torch.Tensor, box: _Wanted) -> None:
         """Copies the bytes of whole rows to where the box that is wanted of them goes."""
@@ -228,30 +216,27 @@ class Checkpoint:
         if strange:
             raise UserError(f"'{self.location}' has no file {strange[0]}")
         sizes = [self.manifest.files[file].size for file in files]
-        begins = [bytearray(min(_FIRST_READ, size)) for size in sizes]
-        self._read_exactly([Read(file, 0, memoryview(begin)) for file, begin in zip(files, begins, strict=True)])
+        firsts = [Span(file, 0, min(_FIRST_READ, size)) for file, size in zip(files, sizes, strict=True)]
+        begins = [bytes(data) for data in self._read_exactly(firsts)]
         ends = [
             min(HEADER_SIZE + int.from_bytes(begin[:HEADER_SIZE], "little"), size)
             for begin, size in zip(begins, sizes, strict=True)
         ]
-        rests = [bytearray(max(0, end - len(begin))) for begin, end in zip(begins, ends, strict=True)]
-        self._read_exactly(
-            [Read(f, len(b), memoryview(rest)) for f, b, rest in zip(files, begins, rests, strict=True) if rest]
-        )
-        return [
-            bytes(begin[HEADER_SIZE:end]) + bytes(rest) for begin, end, rest in zip(begins, ends, rests, strict=True)
-        ]
+        longer = [number for number, (begin, end) in enumerate(zip(begins, ends, strict=True)) if end > len(begin)]
+        rests = [Span(files[n], len(begins[n]), ends[n] - len(begins[n])) for n in longer]
+        for number, data in zip(longer, self._read_exactly(rests), strict=True):
+            begins[number] += bytes(data)
+        return [begin[HEADER_SIZE:end] for begin, end in zip(begins, ends, strict=True)]
 
-    def _read_exactly(self, reads: Sequence[Read]) -> None:
-        if not reads:
-            return
+    def _read_exactly(self, spans: Sequence[Span]) -> Generator[memoryview]:
+        """Yields the bytes of spans, each of which is good until the next."""
         try:
-            found = self.storage.read(self.name, reads)
+            for span, data in zip(spans, self.storage.read(self.name, spans), strict=True):
+                if len(data) != span.size:
+                    raise UserError(f"'{self.location}/{span.file}' ends too early")
+                yield data
         except OSError as error:
             raise UserError(f"cannot read '{self.location}': {one_line_text(error)}") from error
-        for read, count in zip(reads, found, strict=True):
-            if count != len(read.buffer):
-                raise UserError(f"'{self.location}/{read.file}' ends too early")
 
     # ---- into a model -------------------------------------------------------------------------------------
 
@@ -330,6 +315,13 @@ class _Reader(dcp.StorageReader):
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+
+def _tensor_of(data: memoryview) -> torch.Tensor:
+    """Returns bytes as a tensor, without a copy. It is only read from."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        return torch.frombuffer(data, dtype=torch.uint8)
 
 
 def _box(tensor: torch.Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:

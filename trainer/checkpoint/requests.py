@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 REQUEST_BYTES = 16 * 2**20  # of a request; more only where one span has more
 AT_ONCE = 64  # requests that are on their way together
-_BATCH_BYTES = 8 * REQUEST_BYTES  # of these; more only where one request has more
+_BATCH_BYTES = 8 * REQUEST_BYTES  # of these to an object store; more only where one request has more
 _GAP = 64 * 2**10  # bytes that are read for nothing rather than asking again
 
 
@@ -40,6 +40,11 @@ class Request:
     size: int
     spans: list[int]
 
+    @property
+    def whole(self) -> Span:
+        """All of its bytes."""
+        return Span(self.file, self.begin, self.size)
+
 
 def requests_for(spans: Sequence[Span]) -> list[Request]:
     """Puts spans of a file that lie near each other together, in the order of files and of bytes in them."""
@@ -58,15 +63,15 @@ def requests_for(spans: Sequence[Span]) -> list[Request]:
     return requests
 
 
-def batches_of(requests: Sequence[Request]) -> Iterator[list[Request]]:
-    """Yields requests that are on their way together."""
-    batch: list[Request] = []
+def batches_of(spans: Sequence[Span]) -> Iterator[list[Span]]:
+    """Yields spans that an object store is asked for together."""
+    batch: list[Span] = []
     size = 0
-    for request in requests:
-        if batch and (size + request.size > _BATCH_BYTES or len(batch) == AT_ONCE):
+    for span in spans:
+        if batch and (size + span.size > _BATCH_BYTES or len(batch) == AT_ONCE):
             yield batch
             batch, size = [], 0
-        batch.append(request)
-        size += request.size
+        batch.append(span)
+        size += span.size
     if batch:
         yield batch

@@ -13,14 +13,16 @@ import os
 import posixpath
 import shutil
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy
 
+from trainer.checkpoint.requests import REQUEST_BYTES, Span, batches_of
 from trainer.system import sync_folder
 
 MANIFEST = "manifest.json"
@@ -28,16 +30,8 @@ STAGING = ".tmp-"
 _DAMAGED = "damaged-"
 _PIECE = 64 * 2**20  # bytes per read or write
 _DIRECT_PIECE = 32 * 2**20  # bytes per direct write: with 1 MiB it is half as fast
-_READS_AT_ONCE = 8
-_READ_PIECE = _PIECE // _READS_AT_ONCE  # bytes per request where a file is read from its beginning to its end
-
-
-class Read(NamedTuple):
-    """A buffer that is to be filled from a file, from a byte of it on."""
-
-    file: str
-    begin: int
-    buffer: memoryview
+_READS_AT_ONCE = 8  # of a folder
+_READ_PIECE = 4 * 2**20  # bytes per read where a file of a folder is read from its beginning to its end
 
 
 class Storage(Protocol):
@@ -69,16 +63,18 @@ class Storage(Protocol):
         """Returns the bytes of a file, or None where there is none."""
         ...
 
-    def read(self, folder: str, reads: Sequence[Read]) -> list[int]:
-        """Fills buffers, several at once where the storage can, and returns how many bytes there were for each.
+    def read(self, folder: str, spans: Sequence[Span]) -> Iterator[memoryview]:
+        """Yields the bytes of each span in turn, fewer where its file ends before; several are on their way together.
+
+        What was yielded is good until the next one is asked for.
 
         Raises:
             OSError: it names the file that cannot be read.
         """
         ...
 
-    def pieces(self, folder: str, file: str) -> Iterator[bytes]:
-        """Yields a file from its beginning to its end."""
+    def pieces(self, folder: str, file: str) -> Iterator[memoryview]:
+        """Yields a file from its beginning to its end. What was yielded is good until the next one is asked for."""
         ...
 
     def remove(self, name: str) -> None:
@@ -143,25 +139,40 @@ class LocalStorage:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def read(self, folder: str, reads: Sequence[Read]) -> list[int]:
-        if len(reads) == 1:
-            return [self._read_one(folder, reads[0])]
+    def read(self, folder: str, spans: Sequence[Span]) -> Iterator[memoryview]:
+        # Memory that is new takes longer than to read from the page cache: each block is used again and again.
+        blocks = [numpy.empty(0, dtype=numpy.uint8)] * min(_READS_AT_ONCE, len(spans))
+
+        def read(number: int) -> memoryview:
+            size, block = spans[number].size, number % len(blocks)
+            if len(blocks[block]) < size:
+                blocks[block] = numpy.empty(size, dtype=numpy.uint8)
+            return self._read_one(folder, spans[number], blocks[block].data[:size])
+
+        if len(spans) == 1:
+            yield read(0)
+            return
         with ThreadPoolExecutor(_READS_AT_ONCE, thread_name_prefix="checkpoint-read") as pool:
-            return list(pool.map(lambda read: self._read_one(folder, read), reads))
+            under_way = deque(pool.submit(read, number) for number in range(len(blocks)))
+            for number in range(len(blocks), len(spans) + len(blocks)):
+                yield under_way.popleft().result()
+                if number < len(spans):  # into the block of what was yielded, which is not needed any more
+                    under_way.append(pool.submit(read, number))
 
-    def _read_one(self, folder: str, read: Read) -> int:
+    def _read_one(self, folder: str, span: Span, buffer: memoryview) -> memoryview:
         # Not a memory map: where a file is cut short or its disk goes away, that would be SIGBUS, not an error.
-        path, done = self.root / folder / read.file, 0
+        path, done = self.root / folder / span.file, 0
         with _naming(path), open(path, "rb", buffering=0) as raw:
-            raw.seek(read.begin)
-            while done < len(read.buffer) and (count := raw.readinto(read.buffer[done : done + _PIECE])):
+            raw.seek(span.begin)
+            while done < len(buffer) and (count := raw.readinto(buffer[done : done + _PIECE])):
                 done += count
-        return done
+        return buffer[:done]
 
-    def pieces(self, folder: str, file: str) -> Iterator[bytes]:
+    def pieces(self, folder: str, file: str) -> Iterator[memoryview]:
+        buffer = memoryview(bytearray(_READ_PIECE))  # one: new memory for each piece takes longer than reading it
         with open(self.root / folder / file, "rb", buffering=0) as raw:
-            while piece := raw.read(_PIECE):
-                yield piece
+            while count := raw.readinto(buffer):
+                yield buffer[:count]
 
     def remove(self, name: str) -> None:
         # Renamed first: a kill in between leaves a leftover for `clean`, and never half a checkpoint.
@@ -247,34 +258,28 @@ class ObjectStorage:
                 return None
         return None if size is None else int(size)
 
-    def read(self, folder: str, reads: Sequence[Read]) -> list[int]:
-        found = self._ranges(folder, [(read.file, read.begin, read.begin + len(read.buffer)) for read in reads])
-        for read, data in zip(reads, found, strict=True):
-            read.buffer[: len(data)] = data
-        return [len(data) for data in found]
+    def read(self, folder: str, spans: Sequence[Span]) -> Iterator[memoryview]:
+        for batch in batches_of(spans):
+            yield from (memoryview(data) for data in self._read_together(folder, batch))
 
-    def pieces(self, folder: str, file: str) -> Iterator[bytes]:
+    def pieces(self, folder: str, file: str) -> Iterator[memoryview]:
         if not getattr(self._fs, "async_impl", False):  # it would open the file anew for each piece, and read ahead
             with _as_os_errors(self.location), self._fs.open(self._path(folder, file), "rb") as stream:
                 while piece := stream.read(_PIECE):
-                    yield piece
+                    yield memoryview(piece)
             return
         size = self.size(folder, file)
         if size is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._path(folder, file))
-        begins = range(0, size, _READ_PIECE)
-        for first in range(0, len(begins), _READS_AT_ONCE):
-            together = begins[first : first + _READS_AT_ONCE]
-            yield from self._ranges(folder, [(file, begin, min(begin + _READ_PIECE, size)) for begin in together])
+        begins = range(0, size, REQUEST_BYTES)
+        yield from self.read(folder, [Span(file, begin, min(REQUEST_BYTES, size - begin)) for begin in begins])
 
-    def _ranges(self, folder: str, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+    def _read_together(self, folder: str, spans: Sequence[Span]) -> list[bytes]:
         """Returns bytes of files; they are asked for together where the package behind the URL can, as S3's does."""
-        if not ranges:
-            return []
-        files, begins, ends = zip(*ranges, strict=True)
-        paths = [self._path(folder, file) for file in files]
+        paths = [self._path(folder, span.file) for span in spans]
+        begins, ends = [span.begin for span in spans], [span.begin + span.size for span in spans]
         with _as_os_errors(self.location):
-            found: list[Any] = self._fs.cat_ranges(paths, list(begins), list(ends), on_error="return")
+            found: list[Any] = self._fs.cat_ranges(paths, begins, ends, on_error="return")
         for path, data in zip(paths, found, strict=True):
             if isinstance(data, BaseException):
                 with _naming(path), _as_os_errors(path):

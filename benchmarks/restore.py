@@ -40,7 +40,7 @@ from trainer.checkpoint.storage import open_storage
 MODEL = "vit_l_16"
 TINY_MODEL = "shufflenet_v2_x0_5"
 TORCH_LOAD = "torch.load"
-NAMES = ("lockstep", "lockstep, not verified", TORCH_LOAD, "torch.load, mmap", "accelerator.load_state", "DCP load")
+NAMES = ("lockstep", "lockstep, not verified", TORCH_LOAD, "accelerator.load_state", "DCP load")
 COLD, CACHED = "cold", "cached"
 
 
@@ -67,7 +67,6 @@ class Restores:
         save_state(accelerator, self.folders["accelerator.load_state"])
         plain_dcp(source, self.folders["DCP load"])
         self.folders["lockstep, not verified"] = self.folders["lockstep"]
-        self.folders["torch.load, mmap"] = self.folders[TORCH_LOAD]
         del prepared
         accelerator.free_memory()
         self._accelerator = Accelerator(cpu=source.device.type == "cpu")
@@ -75,8 +74,7 @@ class Restores:
         self.ways: dict[str, Callable[[], object]] = {
             "lockstep": functools.partial(self._ours, verify=True),
             "lockstep, not verified": functools.partial(self._ours, verify=False),
-            TORCH_LOAD: functools.partial(self._torch_load, mmap=False),
-            "torch.load, mmap": functools.partial(self._torch_load, mmap=True),
+            TORCH_LOAD: self._torch_load,
             "accelerator.load_state": self._load_state,
             "DCP load": self._dcp_load,
         }
@@ -105,9 +103,10 @@ class Restores:
         assert checkpoint is not None
         Parts(self.target.model, self.target.optimizer, None, None, {}, 0, 1).restore(checkpoint, set())
 
-    def _torch_load(self, mmap: bool) -> None:
+    def _torch_load(self) -> None:
+        # Not with `mmap`: the optimizer would keep the map, and its state be read in the next step.
         file = self.folders[TORCH_LOAD] / "checkpoint.pt"
-        state = torch.load(file, map_location=self.target.device, weights_only=True, mmap=mmap)
+        state = torch.load(file, map_location=self.target.device, weights_only=True)
         self.target.model.load_state_dict(state["model"])
         self.target.optimizer.load_state_dict(state["optimizer"])
 

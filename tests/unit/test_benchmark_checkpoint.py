@@ -71,7 +71,7 @@ def test_a_restore_of_other_values_is_no_measurement(tmp_path: Path, monkeypatch
         assert restores.measure(name, restore.COLD).seconds > 0
     with torch.no_grad():
         next(restores.source.model.parameters()).add_(1)
-    for name in ("lockstep", "torch.load, mmap"):
+    for name in ("lockstep", restore.TORCH_LOAD):
         with pytest.raises(RuntimeError, match=f"{name} does not put back what was saved"):
             restores.measure(name, restore.CACHED)
 

@@ -10,7 +10,7 @@ from checkpointing_worker import PLANS
 from conftest import NIGHTLY, nightly
 from launching import on_processes
 
-NAMES = tuple(MODELS) if NIGHTLY else ("vit_b_16", "users")
+NAMES = tuple(MODELS) if NIGHTLY else ("vit_b_16",)
 
 
 @pytest.mark.parametrize("wrapping", ["ddp", pytest.param("fsdp2", marks=nightly)])

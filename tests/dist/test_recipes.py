@@ -86,6 +86,7 @@ ALIKE = (
     "imagenet_resnet50_v2",
     "imagenet_convnext_tiny",
     "cifar10_resnet18",
+    "voc_deeplabv3",  # tests/dist/test_segmentation_dist.py has such a run
 )
 # What a test may change besides `model` of the transformers, whose number of layers is part of their name.
 SIZE = re.compile(

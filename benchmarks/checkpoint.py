@@ -22,9 +22,7 @@ import gc
 import os
 import shutil
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,17 +30,25 @@ from typing import Any
 
 import psutil
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 
-from benchmarks.checkpoint_methods import Cost, Job, Ours, plain_dcp, save_state, torch_save
+from benchmarks.checkpoint_methods import (
+    TINY_MODEL,
+    Cost,
+    Job,
+    Ours,
+    add_model_and_folder,
+    new_folder,
+    plain_dcp,
+    save_state,
+    torch_save,
+    world_of_one,
+)
 from benchmarks.commands import add_device, add_rounds, add_tiny, is_ready, new_parser, show_again
 from benchmarks.drawing import Bar, draw_bars
 from benchmarks.rounds import MOST_FOREIGN_CORES, in_rounds, is_quiet, load_note
 from benchmarks.telling import describe, goal_text, markdown_table, origin, range_text, spread, write
 
-MODEL = "vit_l_16"
-TINY_MODEL = "shufflenet_v2_x0_5"
 BARE, OVERLAPPED, FIRST = "lockstep, bare", "lockstep, overlapped", "lockstep, first"
 TORCH_SAVE, DCP = "torch.save", "DCP async_save"
 NAMES = (BARE, OVERLAPPED, FIRST, TORCH_SAVE, "torch.save and fsync", "accelerator.save_state", DCP)
@@ -221,9 +227,8 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_device(parser)
     add_rounds(parser, rounds=5)
     add_tiny(parser)
-    parser.add_argument("--model", default=MODEL, help=f"a torchvision model; {MODEL} by default")
+    add_model_and_folder(parser)
     parser.add_argument("--step-seconds", type=float, default=1.0, help="that a step computes before its update")
-    parser.add_argument("--folder", type=Path, help="a new one on the disk to measure; default: in the current folder")
     options = parser.parse_args(arguments)
     if options.tiny:
         options.model, options.rounds, options.step_seconds, options.keep_loaded = TINY_MODEL, 1, 0.01, True
@@ -239,12 +244,7 @@ def _run(options: argparse.Namespace, given: Sequence[str] | None) -> dict[str, 
     settings |= {"num_threads": torch.get_num_threads(), "most_foreign_cores": MOST_FOREIGN_CORES}
     settings["keep_loaded"] = options.keep_loaded
     result: dict[str, Any] = {"environment": environment, "settings": settings, "bytes": job.num_bytes}
-    if options.folder is None:
-        folder = Path(tempfile.mkdtemp(prefix=".checkpoints-", dir=Path.cwd()))
-    else:
-        folder = options.folder
-        folder.mkdir(parents=True)
-    try:
+    with new_folder(options.folder) as folder:
         rounds = Rounds(job, folder / "saves", options.step_seconds)
         rounds.warm_up()
         for number in range(options.rounds):
@@ -253,8 +253,6 @@ def _run(options: argparse.Namespace, given: Sequence[str] | None) -> dict[str, 
             result |= {"took_seconds": round(time.monotonic() - started, 1)}
             result |= {"reads_back": number == options.rounds - 1, "bars": compare(entries), "entries": entries}
             write(result, options.json)
-    finally:
-        shutil.rmtree(folder)
     return result
 
 
@@ -265,13 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return show_again(options.json, table)
     if not is_ready(options.device):
         return 2
-    warnings.simplefilter("ignore")  # of the peers, about a world of one process
-    # Plain DCP saves in a thread, which needs a process group even where there is one process.
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with world_of_one():
         result = _run(options, arguments)
-    finally:
-        dist.destroy_process_group()
     sys.stdout.write(table(result))
     return 0
 

@@ -1,16 +1,22 @@
-"""The ways to save that `benchmarks.checkpoint` compares: ours, and the peers' as documented."""
+"""What the benchmarks of checkpoints share: a state to save, where to, and the ways to do it, ours and the peers'."""
 
 from __future__ import annotations
 
+import argparse
 import os
+import shutil
+import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torchvision
 from accelerate import Accelerator
@@ -22,6 +28,39 @@ from trainer.checkpoint.manifest import Manifest, Progress
 from trainer.checkpoint.state import Parts, State
 from trainer.checkpoint.storage import open_storage
 from trainer.checkpoint.writing import Saver
+
+MODEL = "vit_l_16"
+TINY_MODEL = "shufflenet_v2_x0_5"
+
+
+def add_model_and_folder(parser: argparse.ArgumentParser) -> None:
+    """Adds `--model` and `--folder`."""
+    parser.add_argument("--model", default=MODEL, help=f"a torchvision model; {MODEL} by default")
+    parser.add_argument("--folder", type=Path, help="a new one on the disk to measure; default: in the current folder")
+
+
+@contextmanager
+def new_folder(folder: Path | None) -> Iterator[Path]:
+    """Makes the folder of `--folder`, and removes it."""
+    if folder is None:
+        folder = Path(tempfile.mkdtemp(prefix=".checkpoints-", dir=Path.cwd()))
+    else:
+        folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def world_of_one() -> Iterator[None]:
+    """Has a process group: plain DCP saves in a thread, which needs one even where there is one process."""
+    warnings.simplefilter("ignore")  # of the peers, about a world of one process
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 @dataclass(frozen=True)

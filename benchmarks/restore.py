@@ -13,22 +13,29 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import shutil
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from benchmarks.checkpoint_methods import Alone, Job, Ours, plain_dcp, save_state, torch_save
+from benchmarks.checkpoint_methods import (
+    TINY_MODEL,
+    Alone,
+    Job,
+    Ours,
+    add_model_and_folder,
+    new_folder,
+    plain_dcp,
+    save_state,
+    torch_save,
+    world_of_one,
+)
 from benchmarks.commands import add_device, add_rounds, add_tiny, is_ready, new_parser, show_again
 from benchmarks.drawing import Bar, draw_bars
 from benchmarks.rounds import MOST_FOREIGN_CORES, Timing, compare, in_rounds, load_note, measure_time
@@ -37,8 +44,6 @@ from trainer.checkpoint.folder import CheckpointFolder
 from trainer.checkpoint.state import Parts
 from trainer.checkpoint.storage import open_storage
 
-MODEL = "vit_l_16"
-TINY_MODEL = "shufflenet_v2_x0_5"
 TORCH_LOAD = "torch.load"
 NAMES = ("lockstep", "lockstep, not verified", TORCH_LOAD, "accelerator.load_state", "DCP load")
 COLD, CACHED = "cold", "cached"
@@ -49,6 +54,7 @@ class Restores:
 
     Args:
         source: what is saved.
+        model: of it, by its torchvision name.
         folder: an empty one on the disk to measure.
     """
 
@@ -56,7 +62,7 @@ class Restores:
         self.source = source
         self.target = Job(model, source.device)
         accelerator = Accelerator(cpu=source.device.type == "cpu")
-        prepared = accelerator.prepare(source.model, source.optimizer)
+        accelerator.prepare(source.model, source.optimizer)
         self.folders = {name: folder / name.replace(" ", "-").replace(",", "") for name in NAMES}
         for name in NAMES:
             self.folders[name].mkdir(parents=True)
@@ -67,7 +73,6 @@ class Restores:
         save_state(accelerator, self.folders["accelerator.load_state"])
         plain_dcp(source, self.folders["DCP load"])
         self.folders["lockstep, not verified"] = self.folders["lockstep"]
-        del prepared
         accelerator.free_memory()
         self._accelerator = Accelerator(cpu=source.device.type == "cpu")
         self._accelerator.prepare(self.target.model, self.target.optimizer)
@@ -206,8 +211,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_device(parser)
     add_rounds(parser, rounds=5)
     add_tiny(parser)
-    parser.add_argument("--model", default=MODEL, help=f"a torchvision model; {MODEL} by default")
-    parser.add_argument("--folder", type=Path, help="a new one on the disk to measure; default: in the current folder")
+    add_model_and_folder(parser)
     options = parser.parse_args(arguments)
     if options.tiny:
         options.model, options.rounds, options.keep_loaded = TINY_MODEL, 1, True
@@ -222,12 +226,7 @@ def _run(options: argparse.Namespace, given: Sequence[str] | None) -> dict[str, 
     settings |= {"num_threads": torch.get_num_threads(), "most_foreign_cores": MOST_FOREIGN_CORES}
     source = Job(options.model, torch.device(options.device))
     result: dict[str, Any] = {"environment": environment, "settings": settings, "bytes": source.num_bytes}
-    if options.folder is None:
-        folder = Path(tempfile.mkdtemp(prefix=".checkpoints-", dir=Path.cwd()))
-    else:
-        folder = options.folder
-        folder.mkdir(parents=True)
-    try:
+    with new_folder(options.folder) as folder:
         restores = Restores(source, options.model, folder)
         for name in NAMES:  # the first one of each warms it up
             restores.measure(name, CACHED)
@@ -243,8 +242,6 @@ def _run(options: argparse.Namespace, given: Sequence[str] | None) -> dict[str, 
                 result |= {"took_seconds": round(time.monotonic() - started, 1)}
                 result["entries"] = summarize(taken, options.keep_loaded)
                 write(result, options.json)
-    finally:
-        shutil.rmtree(folder)
     return result
 
 
@@ -255,13 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return show_again(options.json, table)
     if not is_ready(options.device):
         return 2
-    warnings.simplefilter("ignore")  # of the peers, about a world of one process
-    # Plain DCP saves in a thread, which needs a process group even where there is one process.
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with world_of_one():
         result = _run(options, arguments)
-    finally:
-        dist.destroy_process_group()
     sys.stdout.write(table(result))
     return 0
 
